@@ -81,20 +81,25 @@ class Varying:
 
 Type = Invariant | Replicate | Varying | Partial
 
-I = Invariant()  # noqa: E741  (the type system's own letter)
+I = Invariant()
 R = Replicate()
 P = Partial()
 
 
 def chunk_sizes(size: int, n: int) -> tuple[int, ...]:
-    """Lengths of the n pieces of a dim of `size`, as torch.chunk and DTensor cut it (ceil first): 10 over 4 is 3, 3, 3, 1."""
+    """Lengths of the n pieces as torch.chunk and DTensor cut a dim: 10 over 4 is 3, 3, 3, 1. For exchange with DTensor."""
     step = -(-size // n) if size else 0
     return tuple(max(0, min(step, size - i * step)) for i in range(n))
 
 
+def balanced_sizes(size: int, n: int) -> tuple[int, ...]:
+    """Lengths of the n most equal pieces of a dim of `size`, longer ones first: 10 over 4 is 3, 3, 2, 2."""
+    return tuple(size // n + (i < size % n) for i in range(n))
+
+
 def even_sections(size: int, n: int, unit: int = 1) -> Sections:
-    """One section of `size`, cut among n ranks in multiples of `unit` (which must divide `size`)."""
-    return (tuple(c * unit for c in chunk_sizes(size // unit, n)),)
+    """One section of `size`, cut among n ranks as equally as multiples of `unit` (which must divide `size`) allow."""
+    return (tuple(c * unit for c in balanced_sizes(size // unit, n)),)
 
 
 def shard(dim: int, size: int, n: int) -> Varying:

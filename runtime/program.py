@@ -166,7 +166,11 @@ class OutputSpec:
 
 @dataclass(frozen=True)
 class RankProgram:
-    """Everything rank `rank` of `mesh` executes in one step."""
+    """Everything rank `rank` of `mesh` executes in one step.
+
+    transfers       shape and dtype of what is received, by key, or by `KEY[m]` where they are those of micro-batch m
+    constants       the tensors `const.*`
+    """
 
     rank: int
     mesh: Mesh
@@ -193,6 +197,6 @@ class RankProgram:
 
     def save(self, directory: str | Path) -> None:
         """Write the program as Python files that import torch alone, run on their own, and are meant to be read."""
-        from .emit_python import save_program
+        from .save import save_program
 
         save_program(self, Path(directory))

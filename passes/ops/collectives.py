@@ -9,7 +9,7 @@ tests, a `StaticCommunicator` while graphs are emitted, where only shapes are ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -83,6 +83,10 @@ def communicator() -> Communicator:
     if found is None:
         raise RuntimeError("a shardwright program ran outside `use_communicator`: there is no mesh to communicate over")
     return found
+
+
+def current_communicator() -> Communicator | None:
+    return _current.get()
 
 
 @contextmanager
@@ -161,7 +165,9 @@ def _reduce_scatter(x: Tensor, axis: str, dim: int, sizes: Sequence[int]) -> Ten
     return comm.reduce_scatter(rows, axis).narrow(dim, 0, lengths[index]).contiguous()
 
 
-def _all_to_all(x: Tensor, axis: str, gather_dim: int, gather_sizes: Sequence[int], split_dim: int, split_sizes: Sequence[int]) -> Tensor:
+def _all_to_all(
+    x: Tensor, axis: str, gather_dim: int, gather_sizes: Sequence[int], split_dim: int, split_sizes: Sequence[int]
+) -> Tensor:
     comm = communicator()
     n, index = comm.size(axis), comm.index(axis)
     gather = resolve_sections(gather_sizes, n, local=x.shape[gather_dim])
@@ -202,7 +208,74 @@ def _shard_index(axis: str, sizes: Sequence[int]) -> Tensor:
     return take_shard(torch.arange(sum(map(sum, sections))), 0, sections, index).clone()
 
 
+def _cuts(
+    xs: Sequence[Tensor], dims: Sequence[int], counts: Sequence[int], sizes: Sequence[int], n: int, whole: bool
+) -> list[Sections]:
+    """The sections of each tensor of a bucket; `counts[k]` ints of `sizes` are tensor k's."""
+    found, start = [], 0
+    for x, dim, count in zip(xs, dims, counts, strict=True):
+        own = sizes[start : start + count]
+        start += count
+        length = x.shape[dim]
+        found.append(resolve_sections(own, n, whole=length) if whole else resolve_sections(own, n, local=length))
+    return found
+
+
+def _all_gather_bucket(
+    xs: list[Tensor], axis: str, dims: Sequence[int], counts: Sequence[int], sizes: Sequence[int]
+) -> list[Tensor]:
+    """One all-gather for several shards: each padded to its longest, flattened, in a row."""
+    comm = communicator()
+    cuts = _cuts(xs, dims, counts, sizes, comm.size(axis), whole=False)
+    padded = [pad_to(x, dim, max(_lengths(cut))) for x, dim, cut in zip(xs, dims, cuts, strict=True)]
+    rows = comm.all_gather(torch.cat([p.reshape(-1) for p in padded]), axis)
+    wholes, start = [], 0
+    for p, dim, cut in zip(padded, dims, cuts, strict=True):
+        parts = rows.narrow(1, start, p.numel()).unflatten(1, p.shape)
+        start += p.numel()
+        lengths = _lengths(cut)
+        if dim == 0 and len(cut) == 1 and len(set(lengths)) == 1:
+            wholes.append(parts.reshape(-1, *p.shape[1:]))
+        else:
+            wholes.append(join_shards([part.narrow(dim, 0, m) for part, m in zip(parts, lengths, strict=True)], dim, cut))
+    return wholes
+
+
+def _reduce_scatter_bucket(
+    xs: list[Tensor], axis: str, dims: Sequence[int], counts: Sequence[int], sizes: Sequence[int]
+) -> list[Tensor]:
+    """One reduce-scatter for several wholes; the inverse packing of `_all_gather_bucket`."""
+    comm = communicator()
+    n, index = comm.size(axis), comm.index(axis)
+    cuts = _cuts(xs, dims, counts, sizes, n, whole=True)
+    rows = torch.stack(
+        [
+            torch.cat(
+                [
+                    pad_to(take_shard(x, dim, cut, i), dim, max(_lengths(cut))).reshape(-1)
+                    for x, dim, cut in zip(xs, dims, cuts, strict=True)
+                ]
+            )
+            for i in range(n)
+        ]
+    )
+    flat = comm.reduce_scatter(rows, axis)
+    shards, start = [], 0
+    for x, dim, cut in zip(xs, dims, cuts, strict=True):
+        lengths = _lengths(cut)
+        shape = list(x.shape)
+        shape[dim] = max(lengths)
+        size = torch.Size(shape).numel()
+        shards.append(flat.narrow(0, start, size).view(shape).narrow(dim, 0, lengths[index]).clone())
+        start += size
+    return shards
+
+
 _OPS = {
+    # Several V -> R at once: parameters of one block. `counts[k]` of `sizes` belong to tensor k.
+    "all_gather_bucket(Tensor[] xs, str axis, int[] dims, int[] counts, int[] sizes) -> Tensor[]": _all_gather_bucket,
+    # Several P -> V at once: gradients of one block.
+    "reduce_scatter_bucket(Tensor[] xs, str axis, int[] dims, int[] counts, int[] sizes) -> Tensor[]": _reduce_scatter_bucket,
     # P -> I / P -> R, and the backward of I -> R.
     "all_reduce(Tensor x, str axis, str op='sum') -> Tensor": _all_reduce,
     # V -> I / V -> R.
@@ -227,7 +300,16 @@ for _schema, _function in _OPS.items():
 
 ops = getattr(torch.ops, NAMESPACE)
 
-COMMUNICATION = frozenset({ops.all_reduce.default, ops.all_gather.default, ops.reduce_scatter.default, ops.all_to_all.default})
+COMMUNICATION = frozenset(
+    {
+        ops.all_reduce.default,
+        ops.all_gather.default,
+        ops.reduce_scatter.default,
+        ops.all_to_all.default,
+        ops.all_gather_bucket.default,
+        ops.reduce_scatter_bucket.default,
+    }
+)
 """The ops whose every rank of an axis must take part."""
 
 
@@ -245,7 +327,9 @@ def _fake_shard(x: Tensor, axis: str, dim: int, sizes: Sequence[int]) -> Tensor:
     return x.new_empty(shape)
 
 
-def _fake_all_to_all(x: Tensor, axis: str, gather_dim: int, gather_sizes: Sequence[int], split_dim: int, split_sizes: Sequence[int]) -> Tensor:
+def _fake_all_to_all(
+    x: Tensor, axis: str, gather_dim: int, gather_sizes: Sequence[int], split_dim: int, split_sizes: Sequence[int]
+) -> Tensor:
     return _fake_shard(_fake_whole(x, axis, gather_dim, gather_sizes), axis, split_dim, split_sizes)
 
 
@@ -254,7 +338,17 @@ def _fake_shard_index(axis: str, sizes: Sequence[int]) -> Tensor:
     return torch.empty(_lengths(unflatten_sections(sizes, comm.size(axis)))[comm.index(axis)], dtype=torch.int64)
 
 
+def _fake_bucket(fake: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
+    def run(xs: list[Tensor], axis: str, dims: Sequence[int], counts: Sequence[int], sizes: Sequence[int]) -> list[Tensor]:
+        starts = [sum(counts[:k]) for k in range(len(counts))]
+        return [fake(x, axis, d, sizes[s : s + c]) for x, d, s, c in zip(xs, dims, starts, counts, strict=True)]
+
+    return run
+
+
 _FAKES = {
+    "all_gather_bucket": _fake_bucket(_fake_whole),
+    "reduce_scatter_bucket": _fake_bucket(_fake_shard),
     "all_reduce": lambda x, axis, op="sum": x.new_empty(x.shape),
     "all_gather": _fake_whole,
     "reduce_scatter": _fake_shard,

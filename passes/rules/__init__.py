@@ -1,0 +1,53 @@
+"""Sharding rules, a short table per op family. Importing this package registers them all."""
+
+from . import (
+    attention,
+    communication,
+    convolution,
+    factories,
+    indexing,
+    matmul,
+    normalization,
+    pointwise,
+    reduction,
+    views,
+)
+from .base import (
+    Axis,
+    Factor,
+    OpCall,
+    Operand,
+    Rule,
+    Slot,
+    Strategy,
+    TensorMeta,
+    find_rule,
+    localize,
+    rule_for,
+    strategies,
+)
+
+__all__ = [
+    "Axis",
+    "Factor",
+    "OpCall",
+    "Operand",
+    "Rule",
+    "Slot",
+    "Strategy",
+    "TensorMeta",
+    "attention",
+    "communication",
+    "convolution",
+    "factories",
+    "find_rule",
+    "indexing",
+    "localize",
+    "matmul",
+    "normalization",
+    "pointwise",
+    "reduction",
+    "rule_for",
+    "strategies",
+    "views",
+]

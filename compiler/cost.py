@@ -1,0 +1,281 @@
+"""What ops and conversions cost: FLOP and bytes from shapes alone, seconds from a topology.
+
+Compute follows the roofline (Williams, Waterman, Patterson 2009): an op takes the longer of its arithmetic at the device's
+achieved rate and its memory traffic at the achieved bandwidth, plus a launch. Collectives are in compiler/topology.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+from ..passes.convert import is_free, traffic
+from ..passes.graph_tools import map_operands
+from ..passes.ops.collectives import COMMUNICATION
+from ..passes.rules.base import Axis, OpCall, Operand, Strategy, TensorMeta
+from ..passes.types import R, Type, Varying
+from ..runtime.program import Mesh
+from .topology import CollectiveKind, Device, Span, Topology, collective_bytes, collective_seconds
+
+_VIEWS = """view _unsafe_view reshape t transpose permute expand unsqueeze squeeze slice select narrow detach alias as_strided split
+    split_with_sizes unbind chunk unflatten flatten movedim diagonal"""
+FREE = frozenset(f"{_VIEWS} sym_size lift_fresh getitem convert _assert_tensor_metadata shard_index".split())
+"""Ops that move nothing, by name."""
+
+_LOOKUPS = "embedding embedding_shard index index_select gather pick pick_shard"
+READS_RESULT = frozenset(_LOOKUPS.split())
+"""Ops that read of their first operand as much as they give."""
+
+ATTENTION_BACKWARD = 2.5
+"""FLOP of fused attention's backward per FLOP of its forward: five products for two (Dao 2023, FlashAttention-2, section 4.1)."""
+
+
+def op_name(target: object) -> str:
+    """`linear` for aten.linear.default; the plain name of a function."""
+    name = getattr(target, "name", None)  # a method of torch's overloads
+    return str(name()).split("::")[-1].split(".")[0] if callable(name) else getattr(target, "__name__", str(target))
+
+
+def size_of(meta: TensorMeta) -> int:
+    """Bytes of a value."""
+    return math.prod(meta.shape) * meta.dtype.itemsize
+
+
+def op_flops(call: OpCall) -> float:
+    """FLOP of one call of a product (a multiply and an add are two); 0 for every other op."""
+    shapes = [o.shape for o in call.operands]
+    result = math.prod(call.results[0].shape) if call.results else 0
+    match op_name(call.target):
+        case "mm" | "bmm" | "matmul" | "linear" | "mv" | "dot":
+            return 2.0 * result * shapes[0][-1]
+        case "addmm" | "baddbmm":
+            return 2.0 * result * shapes[1][-1]
+        case "grouped_linear":
+            return 2.0 * result * shapes[0][-1]
+        case "grouped_linear_grad_x" | "grouped_linear_grad_w":
+            return 2.0 * math.prod(shapes[0]) * (shapes[1][-1])
+        case "conv1d" | "conv2d" | "conv3d" | "convolution":
+            return 2.0 * result * math.prod(shapes[1][1:])
+        case "convolution_backward":  # (grad, input, weight): the gradients of input and weight, each like the forward
+            gradients = [r for r in call.results if len(r.shape) > 1]
+            return 2.0 * math.prod(shapes[0]) * math.prod(shapes[2][1:]) * len(gradients)
+        case "attention" | "scaled_dot_product_attention":
+            return _attention_flops(shapes[0], shapes[1], shapes[2], _causal(call, 4))
+        case "attention_backward":
+            return ATTENTION_BACKWARD * _attention_flops(shapes[1], shapes[2], shapes[3], _causal(call, 7))
+    return 0.0
+
+
+def _attention_flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], causal: bool) -> float:
+    """q [..., H, Sq, D], k [..., Sk, D], v [..., Sk, Dv]: two products of Sq x Sk; half of each where causal."""
+    return 2.0 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1]) * (0.5 if causal else 1.0)
+
+
+def _causal(call: OpCall, position: int) -> bool:
+    name = "is_causal" if op_name(call.target).startswith("scaled") else "causal"
+    return bool(call.arg(position + (name == "is_causal"), name, False))
+
+
+def op_bytes(call: OpCall) -> float:
+    """Bytes read and written by one call."""
+    name = op_name(call.target)
+    if name in FREE:
+        return 0.0
+    written = float(sum(map(size_of, call.results)))
+    operands = [o for o in call.operands if o is not None]
+    if name in READS_RESULT:
+        return 2 * written + sum(map(size_of, operands[1:]))
+    return written + sum(map(size_of, operands))
+
+
+def op_seconds(call: OpCall, device: Device) -> float:
+    """Seconds of one call on one device, collectives excepted (see `node_seconds`)."""
+    moved = op_bytes(call)
+    if moved == 0.0:
+        return 0.0
+    flops, seconds = op_flops(call), moved / (device.bandwidth * device.memory_efficiency)
+    if flops:
+        fused = op_name(call.target).startswith(("attention", "scaled_dot"))
+        rate = device.attention_efficiency if fused else device.matmul_efficiency
+        seconds = max(seconds, flops / (device.peak(str(call.operands[0].dtype).removeprefix("torch.")) * rate))
+    return seconds + device.launch
+
+
+def backward_seconds(call: OpCall, device: Device) -> float:
+    """Seconds of the backward of one call before it is traced: once the forward for each operand that takes a gradient."""
+    gradients = sum(o is not None and o.grad for o in call.operands)
+    if not gradients:
+        return 0.0
+    if op_name(call.target).startswith(("attention", "scaled_dot")):
+        return ATTENTION_BACKWARD * op_seconds(call, device)
+    return op_seconds(call, device) * (gradients if op_flops(call) else 1)
+
+
+@dataclass(frozen=True)
+class ConversionCost:
+    """Seconds, or bytes received per rank, of a typed conversion in each direction."""
+
+    forward: float
+    backward: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
+
+
+def conversion_bytes(src: Type, dst: Type, size: float, n: int, grad: bool) -> ConversionCost:
+    """Bytes that each of the n ranks of the axis receives when a value of `size` bytes in whole changes its type.
+
+    Both inf where there is no such conversion. The collectives are those of passes/convert.py.
+    """
+    local = ("shard", "unshard", "keep_first")
+
+    def received(kind: str) -> float:
+        if kind in local:
+            return 0.0
+        return collective_bytes(cast(CollectiveKind, kind), size / n if kind == "all_to_all" else size, n)
+
+    return _conversion(src, dst, grad, received)
+
+
+def conversion_seconds(src: Type, dst: Type, size: float, span: Span, device: Device, grad: bool) -> ConversionCost:
+    """Seconds that a value of `size` bytes in whole takes to change its type over an axis that lies on `span`.
+
+    Local copies count too: slices and zero-padding read and write what they keep.
+    """
+    n = math.prod(hop.fan_out for hop in span)
+    copied = size / (device.bandwidth * device.memory_efficiency)
+
+    def seconds(kind: str) -> float:
+        if kind in ("shard", "unshard", "keep_first"):
+            return device.launch + copied * (2 / n if kind == "shard" else 1 + 1 / n)
+        return device.launch + collective_seconds(cast(CollectiveKind, kind), size / n if kind == "all_to_all" else size, span)
+
+    return _conversion(src, dst, grad, seconds)
+
+
+def _conversion(src: Type, dst: Type, grad: bool, price: Callable[[str], float]) -> ConversionCost:
+    if is_free(src, dst, grad):
+        return ConversionCost(0.0, 0.0)
+    try:
+        steps = traffic(src, dst, grad)
+    except ValueError:
+        return ConversionCost(math.inf, math.inf)
+    return ConversionCost(sum(map(price, steps.forward)), sum(map(price, steps.backward)))
+
+
+class Seconds:
+    """Prices of the placement search (compiler/prices.py) in seconds of one device on an axis of a mesh, both directions.
+
+    mesh       the whole mesh; `axis` passed to the methods must be one of its axes
+    """
+
+    def __init__(self, topology: Topology, mesh: Mesh) -> None:
+        self.topology = topology
+        self.mesh = mesh
+        self._spans: dict[str, Span] = {}
+
+    def _span(self, axis: Axis) -> Span:
+        if axis.name not in self._spans:
+            self._spans[axis.name] = self.topology.span(self.mesh, axis.name)
+        return self._spans[axis.name]
+
+    def node(self, call: OpCall, strategy: Strategy, axis: Axis, from_parameters: tuple[bool, ...]) -> float:
+        operands = tuple(m if m is None else local_meta(m, t) for m, t in zip(call.operands, strategy.ins, strict=True))
+        results = tuple(local_meta(m, t) for m, t in zip(call.results, strategy.outs, strict=True))
+        local = replace(call, operands=operands, results=results)
+        return op_seconds(local, self.topology.device) + backward_seconds(local, self.topology.device)
+
+    def placeholder(self, type_: Type, meta: TensorMeta, axis: Axis) -> float:
+        """A Replicate parameter's gradient is summed once a step; in a bucket, where latency does not count."""
+        if type_ != R or not meta.grad:
+            return 0.0
+        free = tuple(replace(hop, level=replace(hop.level, latency=0.0)) for hop in self._span(axis))
+        return collective_seconds("all_reduce", size_of(meta), free)
+
+    def conversion(self, src: Type, dst: Type, meta: TensorMeta, axis: Axis) -> float:
+        return conversion_seconds(src, dst, size_of(meta), self._span(axis), self.topology.device, meta.grad).total
+
+
+def local_meta(meta: TensorMeta, type_: Type) -> TensorMeta:
+    """The largest part of a value that one rank holds under `type_`."""
+    if not isinstance(type_, Varying):
+        return meta
+    largest = max(type_.local_size(i) for i in range(len(type_.sections[0])))
+    return replace(meta, shape=(*meta.shape[: type_.dim], largest, *meta.shape[type_.dim + 1 :]))
+
+
+@dataclass(frozen=True)
+class GraphCost:
+    """What one run of an emitted graph costs one rank: seconds of compute, FLOP, and per axis seconds and bytes received."""
+
+    compute: float
+    flops: float
+    communication: Mapping[str, float]
+    received: Mapping[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """With nothing overlapped."""
+        return self.compute + sum(self.communication.values())
+
+
+def graph_cost(gm: fx.GraphModule, topology: Topology, mesh: Mesh) -> GraphCost:
+    """The cost of an emitted graph, its collectives included. Requires `meta["val"]` on every node."""
+    compute = flops = 0.0
+    communication: Counter[str] = Counter()
+    received: Counter[str] = Counter()
+    spans: dict[str, Span] = {}
+    known: dict[Any, tuple[float, float]] = {}
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or op_name(node.target) in FREE:
+            continue
+        if node.target in COMMUNICATION:
+            axis, kind, size = communication_of(node)
+            span = spans.setdefault(axis, topology.span(mesh, axis)) if axis not in spans else spans[axis]
+            communication[axis] += topology.device.launch + collective_seconds(kind, size, span)
+            received[axis] += collective_bytes(kind, size, math.prod(hop.fan_out for hop in span))
+            continue
+        call = call_of(node)
+        key = (call.target, call.operands, call.results, op_flops(call))
+        if key not in known:
+            known[key] = (op_seconds(call, topology.device), key[-1])
+        compute, flops = compute + known[key][0], flops + known[key][1]
+    return GraphCost(compute, flops, dict(communication), dict(received))
+
+
+def communication_of(node: fx.Node) -> tuple[str, CollectiveKind, float]:
+    """(axis, kind, bytes as `collective_seconds` counts them) of a communication op."""
+    kind = op_name(node.target).removesuffix("_bucket")
+    value = node.meta["val"] if kind == "all_gather" else fx.node.map_arg(node.args[0], lambda n: n.meta["val"])
+    size = sum(t.numel() * t.element_size() for t in _tensors(value))
+    return str(node.args[1]), cast(CollectiveKind, kind), float(size)
+
+
+def call_of(node: fx.Node) -> OpCall:
+    """A call_function node as the cost functions take it; results that are None are left out."""
+    operands: list[TensorMeta] = []
+
+    def visit(source: fx.Node) -> Operand:
+        found = [_meta(t, source) for t in _tensors(source.meta.get("val"))]
+        operands.append(found[0] if found else TensorMeta((), torch.int64))
+        return Operand(len(operands) - 1)
+
+    args, kwargs = map_operands(tuple(node.args), visit), map_operands(dict(node.kwargs), visit)
+    results = tuple(_meta(t, node) for t in _tensors(node.meta.get("val")))
+    return OpCall(node.target, args, kwargs, tuple(operands), results)
+
+
+def _meta(tensor: torch.Tensor, node: fx.Node) -> TensorMeta:
+    return TensorMeta(tuple(tensor.shape), tensor.dtype, bool(node.meta.get("grad")) and tensor.dtype.is_floating_point)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    items = value if isinstance(value, (list, tuple)) else (value,)
+    return [t for t in items if isinstance(t, torch.Tensor)]

@@ -1,0 +1,335 @@
+"""From a normalized graph and a plan to the program of one rank. A pure function: no devices, no process group.
+
+    for each data axis, then micro-batches, then tp:  place ▶ shard ▶ check
+    ▶ stages ▶ prologue ▶ ZeRO gathers ▶ differentiate ▶ partition ▶ buckets ▶ schedule
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ..passes.buckets import bucket
+from ..passes.check import check
+from ..passes.differentiate import Templates, differentiate
+from ..passes.graph_tools import Values, named_results
+from ..passes.ops import StaticCommunicator, use_communicator
+from ..passes.partition import partition
+from ..passes.prologue import TIME, split_prologue
+from ..passes.rules.base import Axis
+from ..passes.shard import shard
+from ..passes.stages import split_stages
+from ..passes.types import (
+    I,
+    Partial,
+    Replicate,
+    Sections,
+    Type,
+    Varying,
+    balanced_sizes,
+)
+from ..passes.zero import gather_parameters, zero_cut
+from ..runtime.program import (
+    Cut,
+    GraphSpec,
+    InputSpec,
+    OutputSpec,
+    RankProgram,
+    TensorSpec,
+)
+from .place import Placement, Policy, place
+from .plan import Plan
+from .prices import Prices, Volume
+from .schedules import Step, build, crossing
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be run: the normalized graph of the *global* batch, and how the batch lies on the data ranks.
+
+    batch_inputs    input keys whose dim 0 is the batch
+    local_batches   samples of each data rank; their sum is the graph's batch
+    aliases         tied names: canonical -> others
+    persistent      names of buffers that are in the state dict
+    """
+
+    graph: fx.GraphModule
+    loss: str | None
+    batch_inputs: tuple[str, ...]
+    local_batches: tuple[int, ...]
+    aliases: Mapping[str, tuple[str, ...]]
+    constants: Mapping[str, torch.Tensor]
+    training: bool = True
+    persistent: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A graph lowered along every axis at one rank's coordinates, and how: the placement of each axis."""
+
+    graph: fx.GraphModule
+    placements: Mapping[str, Placement]
+
+
+def coordinates_of(plan: Plan, rank: int) -> StaticCommunicator:
+    sizes = {**dict(zip(plan.mesh.axes, plan.mesh.sizes, strict=True)), TIME: plan.microbatches}
+    return StaticCommunicator(sizes, {**plan.mesh.coordinates(rank), TIME: 0})
+
+
+def data_sections(plan: Plan, local_batches: Sequence[int], coordinates: Mapping[str, int]) -> dict[str, Sections]:
+    """How each data axis cuts the batch, at these coordinates: major axes cut first."""
+    found: dict[str, Sections] = {}
+    batches = list(local_batches)
+    for axis in plan.data_axes:
+        n = plan.mesh.size(axis)
+        group = len(batches) // n
+        found[axis] = (tuple(sum(batches[k * group : (k + 1) * group]) for k in range(n)),)
+        k = coordinates[axis]
+        batches = batches[k * group : (k + 1) * group]
+    return found
+
+
+def lower(problem: Problem, plan: Plan, coordinates: Mapping[str, int], values: Values, microbatch: int = 0) -> Lowered:
+    """Place, shard and check the graph along every axis of the plan."""
+    gm, placements = problem.graph, {}
+    cuts = data_sections(plan, problem.local_batches, coordinates)
+    steps: list[tuple[Axis, int, Policy, Prices]] = []
+    for axis in plan.data_axes:
+        pinned: dict[str, Type] = {key: Varying(0, cuts[axis]) for key in problem.batch_inputs}
+        steps.append((Axis(axis, plan.mesh.size(axis)), coordinates[axis], Policy("data", pinned, problem.loss), Volume()))
+    if plan.microbatches > 1:
+        rows = problem.local_batches[plan.data_rank(coordinates)]
+        slices: dict[str, Type] = {key: Varying(0, (balanced_sizes(rows, plan.microbatches),)) for key in problem.batch_inputs}
+        policy = Policy("time", {}, problem.loss, slices=slices)
+        steps.append((Axis(TIME, plan.microbatches), microbatch, policy, Volume()))
+    if plan.mesh.size("tp") > 1:
+        fixed: dict[str, Type] = {f"param.{name}": t for name, t in plan.layout.items()}
+        policy = Policy("tensor", fixed, problem.loss, scatter=plan.sequence_parallel)
+        prices = Volume(parameters=True, activations=0.05 if plan.sequence_parallel else 0.0)
+        steps.append((Axis("tp", plan.mesh.size("tp")), coordinates["tp"], policy, prices))
+    for axis, index, policy, prices in steps:
+        placement = place(gm, axis, policy, prices)
+        gm = shard(gm, axis, index, placement.choice, placement.placeholders, placement.outputs, values)
+        check(gm, axis, index, placement.placeholders)
+        placements[axis.name] = placement
+    return Lowered(gm, placements)
+
+
+def emit(problem: Problem, plan: Plan, rank: int, templates: Templates | None = None) -> RankProgram:
+    """The program of `rank`. `templates` may be shared by ranks: what was differentiated for one serves all."""
+    communicator = coordinates_of(plan, rank)
+    with use_communicator(communicator):
+        return _Emission(problem, plan, rank, communicator, templates or Templates(Values())).program()
+
+
+class _Emission:
+    def __init__(self, problem: Problem, plan: Plan, rank: int, communicator: StaticCommunicator, templates: Templates) -> None:
+        self.problem, self.plan, self.rank, self.templates = problem, plan, rank, templates
+        self.coordinates = {k: v for k, v in communicator.indices.items() if k != TIME}
+        self.stage = self.coordinates.get("pp", 0)
+        self.graphs: dict[str, GraphSpec] = {}
+        self.specs: dict[str, TensorSpec] = {}
+        self.transfers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+
+    def program(self) -> RankProgram:
+        rows = self.problem.local_batches[self.plan.data_rank(self.coordinates)]
+        sizes = balanced_sizes(rows, self.plan.microbatches)
+        variants: dict[int, str] = {}
+        for k, size in enumerate(sizes):
+            if size not in variants:
+                variants[size] = "" if not variants else f"_{size}"
+                self.emit_microbatch(k, variants[size], sizes)
+        names = [variants[size] for size in sizes]
+        stage_graph = self.stages[self.stage]
+        parameters = tuple(s for n in stage_graph.graph.nodes if n.op == "placeholder" for s in self._spec(n, "param."))
+        buffers = tuple(s for n in self.problem.graph.graph.nodes if n.op == "placeholder" for s in self._spec(n, "buffer."))
+        outputs = self.outputs()
+        return RankProgram(
+            rank=self.rank,
+            mesh=self.plan.mesh,
+            microbatches=self.plan.microbatches,
+            graphs=self.graphs,
+            schedule=build(self.plan, self.stage, self.step(tuple(names)), outputs, self.neighbours()),
+            parameters=parameters,
+            buffers=buffers,
+            inputs=self.inputs(),
+            outputs=outputs,
+            transfers=self.transfers,
+            constants={k: v for k, v in self.problem.constants.items()},
+            training=self.problem.training,
+        )
+
+    def emit_microbatch(self, microbatch: int, suffix: str, sizes: Sequence[int]) -> None:
+        """The graphs of one micro-batch (all of one size share them)."""
+        first = microbatch == 0
+        values = self.templates.values
+        self.lowered = lower(self.problem, self.plan, self.coordinates, values, microbatch)
+        self.assign_stages(self.lowered.graph)
+        stages = split_stages(self.lowered.graph, self.plan.stages)
+        if first:
+            self.stages = stages
+        gm = stages[self.stage]
+        self.note_transfers(gm, range(len(sizes)) if first else [k for k, n in enumerate(sizes) if n == sizes[microbatch]])
+        if self.plan.microbatches > 1:
+            prologue, gm = split_prologue(gm)
+            if prologue is not None and first:
+                self.add("prologue", differentiate(prologue, {}, self.templates))
+        gm = self.gather(gm)
+        roots = {key: "input" for key, _ in named_results(gm) if key.startswith("act.")}
+        if self.problem.loss and self.problem.training:
+            roots[self.problem.loss] = "one"
+        joint = differentiate(gm, roots if self.problem.training and self.problem.loss else {}, self.templates)
+        forward, backward = partition(joint)
+        self.add("forward" + suffix, bucket(forward, values))
+        if backward.meta["outputs"]:
+            self.add("backward" + suffix, bucket(backward, values))
+
+    def note_transfers(self, gm: fx.GraphModule, microbatches: Iterable[int]) -> None:
+        """Shapes of what crosses stage borders."""
+        nodes = [(n.meta["key"], n) for n in gm.graph.nodes if n.op == "placeholder" and n.meta["key"].startswith("act.")]
+        nodes += [(k, n) for k, n in named_results(gm) if k.startswith("act.")]
+        for key, node in nodes:
+            fact = (tuple(node.meta["val"].shape), node.meta["val"].dtype)
+            for k in microbatches:
+                self.transfers[f"{key}[{k}]"] = self.transfers[f"grad.{key}[{k}]"] = fact
+
+    def step(self, suffixes: tuple[str, ...]) -> Step:
+        """What the schedule needs to know of this stage."""
+        entering, leaving, entering_gradients, leaving_gradients = crossing(self.stages[self.stage], self.stage)
+        users: dict[str, list[int]] = {}
+        for k, gm in enumerate(self.stages):
+            for n in gm.graph.nodes:
+                if n.op == "placeholder" and n.meta["key"].startswith("param."):
+                    users.setdefault(n.meta["key"], []).append(k)
+        parameters = {k: s for k, s in self.specs.items() if k.startswith("param.")}
+        backward = self.graphs.get("backward")
+        given = {k.removeprefix("grad.") for k in backward.outputs} if backward else set()
+        gradients = {k: (parameters[k], self.reduced_axes(k), tuple(users[k])) for k in reversed(parameters) if k in given}
+        loss = self.problem.loss
+        home = dict(named_results(self.lowered.graph)).get(loss) if loss else None
+        return Step(
+            suffixes,
+            frozenset(self.graphs),
+            entering,
+            leaving,
+            entering_gradients,
+            leaving_gradients,
+            parameters,
+            gradients,
+            loss,
+            self.pending(home) if home is not None else (),
+        )
+
+    def neighbours(self) -> tuple[int, int]:
+        """Ranks of the stages before and after, at the same coordinates otherwise."""
+        at = dict(self.coordinates)
+        ranks = []
+        for k in (self.stage - 1, self.stage + 1):
+            ranks.append(self.plan.mesh.rank({**at, "pp": k}) if 0 <= k < self.plan.stages else -1)
+        return ranks[0], ranks[1]
+
+    def add(self, name: str, gm: fx.GraphModule) -> None:
+        keys = tuple(n.meta["key"] for n in gm.graph.nodes if n.op == "placeholder")
+        self.graphs[name] = GraphSpec(gm, keys, gm.meta["outputs"])
+
+    def assign_stages(self, gm: fx.GraphModule) -> None:
+        for node in gm.graph.nodes:
+            if node.op == "placeholder" and node.meta["key"].startswith("param."):
+                node.meta["stage"] = self.plan.stage_of.get(node.meta["key"].removeprefix("param."), 0)
+
+    def gather(self, gm: fx.GraphModule) -> fx.GraphModule:
+        """ZeRO-3: parameters enter as shards."""
+        if self.plan.zero < 3 or self.plan.mesh.size("dp_shard") == 1:
+            return gm
+        axis = Axis("dp_shard", self.plan.mesh.size("dp_shard"))
+        cuts = {}
+        for node in gm.graph.nodes:
+            if node.op == "placeholder" and node.meta["key"].startswith("param."):
+                cut = zero_cut(tuple(node.meta["val"].shape), axis.size)
+                if cut is not None:
+                    cuts[node.meta["key"]] = cut
+        return gather_parameters(gm, axis, self.coordinates["dp_shard"], cuts, self.templates.values)
+
+    def _spec(self, node: fx.Node, prefix: str) -> list[TensorSpec]:
+        key = node.meta["key"]
+        if not key.startswith(prefix):
+            return []
+        name = key.removeprefix(prefix)
+        if key not in self.specs:
+            self.specs[key] = self._make_spec(name, key, node)
+        return [self.specs[key]]
+
+    def _make_spec(self, name: str, key: str, node: fx.Node) -> TensorSpec:
+        whole = self.original(key).meta["val"]
+        parameter = key.startswith("param.")
+        cuts: list[Cut] = []
+        gathered: tuple[str, ...] = ()
+        types = node.meta.get("types", {})
+        for axis, type_ in types.items():
+            if axis != TIME and isinstance(type_, Varying) and axis not in ("dp_shard", "dp_replicate"):
+                cuts.append(Cut(axis, type_.dim, type_.sections))
+        if parameter and self.plan.zero and self.plan.mesh.size("dp_shard") > 1:
+            shape = list(whole.shape)
+            for cut in cuts:
+                shape[cut.dim] = sum(section[self.coordinates[cut.axis]] for section in cut.sections)
+            own = zero_cut(tuple(shape), self.plan.mesh.size("dp_shard"))
+            if own is not None:
+                cuts.append(Cut("dp_shard", own.dim, own.sections))
+                gathered = ("dp_shard",) if self.plan.zero < 3 else ()
+        cut_axes = {c.axis for c in cuts}
+        return TensorSpec(
+            name=name,
+            shape=tuple(whole.shape),
+            dtype=whole.dtype,
+            cuts=tuple(cuts),
+            gathered=gathered,
+            replicated=tuple(a for a in self.plan.mesh.axes if a not in cut_axes and a != "pp"),
+            aliases=self.problem.aliases.get(name, ()),
+            trainable=bool(node.meta.get("grad")),
+            persistent=parameter or name in self.problem.persistent,
+        )
+
+    def original(self, key: str) -> fx.Node:
+        if not hasattr(self, "_originals"):
+            self._originals = {n.meta["key"]: n for n in self.problem.graph.graph.nodes if n.op == "placeholder"}
+        return self._originals[key]
+
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """The call's inputs as this rank gets them: its data share of the batch, whole on the other axes."""
+        cuts = data_sections(self.plan, self.problem.local_batches, self.coordinates)
+        specs = []
+        for key, node in ((n.meta["key"], n) for n in self.problem.graph.graph.nodes if n.op == "placeholder"):
+            if key.startswith("input."):
+                path = tuple(Cut(a, 0, cuts[a]) for a in self.plan.data_axes) if key in self.problem.batch_inputs else ()
+                specs.append(InputSpec(key, tuple(node.meta["val"].shape), node.meta["val"].dtype, path))
+        return tuple(specs)
+
+    def pending(self, node: fx.Node) -> tuple[str, ...]:
+        """Axes over which a value is still to be summed."""
+        return tuple(a for a, t in node.meta["types"].items() if isinstance(t, Partial) and a != TIME)
+
+    def outputs(self) -> tuple[OutputSpec, ...]:
+        specs = []
+        stage_of = {key: k for k, gm in enumerate(self.stages) for key in gm.meta["outputs"]}
+        wholes = dict(named_results(self.problem.graph))
+        for key, node in named_results(self.lowered.graph):
+            types: Mapping[str, Type] = node.meta["types"]
+            cuts = tuple(Cut(a, t.dim, t.sections) for a, t in types.items() if isinstance(t, Varying))
+            time = types.get(TIME, I)
+            how = "sum" if isinstance(time, Partial) else "cat" if isinstance(time, Varying) else "last"
+            value = wholes[key].meta["val"]
+            specs.append(OutputSpec(key, tuple(value.shape), value.dtype, cuts, stage_of.get(key, 0), how))
+        return tuple(specs)
+
+    def reduced_axes(self, key: str) -> tuple[str, ...]:
+        """Mesh axes over which the gradient of a parameter placeholder is Partial when the backward gives it (under ZeRO-3 the
+        graph has scattered it over dp_shard already)."""
+        node = next(n for n in self.stages[self.stage].graph.nodes if n.op == "placeholder" and n.meta["key"] == key)
+        types: Mapping[str, Type] = node.meta["types"]
+        return tuple(a for a in self.plan.mesh.axes if isinstance(types.get(a), Replicate))
+
+
+__all__ = ["Lowered", "Problem", "emit", "lower"]

@@ -1,0 +1,214 @@
+"""What `torch.export` would change in silence is refused here, and what was captured is compared with the eager model."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from . import torch_compat
+
+TORCH_ROOT = os.path.dirname(torch.__file__) + os.sep
+HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+APPLY = torch.autograd.Function.apply.__func__.__code__
+
+
+class CaptureError(RuntimeError):
+    """The model cannot be captured faithfully: the cause, the source line, and the way out."""
+
+    def __init__(self, cause: str, source: str | None, way_out: str) -> None:
+        self.cause, self.source, self.way_out = cause, source, way_out
+        super().__init__(f"{cause}\n  at {source}\n  {way_out}" if source else f"{cause}\n  {way_out}")
+
+
+def is_user_file(filename: str) -> bool:
+    """True of code that is neither torch's nor this compiler's."""
+    path = os.path.abspath(filename)
+    return not (filename.startswith("<") or path.startswith(TORCH_ROOT) or path.startswith(HERE))
+
+
+def line_of(filename: str, line: int) -> str:
+    return f"{filename}:{line}: {linecache.getline(filename, line).strip()}"
+
+
+def frames_from(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def calling_line() -> str | None:
+    """The innermost user line on the Python stack."""
+    for frame in frames_from(sys._getframe(1)):
+        if is_user_file(frame.f_code.co_filename):
+            return line_of(frame.f_code.co_filename, frame.f_lineno)
+    return None
+
+
+def line_of_traceback(traceback: TracebackType | None) -> str | None:
+    """The innermost user line of a traceback."""
+    found = None
+    while traceback is not None:
+        filename = traceback.tb_frame.f_code.co_filename
+        if is_user_file(filename):
+            found = line_of(filename, traceback.tb_lineno)
+        traceback = traceback.tb_next
+    return found
+
+
+def line_of_stack_trace(stack_trace: str | None) -> str | None:
+    """The innermost user line of a node's `stack_trace`, as `file:line: code`."""
+    lines = (stack_trace or "").splitlines()
+    found = None
+    for k, line in enumerate(lines):
+        text = line.strip()
+        if text.startswith('File "') and ", line " in text:
+            filename, _, rest = text[6:].partition('", line ')
+            number = rest.split(",")[0].split()[0]
+            if is_user_file(filename):
+                code = lines[k + 1].strip() if k + 1 < len(lines) else ""
+                found = f"{filename}:{number}: {code}"
+    return found
+
+
+IN_PLACE_ALLOWED_NAMES = frozenset({"requires_grad_", "retain_grad"})
+HOOKS = frozenset({Tensor.register_hook, Tensor.register_post_accumulate_grad_hook})
+GRADIENT_CALLS = frozenset({torch.autograd.grad, torch.autograd.backward, Tensor.backward})
+
+
+class Watch(TorchFunctionMode):
+    """Active around the model while it is traced: raises CaptureError, with the user's line, for what a trace would lose."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        self._check_function(func)
+        if func in HOOKS:
+            raise CaptureError(
+                f"{func.__name__} in the forward would be lost: hooks on activations are not captured",
+                calling_line(),
+                "write the change of the gradient into the forward (for a factor s: `x * s + (x * (1 - s)).detach()`)",
+            )
+        if func in GRADIENT_CALLS:
+            raise CaptureError(
+                "the forward computes gradients itself", calling_line(), "derivatives inside the forward cannot be captured; give their formula"
+            )
+        name = getattr(func, "__name__", "")
+        if args and isinstance(args[0], Tensor) and _writes(name, args[0]):
+            _check_write(args[0], name)
+        return func(*args, **kwargs)
+
+    def _check_function(self, func: Any) -> None:
+        caller = sys._getframe(2)
+        for frame in frames_from(caller):
+            if frame.f_code is APPLY and not torch_compat.is_registered_autograd(frame.f_locals["cls"]):
+                function = frame.f_locals["cls"]
+                break
+        else:
+            return
+        user = next((f for f in frames_from(frame.f_back) if is_user_file(f.f_code.co_filename)), None)
+        source = line_of(user.f_code.co_filename, user.f_lineno) if user else None
+        if getattr(function, "__module__", "") == "torch.utils.checkpoint":
+            raise CaptureError(
+                "reentrant activation checkpointing cannot be captured",
+                source,
+                "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False); shardwright chooses what to recompute either way",
+            )
+        raise CaptureError(
+            f"the forward uses the custom autograd function {getattr(function, '__qualname__', function)}, whose own backward a trace would lose",
+            source,
+            "write it with ordinary differentiable operations, or register it as a torch.library.custom_op with register_autograd",
+        )
+
+
+def _writes(name: str, tensor: Tensor) -> bool:
+    in_place = name.endswith("_") and not name.endswith("__") and name not in IN_PLACE_ALLOWED_NAMES
+    return in_place or name in ("__setitem__", "__set__", "__iadd__", "__imul__", "__isub__", "__itruediv__")
+
+
+def _check_write(tensor: Tensor, name: str) -> None:
+    if isinstance(tensor, nn.Parameter):
+        raise CaptureError(
+            f"the forward changes a parameter in place ({name})",
+            calling_line(),
+            "keep state that the forward updates in a buffer, or update the parameter outside the forward",
+        )
+    if tensor.requires_grad and not torch.is_grad_enabled() and name != "__set__":
+        raise CaptureError(
+            f"a tensor that carries a gradient is changed in place under no_grad ({name})",
+            calling_line(),
+            "its gradient would be cut in the captured graph; compute a new tensor instead",
+        )
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse, before tracing, what hangs on the model and would be lost.
+
+    Raises CaptureError for compiled modules, backward hooks on modules and gradient hooks on parameters.
+    """
+    for name, module in model.named_modules():
+        label = f"module {name!r}" if name else "the model"
+        if torch_compat.is_compiled(module):
+            raise CaptureError(
+                f"{label} is already compiled by torch.compile", None, "pass the original model, and compile the result of auto_parallelize"
+            )
+        if torch_compat.backward_hooks(module):
+            raise CaptureError(f"{label} has a backward hook, which a captured graph would not call", None, "remove the hook (handle.remove())")
+    for name, parameter in model.named_parameters():
+        if torch_compat.tensor_hooks(parameter):
+            raise CaptureError(
+                f"parameter {name!r} has a gradient hook, which its shards would not call",
+                None,
+                "remove the hook and change the gradients between backward and optimizer.step",
+            )
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise CaptureError(f"parameter {name!r} has no shape yet", None, "run the lazy modules once before capture")
+
+
+def check_autograd_graph(outputs: list[Tensor]) -> None:
+    """Refuse custom autograd functions that `Watch` could not see, because they call no torch operation in their forward."""
+    seen = set()
+    stack = [t.grad_fn for t in outputs if t.grad_fn is not None]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction) and not torch_compat.is_registered_autograd(type(node)):
+            raise CaptureError(
+                f"the forward uses a custom autograd function ({node.name()}), whose own backward a trace would lose",
+                None,
+                "write it with ordinary differentiable operations, or register it as a torch.library.custom_op with register_autograd",
+            )
+        stack.extend(parent for parent, _ in node.next_functions)
+
+
+def check_static(graph: fx.GraphModule) -> None:
+    """Refuse graphs in which a number or a shape depends on data. Raises CaptureError at the first such node."""
+    for module in graph.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                values = node.meta.get("val")
+                values = values if isinstance(values, tuple | list) else [values]
+                if any(_is_symbolic(v) for v in values):
+                    raise data_dependent(line_of_stack_trace(node.meta.get("stack_trace")) or str(node.target))
+
+
+def _is_symbolic(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return any(isinstance(s, torch.SymInt) for s in value.shape)
+    return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
+def data_dependent(source: str | None) -> CaptureError:
+    return CaptureError(
+        "a number, a branch or a shape depends on the values of tensors",
+        source,
+        "keep it a tensor computation: torch.where instead of `if`, a 0-dim tensor instead of .item(), a mask instead of boolean indexing",
+    )

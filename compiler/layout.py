@@ -1,0 +1,75 @@
+"""Decide what a plan leaves open and later shapes must keep: where each parameter lives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import fx
+
+from ..passes.graph_tools import Values, metas
+from ..passes.ops import use_communicator
+from ..passes.types import Type
+from .emit import Problem, coordinates_of, lower
+from .plan import Plan
+
+
+def with_layout(problem: Problem, plan: Plan) -> Plan:
+    """The plan with `layout` (tp) and `stage_of` (pp) filled in. Rank 0's coordinates stand for all."""
+    if plan.mesh.size("pp") > 1 and not plan.stage_of:
+        plan = replace(plan, stage_of=stages_of_parameters(problem.graph, plan.stages))
+    if plan.mesh.size("tp") > 1 and not plan.layout:
+        communicator = coordinates_of(plan, 0)
+        with use_communicator(communicator):
+            lowered = lower(problem, plan, communicator.indices, Values())
+        found: dict[str, Type] = {}
+        for key, type_ in lowered.placements["tp"].placeholders.items():
+            if key.startswith("param."):
+                found[key.removeprefix("param.")] = type_
+        plan = replace(plan, layout=found)
+    return plan
+
+
+def stages_of_parameters(gm: fx.GraphModule, stages: int) -> dict[str, int]:
+    """The stage of each parameter: cuts where few bytes cross, work balanced."""
+    nodes = [n for n in gm.graph.nodes if n.op == "call_function"]
+    position = {n: i for i, n in enumerate(nodes)}
+    crossing = [0.0] * (len(nodes) + 1)
+    for node in nodes:
+        if not node.meta.get("grad"):
+            continue
+        last = max((position[u] for u in node.users if u in position), default=position[node])
+        size = float(sum(_bytes(m.shape) * m.dtype.itemsize for m in metas(node)))
+        for at in range(position[node] + 1, last + 1):
+            crossing[at] += size
+    inner = [c for c in crossing[1:-1] if c > 0]
+    least = min(inner) if inner else 0.0
+    borders = [0, *(i for i in range(1, len(nodes)) if 0 < crossing[i] <= 1.01 * least), len(nodes)]
+    if len(borders) - 1 < stages:
+        borders = list(range(len(nodes) + 1))
+    from .stages import cut_stages
+
+    costs = [sum(work(n) for n in nodes[a:b]) for a, b in zip(borders, borders[1:], strict=False)]
+    cuts = cut_stages(costs, [crossing[b] for b in borders[1:-1]], stages)
+    starts = [borders[c] for c in cuts]
+    stage_at = [sum(i >= s for s in starts) for i in range(len(nodes))]
+    found: dict[str, int] = {}
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" and node.meta["key"].startswith("param."):
+            uses = [position[u] for u in node.users if u in position]
+            found[node.meta["key"].removeprefix("param.")] = stage_at[min(uses)] if uses else 0
+    return found
+
+
+def _bytes(shape: tuple[int, ...]) -> int:
+    n = 1
+    for s in shape:
+        n *= s
+    return n
+
+
+def work(node: fx.Node) -> float:
+    """A node's share of a step, up to a constant: FLOPs of products, elements of everything else."""
+    from .cost import op_flops
+
+    operands = [m for s in node.all_input_nodes if not isinstance(s.meta["val"], tuple | list) for m in metas(s)]
+    return float(op_flops(node.target, operands, metas(node))) + float(sum(_bytes(m.shape) for m in metas(node)))

@@ -1,0 +1,270 @@
+"""Choose the strategy of every node along one axis: builds the assignment problem from a graph, and reads the answer.
+
+Nodes at the same position of identical blocks (meta["blocks"] of the graph) are one decision; costs count them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from torch import fx
+
+from ..passes.convert import exists, is_free
+from ..passes.graph_tools import is_getitem, metas, op_call, where
+from ..passes.rules.base import (
+    Axis,
+    OpCall,
+    Strategy,
+    TensorMeta,
+    find_rule,
+    strategies,
+)
+from ..passes.shard import ShardingError
+from ..passes.splits import Cuts, Site, Value, spread
+from ..passes.types import I, Partial, R, Type, Varying, even_sections
+from .assign import AssignError, Problem, Solution, Use, solve
+from .assign import Value as AssignValue
+from .prices import Prices
+
+Role = Literal["data", "time", "tensor"]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What is fixed before the search along an axis.
+
+    role            "data": parameters stay whole and the batch is sharded. "time": the same over micro-batches, where nothing
+                    can be communicated inside. "tensor": parameters may be sharded.
+    pinned          types of placeholders by key
+    loss            key of the loss, which may leave as P
+    scatter         tensor axis: activations may be reduce-scattered (sequence parallelism)
+    slices          time axis: the one way each batch input may be sliced
+    """
+
+    role: Role
+    pinned: Mapping[str, Type] = field(default_factory=dict)
+    loss: str | None = None
+    scatter: bool = False
+    slices: Mapping[str, Type] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The strategies of a graph along one axis, as passes.shard takes them."""
+
+    axis: Axis
+    choice: Mapping[str, Strategy]
+    placeholders: Mapping[str, Type]
+    outputs: Mapping[int, Type]
+    cost: float
+    bound: float
+
+
+def place(gm: fx.GraphModule, axis: Axis, policy: Policy, prices: Prices) -> Placement:
+    """The cheapest placement of `gm` along `axis`. Raises ShardingError naming the node where none exists."""
+    builder = _Builder(gm, axis, policy, prices)
+    builder.read()
+    problem = builder.problem()
+    try:
+        solution = solve(problem)
+    except AssignError as error:
+        raise builder.explain(error) from error
+    return builder.placement(solution)
+
+
+@dataclass
+class _Decision:
+    """One node, standing for `count` nodes at the same place of identical blocks."""
+
+    name: str
+    node: fx.Node
+    options: list[Strategy]
+    count: int = 1
+    values: tuple[Value, ...] = ()
+    operands: tuple[Value, ...] = ()
+    call: OpCall | None = None
+
+
+class _Builder:
+    def __init__(self, gm: fx.GraphModule, axis: Axis, policy: Policy, prices: Prices) -> None:
+        self.gm, self.axis, self.policy, self.prices = gm, axis, policy, prices
+        self.decisions: dict[str, _Decision] = {}
+        self.meta: dict[Value, TensorMeta] = {}
+        self.twins: Mapping[str, str] = gm.meta.get("twins", {})  # node name -> name of the first node at its place
+        self.output = next(n for n in gm.graph.nodes if n.op == "output")
+
+    def first(self, node: fx.Node) -> str:
+        return self.twins.get(node.name, node.name)
+
+    def value_of(self, node: fx.Node) -> Value:
+        if is_getitem(node):
+            return self.first(node.args[0]), int(node.args[1])  # type: ignore[arg-type]
+        return self.first(node), 0
+
+    def read(self) -> None:
+        """Decisions with their options, from the rules."""
+        given: dict[Value, Varying] = {}
+        sites: list[Site] = []
+        for node in self.gm.graph.nodes:
+            name = self.first(node)
+            if node.op == "output" or is_getitem(node):
+                continue
+            if name in self.decisions:
+                self.decisions[name].count += 1
+                continue
+            for k, m in enumerate(metas(node)):
+                self.meta[name, k] = m
+            decision = _Decision(name, node, [], values=tuple((name, k) for k in range(len(metas(node)))))
+            self.decisions[name] = decision
+            if node.op == "placeholder":
+                pinned = self.policy.pinned.get(node.meta["key"]) or self.policy.slices.get(node.meta["key"])
+                if isinstance(pinned, Varying):
+                    given[name, 0] = pinned
+                continue
+            decision.call, sources = op_call(node)
+            decision.operands = tuple(self.value_of(s) for s in sources)
+            sites.append(Site(decision.call, find_rule(decision.call, self.axis), decision.operands, decision.values))
+        cuts = spread(sites, self.axis, Cuts(given))
+        for site in sites:
+            decision = self.decisions[site.results[0][0]]
+            decision.options = self._options(site, cuts)
+        for decision in self.decisions.values():
+            if decision.node.op == "placeholder":
+                decision.options = [Strategy(str(t), (), (t,)) for t in self._placeholder_types(decision, cuts)]
+
+    def _options(self, site: Site, cuts: Cuts) -> list[Strategy]:
+        assert site.call is not None
+        seen: dict[Any, Strategy] = {}
+        for s in strategies(site.call, self.axis, cuts.of(site), site.rule):
+            ins = tuple(self._canonical(t, m.grad) for t, m in zip(s.ins, site.call.operands, strict=True))
+            outs = tuple(self._canonical(t, m.grad) for t, m in zip(s.outs, site.call.results, strict=True))
+            seen.setdefault((ins, outs), s)
+        return list(seen.values())
+
+    @staticmethod
+    def _canonical(type_: Type, grad: bool) -> Type:
+        return I if type_ == R and not grad else type_
+
+    def _placeholder_types(self, decision: _Decision, cuts: Cuts) -> list[Type]:
+        node = decision.node
+        key, meta = node.meta["key"], metas(node)[0]
+        if key in self.policy.pinned:
+            return [self.policy.pinned[key]]
+        if not key.startswith("param."):
+            return [I]
+        whole: Type = R if meta.grad else I
+        if self.policy.role != "tensor":
+            return [whole]
+        types: list[Type] = [I] if whole == I else [I, R]
+        for dim, size in enumerate(meta.shape):
+            if size >= self.axis.size > 1:
+                types.append(Varying(dim, even_sections(size, self.axis.size)))
+            for sections in cuts.known.get(((decision.name, 0), dim), ()):
+                if all(sum(column) for column in zip(*sections, strict=True)):
+                    types.append(Varying(dim, sections))
+        return types
+
+    def problem(self) -> Problem:
+        self.order = list(self.decisions.values())
+        self.index = {d.name: i for i, d in enumerate(self.order)}
+        costs = [np.array([self._option_cost(d, s) for s in d.options], dtype=float) * d.count for d in self.order]
+        uses: dict[Value, list[tuple[int, list[Type]]]] = {}
+        for d in self.order:
+            for k, value in enumerate(d.operands):
+                grad = self.meta[value].grad
+                uses.setdefault(value, []).append((self.index[d.name], [self._canonical(s.ins[k], grad) for s in d.options]))
+        self.exits: list[tuple[int, Value]] = []
+        for k, result in enumerate(self.output.args[0]):  # type: ignore[arg-type]
+            value = self.value_of(result)  # type: ignore[arg-type]
+            types = self._output_types(k, value)
+            self.exits.append((len(costs), value))
+            uses.setdefault(value, []).append((len(costs), types))
+            costs.append(np.zeros(len(types)))
+        self.exit_types = {node: dict(uses[value])[node] for node, value in self.exits}
+        values = tuple(self._assign_value(value, found) for value, found in uses.items())
+        return Problem(tuple(costs), values)
+
+    def _output_types(self, k: int, value: Value) -> list[Type]:
+        """How an output may leave: I; V as it was made; P for the loss, which the schedule reduces."""
+        key, meta = self.gm.meta["outputs"][k], self.meta[value]
+        if key.startswith("buffer."):
+            return [I]
+        produced = {s.outs[value[1]] for s in self.decisions[value[0]].options}
+        types: list[Type] = [I]
+        if key == self.policy.loss:
+            types.append(Partial())
+        elif meta.shape:
+            types += sorted((t for t in produced if isinstance(t, Varying)), key=str)
+        return types
+
+    def _assign_value(self, value: Value, uses: list[tuple[int, list[Type]]]) -> AssignValue:
+        meta = self.meta[value]
+        d = self.decisions[value[0]]
+        produced = [self._canonical(s.outs[value[1]], meta.grad) for s in d.options]
+        ids: dict[Type, int] = {}
+        for t in (*produced, *(t for _, types in uses for t in types)):
+            ids.setdefault(t, len(ids))
+        types = list(ids)
+        conversion = np.full((len(types), len(types)), np.inf)
+        for i, a in enumerate(types):
+            for j, b in enumerate(types):
+                if is_free(a, b, meta.grad):
+                    conversion[i, j] = 0.0
+                elif exists(a, b, meta.grad) and self._allowed(a, b, meta, d):
+                    conversion[i, j] = self.prices.conversion(a, b, meta, self.axis) * d.count
+        return AssignValue(
+            self.index[d.name],
+            tuple(ids[t] for t in produced),
+            conversion,
+            tuple(Use(node, tuple(ids[t] for t in needed)) for node, needed in uses),
+        )
+
+    def _allowed(self, a: Type, b: Type, meta: TensorMeta, d: _Decision) -> bool:
+        """Conversions that the axis can make: over time only slices of what is known before the step."""
+        if self.policy.role == "time":
+            if d.node.op == "placeholder":
+                return b == self.policy.slices.get(d.node.meta["key"])
+            return a == I and isinstance(b, Varying)
+        if self.policy.role == "tensor" and not self.policy.scatter and isinstance(a, Partial) and isinstance(b, Varying):
+            return False
+        return True
+
+    def _option_cost(self, d: _Decision, s: Strategy) -> float:
+        if d.node.op == "placeholder":
+            return self.prices.placeholder(s.outs[0], metas(d.node)[0], self.axis)
+        assert d.call is not None
+        from_parameters = tuple(self._is_parameter(v) for v in d.operands)
+        return self.prices.node(d.call, s, self.axis, from_parameters)
+
+    def _is_parameter(self, value: Value) -> bool:
+        """True when a value is a parameter, or a view or cast of one."""
+        d = self.decisions[value[0]]
+        while d.node.op != "placeholder":
+            if len(d.operands) != 1 or d.call is None or d.call.results[0].shape and len(d.call.results) != 1:
+                return False
+            d = self.decisions[d.operands[0][0]]
+        return d.node.meta["key"].startswith("param.")
+
+    def explain(self, error: AssignError) -> ShardingError:
+        names = [where(self.order[i].node) for i in error.nodes if i < len(self.order)][:4]
+        if self.policy.role == "time":
+            return ShardingError(
+                "the batch cannot be cut into micro-batches: an op couples samples of different micro-batches, at "
+                + ("; ".join(names) or "an output")
+                + ". Use microbatches=1."
+            )
+        return ShardingError(f"no placement over axis {self.axis.name!r} exists: {error}; at " + "; ".join(names))
+
+    def placement(self, solution: Solution) -> Placement:
+        chosen = {d.name: d.options[solution.choice[i]] for i, d in enumerate(self.order)}
+        choice, placeholders = {}, {}
+        for node in self.gm.graph.nodes:
+            if node.op == "placeholder":
+                placeholders[node.meta["key"]] = chosen[self.first(node)].outs[0]
+            elif node.op != "output" and not is_getitem(node):
+                choice[node.name] = chosen[self.first(node)]
+        outputs = {k: self.exit_types[node][solution.choice[node]] for k, (node, _) in enumerate(self.exits)}
+        return Placement(self.axis, choice, placeholders, outputs, solution.cost, solution.bound)

@@ -1,0 +1,120 @@
+"""A plan: every decision that turns a model into programs. Data, hashable by content, and JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..passes.types import I, P, R, Type, Varying
+from ..runtime.program import Mesh
+
+DATA_AXES = ("dp_replicate", "dp_shard")
+
+
+def encode_type(type_: Type) -> Any:
+    return [type_.dim, type_.sections] if isinstance(type_, Varying) else str(type_)
+
+
+def decode_type(value: Any) -> Type:
+    if isinstance(value, str):
+        return {"I": I, "R": R, "P": P}[value]
+    dim, sections = value
+    return Varying(int(dim), tuple(tuple(int(n) for n in s) for s in sections))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a plan is expected to cost: seconds a step, bytes a rank at the peak, bytes received a rank and step by axis."""
+
+    step_seconds: float
+    peak_bytes: float
+    traffic: Mapping[str, float] = field(default_factory=dict)
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A plan that lost, and why."""
+
+    name: str
+    step_seconds: float
+    peak_bytes: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """mesh             axes of more than one rank, major first, of pp, dp_replicate, dp_shard, tp
+    zero             0 to 3
+    layout           parameter -> its type over "tp" before ZeRO; "I" where absent
+    stage_of         parameter -> its first pipeline stage
+    microbatches     micro-batches of one data rank's batch
+    """
+
+    mesh: Mesh
+    zero: int = 0
+    sequence_parallel: bool = False
+    schedule: str = "1f1b"
+    microbatches: int = 1
+    layout: Mapping[str, Type] = field(default_factory=dict)
+    stage_of: Mapping[str, int] = field(default_factory=dict)
+    device: str = "cpu"
+    predicted: Prediction | None = None
+    alternatives: tuple[Alternative, ...] = ()
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def data_axes(self) -> tuple[str, ...]:
+        return tuple(a for a in self.mesh.axes if a in DATA_AXES)
+
+    @property
+    def data_size(self) -> int:
+        n = 1
+        for axis in self.data_axes:
+            n *= self.mesh.size(axis)
+        return n
+
+    @property
+    def stages(self) -> int:
+        return self.mesh.size("pp")
+
+    def data_rank(self, coordinates: Mapping[str, int]) -> int:
+        rank = 0
+        for axis in self.data_axes:
+            rank = rank * self.mesh.size(axis) + coordinates[axis]
+        return rank
+
+    def to_json(self) -> str:
+        data = asdict(self)
+        data["layout"] = {k: encode_type(t) for k, t in sorted(self.layout.items())}
+        return json.dumps(data, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        data = json.loads(text)
+        mesh = Mesh(tuple(data["mesh"]["axes"]), tuple(data["mesh"]["sizes"]))
+        predicted = data["predicted"]
+        return cls(
+            mesh=mesh,
+            zero=data["zero"],
+            sequence_parallel=data["sequence_parallel"],
+            schedule=data["schedule"],
+            microbatches=data["microbatches"],
+            layout={k: decode_type(t) for k, t in data["layout"].items()},
+            stage_of=data["stage_of"],
+            device=data["device"],
+            predicted=Prediction(**predicted) if predicted else None,
+            alternatives=tuple(Alternative(**a) for a in data["alternatives"]),
+            reasons=tuple(data["reasons"]),
+        )
+
+    @property
+    def hash(self) -> str:
+        """Of the decisions alone: equal plans emit equal programs."""
+        data = json.loads(self.to_json())
+        for soft in ("predicted", "alternatives", "reasons"):
+            del data[soft]
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,84 @@
+"""Every private torch name the project uses, each with the public route it waits for. Imports nothing of the project."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+def fake_mode() -> FakeTensorMode:
+    """A new mode of tensors that have shapes and no storage. Waits for: a public `torch.fake_mode`."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def swap_state(
+    module: torch.nn.Module, replace: Callable[[str, torch.Tensor], torch.Tensor]
+) -> Callable[[], None]:
+    """Replace every parameter and buffer of `module` by `replace(qualified name, it)`; the result undoes it.
+
+    Tied tensors must be kept tied by `replace`. Waits for: `torch.func.functional_call` to be traced by `torch.export`
+    with the tensors' own names in the signature.
+    """
+    undo: list[tuple[dict[str, Any], str, Any]] = []
+    for prefix, child in module.named_modules():
+        for owner in (child._parameters, child._buffers):
+            for name, value in owner.items():
+                if value is not None:
+                    undo.append((owner, name, value))
+                    owner[name] = replace(f"{prefix}.{name}" if prefix else name, value)
+
+    def restore() -> None:
+        for owner, name, value in undo:
+            owner[name] = value
+
+    return restore
+
+
+def backward_hooks(module: torch.nn.Module) -> bool:
+    """Whether full or pre backward hooks are registered on the module itself. Waits for: a public list of hooks."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+def tensor_hooks(tensor: torch.Tensor) -> bool:
+    """Whether gradient hooks are registered on the tensor. Waits for: a public list of hooks."""
+    return bool(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None))
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether the module is the result of `torch.compile` or was compiled in place. Waits for: a public predicate."""
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
+def is_registered_autograd(function: type) -> bool:
+    """Whether an autograd Function was made by `torch.library.register_autograd`. Waits for: a public marker on it."""
+    forward_class = getattr(function, "_forward_cls", function)
+    return getattr(forward_class, "__module__", "") == "torch._library.autograd"
+
+
+def wrapper_tensor(
+    cls: type[torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, requires_grad: bool
+) -> Any:
+    """A `cls` of this metadata without storage, whose ops go to `cls.__torch_dispatch__`.
+
+    Waits for: a public constructor of wrapper subclasses.
+    """
+    return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=requires_grad)
+
+
+def foreach_scale_(tensors: list[torch.Tensor], factor: torch.Tensor) -> None:
+    """Multiply each tensor by the 0-dim `factor`, in place, in few kernels. Waits for: public foreach ops."""
+    torch._foreach_mul_(tensors, factor)
+
+
+def foreach_add_(tensors: list[torch.Tensor], others: list[torch.Tensor]) -> None:
+    """Add to each tensor its other, in place, in few kernels. Waits for: public foreach ops."""
+    torch._foreach_add_(tensors, others)
+
+
+def write_count(tensor: torch.Tensor) -> int:
+    """How often the tensor's memory was written in place, as autograd counts. Waits for: a public version counter."""
+    return tensor._version

@@ -1,0 +1,83 @@
+"""Merge the gathers and reductions of one block's parameters into one collective each.
+
+Requires  a forward or backward graph with raw collectives (passes/partition.py); meta["parameter"] on the gathers of
+          parameters, meta["block"] on nodes.
+Ensures   per axis, block and dtype: one `all_gather_bucket` before the first use, one `reduce_scatter_bucket` after the last
+          gradient; everything else is untouched.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Hashable
+
+from torch import fx
+
+from .graph_tools import Values, call
+from .ops.collectives import ops
+
+
+def bucket(gm: fx.GraphModule, values: Values) -> fx.GraphModule:
+    """Merge in place and return the graph."""
+    for target, merged in (
+        (ops.all_gather.default, ops.all_gather_bucket.default),
+        (ops.reduce_scatter.default, ops.reduce_scatter_bucket.default),
+    ):
+        groups: dict[Hashable, list[fx.Node]] = {}
+        for node in gm.graph.nodes:
+            if node.op == "call_function" and node.target is target and node.meta.get("parameter"):
+                key = (node.args[1], node.meta.get("block"), node.meta["val"].dtype)
+                groups.setdefault(key, []).append(node)
+        for nodes in groups.values():
+            if len(nodes) > 1:
+                _merge(gm.graph, nodes, merged, values)
+    gm.graph.lint()
+    return gm
+
+
+def _merge(graph: fx.Graph, nodes: list[fx.Node], merged: object, values: Values) -> None:
+    gather = merged is ops.all_gather_bucket.default
+    position = {n: i for i, n in enumerate(graph.nodes)}
+    nodes = sorted(nodes, key=position.__getitem__)
+    axis = nodes[0].args[1]
+    dims = [n.args[2] for n in nodes]
+    counts = [len(n.args[3]) for n in nodes]  # type: ignore[arg-type]
+    sizes = [s for n in nodes for s in n.args[3]]  # type: ignore[union-attr]
+    sources = [n.args[0] for n in nodes]
+    place = graph.inserting_before(nodes[0]) if gather else graph.inserting_after(nodes[-1])
+    if gather:
+        _hoist(sources, nodes[0], position)
+    with place:
+        made = call(graph, values, merged, (sources, axis, dims, counts, sizes))
+    made.meta.update({k: v for k, v in nodes[0].meta.items() if k not in ("val",)})
+    after = made
+    for k, node in enumerate(nodes):
+        with graph.inserting_after(after):
+            item = call(graph, values, operator.getitem, (made, k))
+        item.meta.update({f: v for f, v in node.meta.items() if f != "val"})
+        item.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(item)
+        after = item
+    users = set()
+    for node in nodes:
+        graph.erase_node(node)
+    if not gather:
+        _sink(graph, made, after, users)
+
+
+def _hoist(sources: list[fx.Node], first: fx.Node, position: dict[fx.Node, int]) -> None:
+    """Parameter shards are placeholders, so every source already stands before the first gather."""
+    late = [s.name for s in sources if position[s] > position[first]]
+    if late:
+        raise RuntimeError(f"parameters {late} are computed after the first gather of their block")
+
+
+def _sink(graph: fx.Graph, made: fx.Node, last: fx.Node, moved: set[fx.Node]) -> None:
+    """Uses of a reduced gradient that stood before the merged reduction move behind it."""
+    position = {n: i for i, n in enumerate(graph.nodes)}
+    stack = [u for item in made.users for u in item.users if u.op != "output" and position[u] < position[last]]
+    for user in sorted(stack, key=position.__getitem__):
+        if user not in moved:
+            moved.add(user)
+            last.append(user)
+            last = user

@@ -1,0 +1,193 @@
+"""What every pass needs of fx graphs: op calls of nodes, values of new nodes, copying with facts."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from ..compiler.torch_compat import FakeTensor, fake_mode
+from .convert import convert
+from .ops.collectives import NAMESPACE, StaticCommunicator, current_communicator
+from .rules.base import OpCall, Operand, TensorMeta
+
+COPIED_FACTS = ("source", "module", "block", "stage", "key", "grad", "parameter")
+
+
+def is_tensor_node(value: Any) -> bool:
+    return isinstance(value, fx.Node)
+
+
+def metas(node: fx.Node) -> tuple[TensorMeta, ...]:
+    """The tensors a node gives: one, or several for a tuple."""
+    value = node.meta["val"]
+    grad = bool(node.meta.get("grad", False))
+    values = value if isinstance(value, tuple | list) else (value,)
+    return tuple(TensorMeta(tuple(v.shape), v.dtype, grad and v.dtype.is_floating_point) for v in values)
+
+
+def map_operands(value: Any, visit: Callable[[Any], Any]) -> Any:
+    """`value` with every fx.Node or Operand in it replaced by visit(it)."""
+    if isinstance(value, fx.Node | Operand):
+        return visit(value)
+    if isinstance(value, tuple | list):
+        return type(value)(map_operands(v, visit) for v in value)
+    if isinstance(value, dict):
+        return {k: map_operands(v, visit) for k, v in value.items()}
+    return value
+
+
+def op_call(node: fx.Node) -> tuple[OpCall, tuple[fx.Node, ...]]:
+    """A call_function node as the rules see it, and the nodes behind its operands (a node used twice comes twice)."""
+    found: list[fx.Node] = []
+
+    def visit(n: fx.Node) -> Operand:
+        found.append(n)
+        return Operand(len(found) - 1)
+
+    args = map_operands(tuple(node.args), visit)
+    kwargs = map_operands(dict(node.kwargs), visit)
+    operands = tuple(metas(n)[0] if not isinstance(n.meta["val"], tuple | list) else None for n in found)
+    call = OpCall(node.target, args, kwargs, operands, metas(node))  # type: ignore[arg-type]
+    return call, tuple(found)
+
+
+def is_getitem(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is operator.getitem
+
+
+def place_operands(value: Any, nodes: tuple[fx.Node, ...]) -> Any:
+    return map_operands(value, lambda o: nodes[o.index] if isinstance(o, Operand) else o)
+
+
+class Values:
+    """Values of nodes as fake tensors, each distinct op call computed once."""
+
+    def __init__(self) -> None:
+        self.mode = fake_mode()
+        self._known: dict[Any, Any] = {}
+
+    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        key = ("tensor", tuple(shape), dtype)
+        if key not in self._known:
+            with self.mode:
+                self._known[key] = torch.empty(shape, dtype=dtype)
+        return self._known[key]
+
+    def fresh(self, value: torch.Tensor, *, contiguous: bool = False) -> torch.Tensor:
+        """A tensor like `value` that is no other node's: tracing tells tensors apart by identity."""
+        with self.mode:
+            if contiguous:
+                return torch.empty(value.shape, dtype=value.dtype)
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+
+    def like(self, value: Any) -> Any:
+        """The same tensor (or tuple of them) in this object's mode."""
+        if isinstance(value, tuple | list):
+            return tuple(self.like(v) for v in value)
+        key = ("like", tuple(value.shape), tuple(value.stride()), value.dtype)
+        if key not in self._known:
+            with self.mode:
+                self._known[key] = torch.empty_strided(key[1], key[2], dtype=value.dtype)
+        return self._known[key]
+
+    def of(self, target: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """The value of calling `target`; nodes among the arguments stand for their meta["val"]."""
+        if target is operator.getitem:
+            return args[0].meta["val"][args[1]]
+        key = (target, describe(args), describe(dict(kwargs)), standing(target))
+        if key not in self._known:
+            real = map_operands((args, dict(kwargs)), lambda n: n.meta["val"])
+            with self.mode, torch.no_grad():
+                result = target(*real[0], **real[1])
+            self._known[key] = tuple(result) if isinstance(result, tuple | list) else result
+        return self._known[key]
+
+
+def standing(target: Any) -> Any:
+    """The rank's coordinates, for ops whose result depends on them; None for the others."""
+    if target is convert or (isinstance(target, OpOverload) and target.namespace == NAMESPACE):
+        here = current_communicator()
+        if isinstance(here, StaticCommunicator):
+            return tuple(here.sizes.items()), tuple(here.indices.items())
+    return None
+
+
+def describe(value: Any) -> Any:
+    """A hashable description of arguments: nodes by the shape, strides and dtype of their value."""
+    if isinstance(value, fx.Node):
+        return describe(value.meta["val"])
+    if isinstance(value, torch.Tensor | FakeTensor):
+        return ("t", tuple(value.shape), tuple(value.stride()), value.dtype)
+    if isinstance(value, tuple | list):
+        return (type(value).__name__, *(describe(v) for v in value))
+    if isinstance(value, dict):
+        return tuple((k, describe(v)) for k, v in sorted(value.items()))
+    return (type(value).__name__, value)
+
+
+def copy_facts(source: fx.Node, target: fx.Node) -> fx.Node:
+    for fact in COPIED_FACTS:
+        if fact in source.meta:
+            target.meta[fact] = source.meta[fact]
+    target.meta["types"] = dict(source.meta.get("types", {}))
+    target.meta["calls"] = dict(source.meta.get("calls", {}))
+    return target
+
+
+def call(graph: fx.Graph, values: Values, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> fx.Node:
+    """A new call_function node with its value."""
+    node = graph.call_function(target, args, dict(kwargs or {}))
+    node.meta["val"] = values.of(target, node.args, node.kwargs)
+    return node
+
+
+def where(node: fx.Node) -> str:
+    """A node's place, for error messages."""
+    source = node.meta.get("source")
+    module = node.meta.get("module")
+    place = f"node {node.name!r} ({node.target})"
+    if module:
+        place += f" in module {module!r}"
+    return f"{place}, {source}" if source else place
+
+
+def extract(gm: fx.GraphModule, results: Sequence[tuple[str, fx.Node]], given: Mapping[fx.Node, str]) -> fx.GraphModule:
+    """The part of a graph that computes `results` (key, node), taking the nodes in `given` as placeholders of the given keys."""
+    needed: set[fx.Node] = set()
+    stack = [n for _, n in results]
+    while stack:
+        n = stack.pop()
+        if n not in needed:
+            needed.add(n)
+            if n not in given:
+                stack.extend(n.all_input_nodes)
+    graph = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+    for n in gm.graph.nodes:
+        if n in needed and (n.op == "placeholder" or n in given):
+            new[n] = graph.placeholder(n.name)
+            new[n].meta = dict(n.meta)
+            new[n].meta["key"] = given.get(n) or n.meta["key"]
+    for n in gm.graph.nodes:
+        if n in needed and n not in new:
+            new[n] = graph.node_copy(n, lambda old: new[old])
+            new[n].meta = dict(n.meta)
+    graph.output(tuple(new[n] for _, n in results))
+    made = fx.GraphModule(torch.nn.Module(), graph)
+    made.meta.update(gm.meta)
+    made.meta["outputs"] = tuple(key for key, _ in results)
+    return made
+
+
+def output_node(gm: fx.GraphModule) -> fx.Node:
+    return next(n for n in gm.graph.nodes if n.op == "output")
+
+
+def named_results(gm: fx.GraphModule) -> list[tuple[str, fx.Node]]:
+    """(key, node) of every output."""
+    return list(zip(gm.meta["outputs"], output_node(gm).args[0], strict=True))  # type: ignore[arg-type]

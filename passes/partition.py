@@ -1,0 +1,86 @@
+"""Cut a joint graph into the forward and the backward, deciding what the forward keeps.
+
+Requires  a joint graph (passes/differentiate.py): meta["phase"], placeholder keys, meta["outputs"].
+Ensures   the forward's outputs are the joint's and then `saved.*`; the backward's inputs are `saved.*`, the placeholders it
+          needs again and `grad.*` seeds, its outputs the gradients. What the backward can rebuild for nothing, views above
+          all, is rebuilt from what is kept anyway; a gathered parameter is gathered again (ZeRO-3 would otherwise keep it).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from .graph_tools import extract, named_results
+from .ops.collectives import ops
+
+aten = torch.ops.aten
+
+VIEWS = frozenset(
+    {
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.t.default,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.expand.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.squeeze.default,
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.detach.default,
+        aten.alias.default,
+        aten.as_strided.default,
+    }
+)
+
+
+def partition(joint: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """(forward, backward). With no gradient among the outputs the backward has neither inputs nor outputs."""
+    results = named_results(joint)
+    values = [(k, n) for k, n in results if not k.startswith("grad.")]
+    gradients = [(k, n) for k, n in results if k.startswith("grad.")]
+    saved = {n: f"saved.{n.name}" for n in _choose_saved(_ancestors([n for _, n in gradients]))}
+    forward = extract(joint, [*values, *((key, n) for n, key in saved.items())], {})
+    return forward, extract(joint, gradients, saved)
+
+
+def _ancestors(roots: list[fx.Node]) -> set[fx.Node]:
+    """Backward nodes the gradients need, and the forward values these use directly."""
+    found: set[fx.Node] = set()
+    stack = [r for r in roots if isinstance(r, fx.Node)]
+    while stack:
+        n = stack.pop()
+        if n in found:
+            continue
+        found.add(n)
+        if n.meta["phase"] == "backward":
+            stack.extend(n.all_input_nodes)
+    return found
+
+
+def _bytes(node: fx.Node) -> int:
+    value = node.meta["val"]
+    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
+
+
+def _choose_saved(needed: set[fx.Node]) -> list[fx.Node]:
+    """The forward values to keep; what else the backward uses follows from these and the placeholders by views and gathers."""
+    wanted = sorted((n for n in needed if n.meta["phase"] == "forward" and n.op == "call_function"), key=lambda n: n.name)
+    saved: dict[fx.Node, None] = {}
+    for node in wanted:
+        base = _base(node)
+        if base.op == "placeholder":
+            continue
+        # A view keeps its storage alive anyway: keep the base itself, unless the view is a small part of it.
+        saved[base if base in needed or _bytes(base) <= _bytes(node) else node] = None
+    return list(saved)
+
+
+def _base(node: fx.Node) -> fx.Node:
+    """What a value is a view or a gather of."""
+    while node.op == "call_function" and (node.target in VIEWS or (node.meta.get("parameter") and node.target is ops.all_gather.default)):
+        node = node.all_input_nodes[0]
+    return node

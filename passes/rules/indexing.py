@@ -1,0 +1,88 @@
+"""Lookups by index tensors: embedding, gather, index, scatter."""
+
+from __future__ import annotations
+
+import torch
+
+from ..ops import embedding as _ops  # noqa: F401  (defines the op)
+from ..types import P, R, Sections, Varying, flatten_sections
+from .base import Axis, Factor, OpCall, Rule, Slot, Strategy, rule_for
+
+aten = torch.ops.aten
+ours = torch.ops.shardwright
+
+
+@rule_for(aten.embedding.default)
+def embedding(call: OpCall, axis: Axis) -> Rule | None:
+    """weight[v, h] at ids[...]: dims of ids and h map; v sums, each rank giving zeros for rows it does not hold."""
+    if call.arg(4, "sparse", False) or call.arg(3, "scale_grad_by_freq", False):
+        return None
+    (rows, width), ids = call.operands[0].shape, call.operands[1].shape
+    n = len(ids)
+    factors = [Factor(f"i{d}", s, (None, Slot(d)), (Slot(d),)) for d, s in enumerate(ids) if s > 1]
+    factors.append(Factor("h", width, (Slot(1), None), (Slot(n),)))
+    factors.append(Factor("v", rows, (Slot(0), None), (None,), "sum"))
+    return Rule(tuple(factors), linear=(frozenset({0}),), swap={"v": _embedding_shard})
+
+
+def _embedding_shard(call: OpCall, axis: Axis, strategy: Strategy, cut: Sections) -> Strategy | None:
+    weight = strategy.ins[0]
+    assert isinstance(weight, Varying)
+    args = (call.args[0], call.args[1], call.arg(2, "padding_idx", -1), axis.name, flatten_sections(weight.sections))
+    return Strategy("v", (weight, R), (P,), ours.embedding_shard.default, args, {})
+
+
+@rule_for(aten.gather.default)
+def gather(call: OpCall, axis: Axis) -> Rule:
+    """out[i, j] = x[i, index[i, j]] for dim 1: dims other than `dim` map where both are equally long; index's dim maps."""
+    shape, index = call.operands[0].shape, call.operands[1].shape
+    dim = call.arg(1, "dim") % len(shape) if shape else 0
+    factors = [
+        Factor(f"d{d}", s, (Slot(d), Slot(d)), (Slot(d),)) for d, s in enumerate(index) if d != dim and s > 1 and shape[d] == s
+    ]
+    if index and index[dim] > 1:
+        factors.append(Factor("i", index[dim], (None, Slot(dim)), (Slot(dim),)))
+    return Rule(tuple(factors), linear=(frozenset({0}),))
+
+
+@rule_for(aten.index_select.default)
+def index_select(call: OpCall, axis: Axis) -> Rule:
+    shape = call.operands[0].shape
+    dim = call.arg(1, "dim") % len(shape)
+    factors = [Factor(f"d{d}", s, (Slot(d), None), (Slot(d),)) for d, s in enumerate(shape) if d != dim and s > 1]
+    factors.append(Factor("i", call.operands[1].shape[0], (None, Slot(0)), (Slot(dim),)))
+    return Rule(tuple(factors), linear=(frozenset({0}),))
+
+
+@rule_for(aten.index.Tensor)
+def index(call: OpCall, axis: Axis) -> Rule | None:
+    """x[i0, :, i1]: dims of x that are not indexed map, and so do the dims of the index tensors, broadcast together.
+
+    The indexed dims of the result stand where the first index stands when the indices are adjacent, and in front otherwise.
+    """
+    shape, indices = call.operands[0].shape, list(call.arg(1, "indices"))
+    if any(m.dtype == torch.bool for m in call.operands[1:]):
+        return None
+    where = [d for d, i in enumerate(indices) if i is not None]
+    if not where:
+        return None
+    tensors = [call.operands[indices[d].index].shape for d in where]
+    spread = torch.broadcast_shapes(*tensors)
+    adjacent = where == list(range(where[0], where[0] + len(where)))
+    start = where[0] if adjacent else 0
+    n = len(call.operands)
+    factors = []
+    for b, size in enumerate(spread):
+        if size > 1:
+            slots: list[Slot | None] = [None] * n
+            for d, s in zip(where, tensors, strict=True):
+                own = b - (len(spread) - len(s))
+                if own >= 0 and s[own] == size:
+                    slots[indices[d].index] = Slot(own)
+            factors.append(Factor(f"i{b}", size, tuple(slots), (Slot(start + b),)))
+    free = [d for d in range(len(shape)) if d not in where]
+    for k, d in enumerate(free):
+        after = k if adjacent and d < start else k + len(spread)
+        if shape[d] > 1:
+            factors.append(Factor(f"d{d}", shape[d], (Slot(d), *([None] * (n - 1))), (Slot(after),)))
+    return Rule(tuple(factors), linear=(frozenset({0}),))

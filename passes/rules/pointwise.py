@@ -1,0 +1,95 @@
+"""Elementwise ops: every dim maps; operands broadcast from the right."""
+
+from __future__ import annotations
+
+import torch
+
+from ..ops import random  # noqa: F401  (defines the op)
+from ..types import Sections, Varying, flatten_sections
+from .base import Axis, Factor, OpCall, Rule, Slot, Strategy, rule_for
+
+aten = torch.ops.aten
+ours = torch.ops.shardwright
+
+# Operands that an op is linear in together (a set), the other operands being coefficients.
+LINEAR = {
+    aten.add.Tensor: (frozenset({0, 1}),),
+    aten.sub.Tensor: (frozenset({0, 1}),),
+    aten.neg.default: (frozenset({0}),),
+    aten.mul.Tensor: (frozenset({0}), frozenset({1})),
+    aten.mul.Scalar: (frozenset({0}),),
+    aten.div.Tensor: (frozenset({0}),),
+    aten.div.Scalar: (frozenset({0}),),
+    aten._to_copy.default: (frozenset({0}),),
+    aten.clone.default: (frozenset({0}),),
+}
+
+
+@rule_for(
+    aten._to_copy.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.copy.default,
+    aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor,
+    aten.fill.Scalar,
+    aten.fill.Tensor,
+)
+def pointwise(call: OpCall, axis: Axis) -> Rule | None:
+    if len(call.results) != 1:
+        return None
+    result = call.results[0].shape
+    factors = []
+    for dim, size in enumerate(result):
+        if size <= 1:
+            continue
+        slots = []
+        for meta in call.operands:
+            own = dim - (len(result) - len(meta.shape))
+            slots.append(Slot(own) if own >= 0 and meta.shape[own] == size else None)
+        factors.append(Factor(f"d{dim}", size, tuple(slots), (Slot(dim),)))
+    return Rule(tuple(factors), linear=linear_sets(call))
+
+
+def linear_sets(call: OpCall) -> tuple[frozenset[int], ...]:
+    if not call.results[0].dtype.is_floating_point:
+        return ()
+    if call.target is aten.where.self:
+        return (frozenset({1, 2}),) if len(call.operands) == 3 else ()
+    found = LINEAR.get(call.target, ())
+    if call.target in (aten.add.Tensor, aten.sub.Tensor) and len(call.operands) == 1:
+        return ()  # a scalar term makes it affine
+    if call.target is aten.div.Tensor and call.operand_of(0) is None:
+        return ()
+    return tuple(s for s in found if max(s) < len(call.operands))
+
+
+def _sharded_dropout(call: OpCall, axis: Axis, strategy: Strategy, cut: Sections) -> Strategy | None:
+    """Dropout draws by global index, so a shard's op carries the cut it belongs to."""
+    return append_cut(call, axis, strategy)
+
+
+def append_cut(call: OpCall, axis: Axis, strategy: Strategy) -> Strategy:
+    """`dropout` or `dropout_shard` with one more cut, over `axis`."""
+    cut = strategy.outs[0]
+    assert isinstance(cut, Varying)
+    sizes = flatten_sections(cut.sections)
+    if call.target is ours.dropout.default:
+        args = (*call.args, list(call.results[0].shape), [axis.name], [cut.dim], [len(sizes)], sizes)
+    else:
+        *head, shape, axes, dims, counts, old = call.args
+        args = (*head, shape, [*axes, axis.name], [*dims, cut.dim], [*counts, len(sizes)], [*old, *sizes])
+    return Strategy(strategy.label, strategy.ins, strategy.outs, ours.dropout_shard.default, args, call.kwargs)
+
+
+@rule_for(ours.dropout.default, ours.dropout_shard.default)
+def dropout(call: OpCall, axis: Axis) -> Rule | None:
+    """x maps on every dim; the seed is common."""
+    x = call.operands[0].shape
+    seed = len(call.operands) - 1
+    factors = tuple(Factor(f"d{dim}", size, (Slot(dim), *([None] * seed)), (Slot(dim),)) for dim, size in enumerate(x) if size > 1)
+    return Rule(factors, linear=(frozenset({0}),), swap={f.name: _sharded_dropout for f in factors})

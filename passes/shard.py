@@ -1,0 +1,138 @@
+"""Lower a graph along one mesh axis: from what all ranks compute together to what one index of the axis runs.
+
+Requires  every node's value in meta["val"]; a strategy for every call of an op; types for the placeholders.
+Ensures   the new graph runs on local tensors; where the type a value has is not the one a use needs there is a
+          `convert` node, one for each (value, type); meta["types"][axis] and meta["calls"][axis] say what was done,
+          for the checker; local shapes agree with the types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx
+
+from .convert import convert, exists, is_free
+from .graph_tools import (
+    Values,
+    call,
+    copy_facts,
+    is_getitem,
+    metas,
+    op_call,
+    place_operands,
+    where,
+)
+from .rules.base import Axis, Strategy, localize
+from .types import I, Type, local_shape
+
+
+class ShardingError(ValueError):
+    """A strategy that cannot be applied: names the node, its source line, the axis and the types."""
+
+
+def shard(
+    gm: fx.GraphModule,
+    axis: Axis,
+    index: int,
+    choice: Mapping[str, Strategy],
+    placeholders: Mapping[str, Type],
+    outputs: Mapping[int, Type],
+    values: Values,
+) -> fx.GraphModule:
+    """The graph of rank `index` of `axis`.
+
+    choice          node name -> strategy, for every call_function but getitem
+    placeholders    program key -> type; Invariant where absent
+    outputs         position among the outputs -> the type it must leave with; as it comes where absent
+    """
+    lowering = _Lowering(gm, axis, index, values)
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            lowering.placeholder(node, placeholders.get(node.meta["key"], I))
+        elif node.op == "output":
+            lowering.output(node, outputs)
+        elif is_getitem(node):
+            lowering.getitem(node)
+        else:
+            lowering.op(node, choice[node.name])
+    result = fx.GraphModule(gm, lowering.graph)
+    result.meta.update(gm.meta)
+    return result
+
+
+class _Lowering:
+    def __init__(self, gm: fx.GraphModule, axis: Axis, index: int, values: Values) -> None:
+        self.axis, self.index, self.values = axis, index, values
+        self.graph = fx.Graph()
+        self.new: dict[fx.Node, fx.Node] = {}
+        self.converted: dict[tuple[fx.Node, Type], fx.Node] = {}
+
+    def type_of(self, node: fx.Node) -> Any:
+        return node.meta["types"][self.axis.name]
+
+    def placeholder(self, node: fx.Node, type_: Type) -> None:
+        made = copy_facts(node, self.graph.placeholder(node.name))
+        (meta,) = metas(node)
+        shape = local_shape(meta.shape, type_, self.index)
+        made.meta["val"] = self.values.like(node.meta["val"]) if shape == meta.shape else self.values.tensor(shape, meta.dtype)
+        made.meta["types"][self.axis.name] = type_
+        self.new[node] = made
+
+    def getitem(self, node: fx.Node) -> None:
+        source, k = node.args
+        made = copy_facts(node, call(self.graph, self.values, node.target, (self.new[source], k)))  # type: ignore[index]
+        made.meta["types"][self.axis.name] = self.type_of(self.new[source])[k]  # type: ignore[index]
+        self.new[node] = made
+
+    def op(self, node: fx.Node, strategy: Strategy) -> None:
+        op, sources = op_call(node)
+        operands = tuple(self.as_type(self.new[s], t, node) for s, t in zip(sources, strategy.ins, strict=True))
+        target, args, kwargs = localize(op, strategy, self.index)
+        made = call(self.graph, self.values, target, place_operands(args, operands), place_operands(kwargs, operands))
+        made.name = node.name
+        copy_facts(node, made)
+        made.meta["types"][self.axis.name] = strategy.outs if isinstance(node.meta["val"], tuple | list) else strategy.outs[0]
+        made.meta["calls"][self.axis.name] = (op, strategy)
+        self.new[node] = made
+        self.check_shapes(node, made, strategy)
+
+    def check_shapes(self, node: fx.Node, made: fx.Node, strategy: Strategy) -> None:
+        for before, after, type_ in zip(metas(node), metas(made), strategy.outs, strict=True):
+            expected = local_shape(before.shape, type_, self.index)
+            if after.shape != expected:
+                raise ShardingError(
+                    f"{where(node)}: under strategy {strategy.label!r} over axis {self.axis.name!r} the local result has shape "
+                    f"{after.shape}, where {type_} of {before.shape} is {expected}; the sharding rule of the op is wrong"
+                )
+
+    def as_type(self, node: fx.Node, needed: Type, user: fx.Node) -> fx.Node:
+        """`node`, converted where its type is another."""
+        have = self.type_of(node)
+        grad = bool(node.meta.get("grad"))
+        if is_free(have, needed, grad):
+            return node
+        if not exists(have, needed, grad):
+            raise ShardingError(
+                f"{where(user)} needs {needed} over axis {self.axis.name!r} of a value that is {have} ({where(node)}): "
+                f"there is no conversion {have} -> {needed}"
+            )
+        if (node, needed) not in self.converted:
+            made = call(self.graph, self.values, convert, (node, self.axis.name, have, needed))
+            copy_facts(node, made)
+            made.meta.pop("key", None)
+            made.meta["types"][self.axis.name] = needed
+            made.meta["calls"] = {}
+            if node.meta.get("block") != user.meta.get("block") and node.op == "placeholder":
+                made.meta["block"] = user.meta.get("block")
+                made.meta["module"] = user.meta.get("module")
+            self.converted[node, needed] = made
+        return self.converted[node, needed]
+
+    def output(self, node: fx.Node, needed: Mapping[int, Type]) -> None:
+        results = [self.new[n] for n in node.args[0]]  # type: ignore[union-attr]
+        for k, type_ in needed.items():
+            results[k] = self.as_type(results[k], type_, node)
+        made = self.graph.output(tuple(results))
+        made.meta.update(node.meta)

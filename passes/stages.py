@@ -1,0 +1,68 @@
+"""Cut a graph into pipeline stages.
+
+Requires  meta["stage"] on the placeholders of parameters (a tied one: its first stage).
+Ensures   one graph for each stage. A value made in one stage and used in a later one leaves every stage on the way as output
+          `act.NAME` and enters the next as a placeholder of that key. What has no stage (masks, positions: no parameter, no
+          gradient) is computed in every stage that needs it, from the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from .convert import convert
+from .graph_tools import extract, named_results
+from .partition import VIEWS
+
+aten = torch.ops.aten
+PARAMETER_VIEWS = VIEWS | {convert, aten._to_copy.default, aten.reshape.default}
+
+
+def split_stages(gm: fx.GraphModule, count: int) -> list[fx.GraphModule]:
+    stage = _assign(gm)
+    last_use: dict[fx.Node, int] = {}
+    for node in gm.graph.nodes:
+        if node in stage:
+            for source in node.all_input_nodes:
+                if source in stage:
+                    last_use[source] = max(last_use.get(source, 0), stage[node])
+    return [_stage_graph(gm, k, stage, last_use) for k in range(count)]
+
+
+def _assign(gm: fx.GraphModule) -> dict[fx.Node, int]:
+    """The stage of every node that belongs to one: the latest of its operands, where a parameter counts as its own stage."""
+    floating: set[fx.Node] = set()  # what any stage can compute again
+    stage: dict[fx.Node, int] = {}
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            if not node.meta["key"].startswith("param."):
+                floating.add(node)
+        elif node.op == "call_function":
+            anywhere = not node.meta.get("grad") and all(s in floating for s in node.all_input_nodes)
+            if anywhere or _is_parameter(node):
+                floating.add(node)
+            else:
+                stage[node] = max((_stage_of(s, stage) for s in node.all_input_nodes), default=0)
+    return stage
+
+
+def _is_parameter(node: fx.Node) -> bool:
+    """A parameter, or a view, cast or conversion of one: each stage that uses it makes its own."""
+    while node.op == "call_function" and len(node.all_input_nodes) == 1 and node.target in PARAMETER_VIEWS:
+        node = node.all_input_nodes[0]
+    return node.op == "placeholder" and node.meta["key"].startswith("param.")
+
+
+def _stage_of(node: fx.Node, stage: dict[fx.Node, int]) -> int:
+    return node.meta.get("stage", 0) if node.op == "placeholder" else stage.get(node, 0)
+
+
+def _stage_graph(gm: fx.GraphModule, k: int, stage: dict[fx.Node, int], last_use: dict[fx.Node, int]) -> fx.GraphModule:
+    entering = [n for n, s in stage.items() if s < k <= last_use.get(n, s)]
+    leaving = [n for n, s in stage.items() if s <= k < last_use.get(n, s)]
+    results: list[tuple[str, fx.Node]] = [(f"act.{n.name}", n) for n in leaving]
+    for key, node in named_results(gm):
+        if stage.get(node, 0) == k:
+            results.append((key, node))
+    return extract(gm, results, {n: f"act.{n.name}" for n in entering})

@@ -1,0 +1,257 @@
+"""Run a rank's program: one step of its schedule over local tensors.
+
+What the schedule means is resolved once, by `plan_steps`; graphs run as the very Python that `emit_python` prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..passes.ops.collectives import join_shards, take_shard, use_communicator
+from .buckets import pack, unpack
+from .communicator import MeshCommunicator
+from .emit_python import GraphFunction, compile_graph
+from .errors import MismatchError, add_place, graph_place
+from .program import Instruction, Key, RankProgram
+from .steps import Join, Step, plan_steps
+
+Gather = Callable[[Instruction], Mapping[Key, Tensor]]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step gives: the model's outputs, the gradients `grad.param.NAME`, and the buffers it changed."""
+
+    outputs: dict[Key, Tensor]
+    gradients: dict[Key, Tensor]
+    buffers: dict[Key, Tensor]
+
+
+class Executor:
+    """A rank's program, ready to run on `device` with its peers reached through `communicator`.
+
+    functions   the graphs as functions of a boxed list, where they are not to be compiled from the program's graphs
+    gather      called for every `gather` instruction: the parameters `instruction.keys`, as the graphs take them
+
+    Raises MismatchError for a schedule that reads what nothing gives.
+    """
+
+    def __init__(
+        self,
+        program: RankProgram,
+        communicator: MeshCommunicator,
+        device: torch.device | str,
+        *,
+        functions: Mapping[str, GraphFunction] | None = None,
+        gather: Gather | None = None,
+    ) -> None:
+        self.program = program
+        self.communicator = communicator
+        self.device = torch.device(device)
+        self.gather = gather
+        self.plan = plan_steps(program)
+        self._constants = {key: value.to(self.device) for key, value in program.constants.items()}
+        self._functions = functions or {name: compile_graph(spec, name, self.device) for name, spec in program.graphs.items()}
+        self._handlers: dict[str, Callable[[Step, list[Any]], None]] = {
+            "run": self._run_graph,
+            "gather": self._gather,
+            "send": self._send,
+            "receive": self._receive,
+            "all_reduce": self._all_reduce,
+            "reduce_scatter": self._reduce_scatter,
+            "broadcast": self._broadcast,
+        }
+
+    def run(
+        self, working: Mapping[Key, Tensor], inputs: Mapping[Key, Tensor], seed: int = 0, *, defer_reduction: bool = False
+    ) -> StepResult:
+        """One step.
+
+        working           `param.*`, `buffer.*` and `const.*` as the graphs take them
+        inputs            `input.*` of this rank's call, all micro-batches together
+        seed              of the step's random ops, equal on all ranks
+        defer_reduction   give the gradients as they are before the schedule's reductions; see `reduce`
+
+        Raises MismatchError for tensors that are missing or that the micro-batches do not cut.
+        """
+        values: list[Any] = [None] * self.plan.slots
+        with torch.no_grad(), self._without_autocast(), use_communicator(self.communicator):
+            self._enter(values, working, inputs, seed)
+            for i, step in enumerate(self.plan.steps):
+                if defer_reduction and step.deferrable:
+                    continue
+                self._take(step, values)
+                for join in self.plan.joins.get(i, ()):
+                    self._join(join, values)
+            self.communicator.position = "the end of the step"
+            self.communicator.flush()
+            self.communicator.position = ""
+        found = self.plan.raw_gradients if defer_reduction else self.plan.gradients
+        return StepResult(
+            outputs={key: values[slot] for key, slot in self.plan.outputs},
+            gradients=_own({key: values[slot] for key, slot in found}, (*working.values(), *inputs.values())),
+            buffers={key: values[slot] for key, slot in self.plan.buffers},
+        )
+
+    def reduce(self, gradients: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+        """What the schedule's reductions make of gradients that were run with `defer_reduction`, and perhaps added up."""
+        values: list[Any] = [None] * self.plan.slots
+        for key, slot in self.plan.raw_gradients:
+            if key not in gradients:
+                raise MismatchError(f"{key!r} is missing among the gradients to reduce")
+            values[slot] = gradients[key]
+        with torch.no_grad(), use_communicator(self.communicator):
+            for step in self.plan.steps:
+                if step.deferrable:
+                    self._take(step, values)
+            self.communicator.position = ""
+        return {key: values[slot] for key, slot in self.plan.gradients}
+
+    def _without_autocast(self) -> AbstractContextManager[Any]:
+        """The graphs say every dtype: an ambient autocast must not change them."""
+        if torch.is_autocast_enabled(self.device.type):
+            return torch.autocast(self.device.type, enabled=False)
+        return nullcontext()
+
+    def _enter(self, values: list[Any], working: Mapping[Key, Tensor], inputs: Mapping[Key, Tensor], seed: int) -> None:
+        for key, slot in self.plan.working:
+            found = working.get(key)
+            if found is None:
+                found = self._constants.get(key)
+            if found is None:
+                raise MismatchError(f"the program needs {key!r}, which it was not given")
+            values[slot] = found
+        if self.plan.seed is not None:
+            values[self.plan.seed] = torch.tensor(seed, dtype=torch.int64, device=self.device)
+        for piece in self.plan.slices:
+            x = inputs.get(piece.key)
+            if x is None:
+                raise MismatchError(f"the program needs {piece.key!r}, which the call did not give")
+            values[piece.whole] = x
+            cut = piece.cut
+            if cut is not None and x.shape[cut.dim] != sum(map(sum, cut.sections)):
+                raise MismatchError(
+                    f"{piece.key!r} has {x.shape[cut.dim]} on dim {cut.dim}; the program's micro-batches take {sum(map(sum, cut.sections))}"
+                )
+            for m, slot in enumerate(piece.parts):
+                if slot is not None:
+                    values[slot] = x if cut is None else take_shard(x, cut.dim, cut.sections, m)
+
+    def _take(self, step: Step, values: list[Any]) -> None:
+        self.communicator.position = step.title
+        try:
+            self._handlers[step.instruction.kind](step, values)
+        except Exception as error:
+            add_place(error, graph_place(error.__traceback__))
+            add_place(error, f"{step.title}, rank {self.program.rank}")
+            raise
+
+    def _run_graph(self, step: Step, values: list[Any]) -> None:
+        self.communicator.microbatch = step.microbatch
+        arguments = [values[slot] for slot in step.reads]
+        for slot in step.dead:
+            values[slot] = None
+        results = list(self._functions[step.instruction.graph](arguments))
+        for i, write in enumerate(step.writes):
+            if write is None:
+                continue
+            value, results[i] = results[i], None
+            held = values[write.slot] if write.add else None
+            if held is None:
+                values[write.slot] = value
+            elif write.first_sum:
+                values[write.slot] = held + value  # `held` may share memory with another value: it is not ours to change
+            else:
+                held.add_(value)
+
+    def _gather(self, step: Step, values: list[Any]) -> None:
+        keys = step.instruction.keys
+        if self.gather is None:
+            raise MismatchError(f"the program gathers {keys[0]!r} and the executor was given no `gather`")
+        found = self.gather(step.instruction)
+        for key, write in zip(keys, step.writes, strict=True):
+            if write is not None:
+                values[write.slot] = found[key]
+
+    def _send(self, step: Step, values: list[Any]) -> None:
+        for slot in step.reads:
+            self.communicator.send(values[slot], step.instruction.peer)
+        for slot in step.dead:
+            values[slot] = None
+
+    def _receive(self, step: Step, values: list[Any]) -> None:
+        for write, shape in zip(step.writes, step.shapes, strict=True):
+            assert shape is not None
+            value = self.communicator.receive(*shape, step.instruction.peer)
+            if write is not None:
+                values[write.slot] = value
+
+    def _operands(self, step: Step, values: list[Any]) -> list[Tensor | None]:
+        found: list[Tensor | None] = []
+        for i, slot in enumerate(step.reads):
+            if slot >= 0:
+                found.append(values[slot])
+            else:
+                shape = step.shapes[i]
+                assert shape is not None
+                found.append(torch.zeros(shape[0], dtype=shape[1], device=self.device))
+        for slot in step.dead:
+            values[slot] = None
+        return found
+
+    def _all_reduce(self, step: Step, values: list[Any]) -> None:
+        operands = self._operands(step, values)
+        shapes = [x.shape for x in operands if x is not None]
+        reduced = unpack(self.communicator.reduce_(pack(operands), step.instruction.axis), shapes)
+        for write, value in zip(step.writes, reduced, strict=True):
+            if write is not None:
+                values[write.slot] = value
+
+    def _reduce_scatter(self, step: Step, values: list[Any]) -> None:
+        layout = step.layout
+        assert layout is not None
+        bucket = layout.pack(self._operands(step, values))
+        shards = layout.unpack(self.communicator.reduce_scatter(bucket, step.instruction.axis))
+        for write, value in zip(step.writes, shards, strict=True):
+            if write is not None:
+                values[write.slot] = value
+
+    def _broadcast(self, step: Step, values: list[Any]) -> None:
+        axis, root = step.instruction.axis, step.instruction.peer
+        for i, write in enumerate(step.writes):
+            shape = step.shapes[i]
+            assert shape is not None
+            x = values[step.reads[i]] if step.reads else torch.empty(shape[0], dtype=shape[1], device=self.device)
+            value = self.communicator.broadcast(x, axis, root)
+            if write is not None:
+                values[write.slot] = value
+        for slot in step.dead:
+            values[slot] = None
+
+    def _join(self, join: Join, values: list[Any]) -> None:
+        parts = [values[slot] for slot in join.parts]
+        for slot in join.parts:
+            values[slot] = None
+        values[join.slot] = join_shards(parts, join.cut.dim, join.cut.sections)
+
+
+def _own(gradients: dict[Key, Tensor], lent: Iterable[Tensor]) -> dict[Key, Tensor]:
+    """The gradients, none sharing memory with another or with what was `lent`: callers scale and clip them in place."""
+    foreign = {x.untyped_storage().data_ptr() for x in lent}
+    taken: dict[int, list[tuple[int, int]]] = {}
+    for key, x in gradients.items():
+        storage, start = x.untyped_storage().data_ptr(), x.storage_offset()
+        end = start + 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+        spans = taken.setdefault(storage, [])
+        overlaps = storage in foreign or end - start < x.numel() or any(start < b and a < end for a, b in spans)
+        if overlaps and x.numel():
+            gradients[key] = x.clone(memory_format=torch.contiguous_format)
+        else:
+            spans.append((start, end))
+    return gradients
