@@ -309,14 +309,14 @@ class _Emission:
 
     def pending(self, node: fx.Node) -> tuple[str, ...]:
         """Axes over which a value is still to be summed."""
-        return tuple(a for a, t in node.meta["types"].items() if isinstance(t, Partial) and a != TIME)
+        return tuple(a for a, t in node.meta.get("types", {}).items() if isinstance(t, Partial) and a != TIME)
 
     def outputs(self) -> tuple[OutputSpec, ...]:
         specs = []
         stage_of = {key: k for k, gm in enumerate(self.stages) for key in gm.meta["outputs"]}
         wholes = dict(named_results(self.problem.graph))
         for key, node in named_results(self.lowered.graph):
-            types: Mapping[str, Type] = node.meta["types"]
+            types: Mapping[str, Type] = node.meta.get("types", {})
             cuts = tuple(Cut(a, t.dim, t.sections) for a, t in types.items() if isinstance(t, Varying))
             time = types.get(TIME, I)
             how = "sum" if isinstance(time, Partial) else "cat" if isinstance(time, Varying) else "last"
@@ -328,7 +328,7 @@ class _Emission:
         """Mesh axes over which the gradient of a parameter placeholder is Partial when the backward gives it (under ZeRO-3 the
         graph has scattered it over dp_shard already)."""
         node = next(n for n in self.stages[self.stage].graph.nodes if n.op == "placeholder" and n.meta["key"] == key)
-        types: Mapping[str, Type] = node.meta["types"]
+        types: Mapping[str, Type] = node.meta.get("types", {})
         return tuple(a for a in self.plan.mesh.axes if isinstance(types.get(a), Replicate))
 
 

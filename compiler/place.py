@@ -228,8 +228,19 @@ class _Builder:
             if d.node.op == "placeholder":
                 return b == self.policy.slices.get(d.node.meta["key"])
             return a == I and isinstance(b, Varying)
-        if self.policy.role == "tensor" and not self.policy.scatter and isinstance(a, Partial) and isinstance(b, Varying):
+        if self.policy.role == "tensor":
+            return self._tensor_axis_makes(a, b, meta)
+        return True
+
+    def _tensor_axis_makes(self, a: Type, b: Type, meta: TensorMeta) -> bool:
+        """Between sharded products an activation is I (tensor parallelism) or cut by its tokens (sequence parallelism): the layouts
+        of Megatron (Shoeybi et al. 2019; Korthikanti et al. 2022). Others move as many bytes and are harder to read."""
+        if isinstance(b, Partial):
             return False
+        if isinstance(a, Partial):
+            tokens = len(meta.shape) - 2
+            scattered = self.policy.scatter and isinstance(b, Varying) and b.dim == tokens and b.is_plain
+            return b == I or scattered
         return True
 
     def _option_cost(self, d: _Decision, s: Strategy) -> float:

@@ -82,3 +82,11 @@ def foreach_add_(tensors: list[torch.Tensor], others: list[torch.Tensor]) -> Non
 def write_count(tensor: torch.Tensor) -> int:
     """How often the tensor's memory was written in place, as autograd counts. Waits for: a public version counter."""
     return tensor._version
+
+
+def is_composite(op: Any) -> bool:
+    """Whether the op is defined by other ops below autograd's sight (CompositeImplicitAutograd).
+
+    Waits for: a public way to ask an OpOverload for its decomposition.
+    """
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")

@@ -11,7 +11,7 @@ need gradients), by make_fx over autograd.grad of the op alone; every other inst
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,19 +60,30 @@ class Templates:
     def traced(self) -> int:
         return len(self.known)
 
-    def of(self, node: fx.Node, wants: tuple[bool, ...], tangents: tuple[bool, ...]) -> Template:
-        """The template of a node's op, with gradients for the operands in `wants` from cotangents of the results in `tangents`."""
-        key = (node.target, describe(node.args), describe(dict(node.kwargs)), standing(node.target), wants, tangents)
+    def of(self, node: fx.Node, inputs: Sequence[Any], wants: tuple[bool, ...], tangents: Sequence[Any]) -> Template:
+        """The template of a node's op.
+
+        inputs      values of its operands as they stand in the graph being made (their strides decide what a view becomes)
+        wants       which operands need a gradient
+        tangents    per result the value of its cotangent, or None where none flows
+        """
+        key = (
+            node.target,
+            tuple(describe(v) for v in inputs),
+            describe(_without_nodes(node)),
+            standing(node.target),
+            wants,
+            tuple(None if t is None else describe(t) for t in tangents),
+        )
         if key not in self.known:
-            self.known[key] = self._trace(node, wants, tangents)
+            self.known[key] = self._trace(node, inputs, wants, tangents)
         return self.known[key]
 
-    def _trace(self, node: fx.Node, wants: tuple[bool, ...], tangents: tuple[bool, ...]) -> Template:
-        op, sources = op_call(node)
-        inputs = [self.values.fresh(s.meta["val"]) for s in sources]
-        results = node.meta["val"]
-        results = results if isinstance(results, tuple | list) else (results,)
-        seeds = [self.values.fresh(r, contiguous=True) for r, t in zip(results, tangents, strict=True) if t]
+    def _trace(self, node: fx.Node, operands: Sequence[Any], wants: tuple[bool, ...], cotangents: Sequence[Any]) -> Template:
+        op, _ = op_call(node)
+        inputs = [self.values.fresh(v) for v in operands]
+        tangents = [t is not None for t in cotangents]
+        seeds = [self.values.fresh(t) for t in cotangents if t is not None]
 
         def run(tensors: list[Any], cotangents: list[Any]) -> tuple[list[Any], list[Any]]:
             with torch.enable_grad():
@@ -90,7 +101,13 @@ class Templates:
                 traced = make_fx(run)(inputs, seeds)
         except Exception as error:
             raise RuntimeError(f"the backward of {where(node)} could not be traced: {error}") from error
-        return _read_template(traced.graph, len(inputs), len(seeds), len(results))
+        return _read_template(traced.graph, len(inputs), len(seeds), len(cotangents))
+
+
+def _without_nodes(node: fx.Node) -> Any:
+    """The static arguments of a call, and where its operands stand among them."""
+    op, _ = op_call(node)
+    return map_operands((op.args, dict(op.kwargs)), lambda o: f"operand {o.index}")
 
 
 _NOTHING = frozenset({aten.detach.default, aten.alias.default})
@@ -214,11 +231,14 @@ class _Joint:
         wants = tuple(flows and s in self.flows and s.meta["val"].dtype.is_floating_point for s in sources)
         used = {u.args[1] for u in node.users if is_getitem(u) and u in self.live} if several else {0}
         tangents = tuple(any(wants) and k in used and r.dtype.is_floating_point for k, r in enumerate(results))
-        template = self.templates.of(node, wants, tangents)
+        # A cotangent is taken to be contiguous until it is known; `_backward_op` looks again.
+        assumed = [self.values.tensor(tuple(r.shape), r.dtype) if t else None for r, t in zip(results, tangents, strict=True)]
+        inputs = [self.new[s].meta["val"] for s in sources]
+        template = self.templates.of(node, inputs, wants, assumed)
         place: dict[fx.Node, Any] = dict(zip(template.tensors, (self.new[s] for s in sources), strict=True))
         self._copy(template, [n for n in template.graph.nodes if n in template.forward], place, node, "forward")
         made = tuple(place[r] if isinstance(r, fx.Node) else r for r in template.results)
-        self.inner[node] = (template, place, wants, tangents)
+        self.inner[node] = (template, place, wants, assumed)
         self.new[node] = made if several else made[0]
         types = node.meta.get("types", {})
         for k, m in enumerate(made):
@@ -293,14 +313,14 @@ class _Joint:
             self._backward_op(node)
 
     def _backward_op(self, node: fx.Node) -> None:
-        template, place, wants, tangents = self.inner[node]
-        cotangents = [self.cotangent(node, k) for k in range(len(tangents))]
+        template, place, wants, assumed = self.inner[node]
+        cotangents = [self.cotangent(node, k) for k in range(len(assumed))]
         if not any(c is not None for c in cotangents):
             return
-        here = tuple(c is not None for c in cotangents)
-        if here != tangents:
-            # Some results got no gradient: the backward is that of the others alone, over the same forward.
-            template, place = self._narrowed(node, wants, here, template, place)
+        here = [None if c is None else c.meta["val"] for c in cotangents]
+        if describe(here) != describe(assumed):
+            # Some results got no gradient, or one with other strides: the same forward, another backward.
+            template, place = self._again(node, wants, here, template, place)
         place = dict(place)
         for tangent, c in zip(template.tangents, (c for c in cotangents if c is not None), strict=True):
             place[tangent] = c
@@ -315,10 +335,11 @@ class _Joint:
                     made.meta["types"] = _gradient_types(source, 0)
                 self.add_cotangent(source, made)
 
-    def _narrowed(
-        self, node: fx.Node, wants: tuple[bool, ...], here: tuple[bool, ...], old: Template, place: dict[fx.Node, Any]
+    def _again(
+        self, node: fx.Node, wants: tuple[bool, ...], cotangents: Sequence[Any], old: Template, place: dict[fx.Node, Any]
     ) -> tuple[Template, dict[fx.Node, Any]]:
-        template = self.templates.of(node, wants, here)
+        _, sources = op_call(node)
+        template = self.templates.of(node, [self.new[s].meta["val"] for s in sources], wants, cotangents)
         matched = dict(zip(template.tensors, (place[t] for t in old.tensors), strict=True))
         olds = [n for n in old.graph.nodes if n in old.forward]
         news = [n for n in template.graph.nodes if n in template.forward]

@@ -62,6 +62,13 @@ class MeshCommunicator(Communicator, Protocol):
     def barrier(self) -> None: ...
 
 
+class KeyStore(Protocol):
+    """What is read of torch.distributed's stores."""
+
+    def check(self, keys: list[str], /) -> bool: ...
+    def get(self, key: str, /) -> bytes: ...
+
+
 @dataclass(frozen=True)
 class AxisGroup:
     """The ranks that an axis joins with this one, by their index on it."""
@@ -107,7 +114,7 @@ class Standing:
     def __init__(self, mesh: Mesh, rank: int) -> None:
         self.mesh = mesh
         self.rank = rank
-        self.microbatch = (0, 1)
+        self.microbatch: tuple[int, int] = (0, 1)
         self.position = ""
         self._axis_groups: dict[str, AxisGroup] = {}
 
@@ -135,7 +142,7 @@ class ProcessGroupCommunicator(Standing):
     """
 
     def __init__(
-        self, mesh: Mesh, rank: int, device: torch.device | str, timeout: float = 300.0, store: dist.Store | None = None
+        self, mesh: Mesh, rank: int, device: torch.device | str, timeout: float = 300.0, store: KeyStore | None = None
     ) -> None:
         super().__init__(mesh, rank)
         if mesh.world_size > 1 and (dist.get_world_size() != mesh.world_size or dist.get_rank() != rank):
@@ -162,7 +169,10 @@ class ProcessGroupCommunicator(Standing):
 
     def _new_group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        return dist.new_group(list(ranks), timeout=timedelta(seconds=self.timeout), backend=backend, use_local_synchronization=True)
+        timeout = timedelta(seconds=self.timeout)
+        group = dist.new_group(list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True)
+        assert isinstance(group, dist.ProcessGroup), "this rank is a member"
+        return group
 
     def _transport(self, group: AxisGroup) -> Transport:
         found = self._transports.get(group.ranks)

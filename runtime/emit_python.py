@@ -167,11 +167,7 @@ def _operator_name(target: Any) -> str:
 def _callee(node: Node) -> str:
     target: Any = node.target
     if isinstance(target, OpOverload):
-        path = ""
-        for part in _op_path(target):
-            plain = part.isidentifier() and not keyword.iskeyword(part)
-            path = (f"{path}.{part}" if path else part) if plain else f"getattr({path}, {part!r})"
-        return path
+        return ".".join(_op_path(target))
     if name := _operator_name(target):
         return f"operator.{name}"
     raise ShardwrightError(

@@ -246,8 +246,8 @@ def _own(gradients: dict[Key, Tensor], lent: Iterable[Tensor]) -> dict[Key, Tens
     foreign = {x.untyped_storage().data_ptr() for x in lent}
     taken: dict[int, list[tuple[int, int]]] = {}
     for key, x in gradients.items():
-        storage, start = x.untyped_storage().data_ptr(), x.storage_offset()
-        end = start + 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+        storage, start = x.untyped_storage().data_ptr(), int(x.storage_offset())
+        end = start + 1 + sum((int(n) - 1) * int(stride) for n, stride in zip(x.shape, x.stride(), strict=True))
         spans = taken.setdefault(storage, [])
         overlaps = storage in foreign or end - start < x.numel() or any(start < b and a < end for a, b in spans)
         if overlaps and x.numel():

@@ -115,7 +115,7 @@ class ShardedTensor(Tensor):
         return made
 
     @property
-    def layout_on_mesh(self) -> Layout:
+    def sharding(self) -> Layout:
         """How the shard lies in the whole. (`layout` is torch's word for strided or sparse.)"""
         return self._layout
 
@@ -273,7 +273,7 @@ def _operand(x: Any, like: ShardedTensor, func: Any) -> Any:
     if isinstance(x, ShardedTensor):
         same = x._layout is like._layout or x._layout == like._layout
         if (same and x.shape == like.shape) or (x.dim() == 0 and not x._layout.cuts):
-            return _checked(x, func)._local
+            return x._local
         raise ShardwrightError(
             f"{func.name()} of tensors that are sharded differently: {list(like.shape)} ({like._layout}) and {list(x.shape)} ({x._layout})"
         )
@@ -297,15 +297,15 @@ def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     sharded = [x for x in (*args, *kwargs.values()) if isinstance(x, ShardedTensor)]
     like = next((x for x in sharded if x.dim()), sharded[0])
     target = kwargs.get("out", args[0] if _in_place(func) else None)
-    if target is not None and not isinstance(target, ShardedTensor):
-        raise refusal(func)
+    if isinstance(target, ShardedTensor) and target.unreduced is not None and _base(func) == "zero_":
+        target.unreduced.zero_()
+        target._local.zero_()
+        return target
+    for x in sharded:
+        _checked(x, func)
     if isinstance(target, ShardedTensor):
-        if target.unreduced is not None and _base(func) == "zero_":
-            target.unreduced.zero_()
-            target._local.zero_()
-            return target
         like = target
-    if target is None and _base(func) == "zero_":
+    elif target is not None:
         raise refusal(func)
     result = func(*(_operand(x, like, func) for x in args), **{k: _operand(x, like, func) for k, x in kwargs.items()})
     if target is not None:
@@ -342,12 +342,14 @@ def _masked_put(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 
 
 def _position(items: Sequence[Any], others: Sequence[Sequence[Any]], i: int) -> ShardedTensor | None:
-    return next((x[i] for x in (items, *others) if i < len(x) and isinstance(x[i], ShardedTensor)), None)
+    return next((x[i] for x in (items, *others) if isinstance(x[i], ShardedTensor)), None)
 
 
 def _per_position(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An op over lists: position i of every list makes one elementwise op. Ordinary tensors may stand at other positions."""
     lists = [x for x in (*args, *kwargs.values()) if isinstance(x, list | tuple) and any(isinstance(t, Tensor) for t in x)]
+    for x in (t for items in lists for t in items if isinstance(t, ShardedTensor)):
+        _checked(x, func)
     likes = [_position(lists[0], lists[1:], i) for i in range(len(lists[0]))]
 
     def local(x: Any) -> Any:

@@ -57,11 +57,11 @@ class Builder:
             return args[0][args[1]] if isinstance(args[0], tuple | list) else self.emit(target, *args)
         full_args, full_kwargs = bind(target, args, kwargs)
         full_args = wrap_dims(target, full_args)
-        if any(isinstance(a, Lazy) for a in _leaves((full_args, full_kwargs))):
+        if any(isinstance(a, Lazy) for a in leaves((full_args, full_kwargs))):
             result = self.rules[Lazy](self, target, full_args, full_kwargs)
             if result is not NotImplemented:
                 return result
-            full_args, full_kwargs = _map((full_args, full_kwargs), self.plain)
+            full_args, full_kwargs = map_leaves((full_args, full_kwargs), self.plain)
         rule = self.rules.get(target)
         if rule is None:
             rule = self.rules.get(None)
@@ -73,8 +73,8 @@ class Builder:
     def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """The call itself, trailing default arguments left out, as a new node with its value."""
         args, kwargs = trim(target, args, kwargs)
-        args = _map(args, self.plain)
-        kwargs = {k: _map(v, self.plain) for k, v in kwargs.items()}
+        args = map_leaves(args, self.plain)
+        kwargs = {k: map_leaves(v, self.plain) for k, v in kwargs.items()}
         name = target._schema.name.split("::")[1] if isinstance(target, OpOverload) else None
         node = self.graph.create_node("call_function", target, args, kwargs, name)
         node.meta["val"] = self._value(target, node)
@@ -97,7 +97,7 @@ class Builder:
             return node.args[0].meta["val"][node.args[1]]  # type: ignore[union-attr]
         key = (target, _describe(node.args), _describe(node.kwargs))
         if key not in self._values:
-            args, kwargs = _map((node.args, node.kwargs), lambda n: n.meta["val"] if isinstance(n, fx.Node) else n)
+            args, kwargs = map_leaves((node.args, node.kwargs), lambda n: n.meta["val"] if isinstance(n, fx.Node) else n)
             if self.mode is None:
                 raise RuntimeError("a graph without inputs cannot be normalized")
             with self.mode, torch.no_grad():
@@ -135,7 +135,10 @@ class Builder:
 
 
 def rewrite(gm: fx.GraphModule, rules: Rules) -> fx.GraphModule:
-    """A new graph in which every call went through `rules` (None -> the rule of ops that have none). `gm` is not changed."""
+    """A new graph in which every call went through `rules` (None -> the rule of ops that have none). `gm` is not changed.
+
+    Calls, and constants of the model (keys "const.*"), that are not used any more are dropped.
+    """
     b = Builder(rules)
     env: dict[fx.Node, Any] = {}
     for node in gm.graph.nodes:
@@ -143,13 +146,16 @@ def rewrite(gm: fx.GraphModule, rules: Rules) -> fx.GraphModule:
         if node.op == "placeholder":
             env[node] = b.placeholder(node)
         elif node.op == "output":
-            b.graph.output(_map(node.args[0], lambda n: b.plain(env[n]) if isinstance(n, fx.Node) else n))
+            b.graph.output(map_leaves(node.args[0], lambda n: b.plain(env[n]) if isinstance(n, fx.Node) else n))
         elif node.op == "call_function":
-            args, kwargs = _map((node.args, node.kwargs), lambda n: env[n] if isinstance(n, fx.Node) else n)
+            args, kwargs = map_leaves((node.args, node.kwargs), lambda n: env[n] if isinstance(n, fx.Node) else n)
             env[node] = b(node.target, *args, **kwargs)
         else:
             raise RuntimeError(f"a captured graph has calls of functions alone, not {node.op} ({node.name})")
     b.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
+    for node in b.graph.find_nodes(op="placeholder"):
+        if not node.users and str(node.meta.get("key")).startswith("const."):
+            b.graph.erase_node(node)
     return fx.GraphModule(torch.nn.Module(), b.graph)
 
 
@@ -250,20 +256,21 @@ def _same(a: Any, b: Any) -> bool:
     return a == b
 
 
-def _map(value: Any, visit: Callable[[Any], Any]) -> Any:
+def map_leaves(value: Any, visit: Callable[[Any], Any]) -> Any:
+    """A tree of tuples, lists and dicts with each leaf replaced by visit(it)."""
     if isinstance(value, tuple | list):
-        return type(value)(_map(v, visit) for v in value) if type(value) in (tuple, list) else [_map(v, visit) for v in value]
+        return type(value)(map_leaves(v, visit) for v in value) if type(value) in (tuple, list) else [map_leaves(v, visit) for v in value]
     if isinstance(value, dict):
-        return {k: _map(v, visit) for k, v in value.items()}
+        return {k: map_leaves(v, visit) for k, v in value.items()}
     return visit(value)
 
 
-def _leaves(value: Any) -> Iterator[Any]:
+def leaves(value: Any) -> Iterator[Any]:
     if isinstance(value, tuple | list):
         for v in value:
-            yield from _leaves(v)
+            yield from leaves(v)
     elif isinstance(value, dict):
-        yield from _leaves(tuple(value.values()))
+        yield from leaves(tuple(value.values()))
     else:
         yield value
 

@@ -60,6 +60,8 @@ def linear_sets(call: OpCall) -> tuple[frozenset[int], ...]:
         return ()
     if call.target is aten.where.self:
         return (frozenset({1, 2}),) if len(call.operands) == 3 else ()
+    if call.target is aten._to_copy.default and call.results[0].dtype.itemsize < call.operands[0].dtype.itemsize:
+        return ()  # the sum would be made of rounded terms
     found = LINEAR.get(call.target, ())
     if call.target in (aten.add.Tensor, aten.sub.Tensor) and len(call.operands) == 1:
         return ()  # a scalar term makes it affine

@@ -25,7 +25,7 @@ from shardwright.runtime.program import Mesh
 
 def main(rank: int, path: str) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(path, 4)
+    store = dist.FileStore(path, 4)  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=4, timeout=timedelta(seconds=60))
     communicator = ProcessGroupCommunicator(Mesh(("dp", "tp"), (2, 2)), rank, "cpu", timeout=60, store=store if rank else None)
     check_all(communicator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -20,7 +21,7 @@ def graph(inputs: Sequence[str], outputs: Sequence[str], body: Callable[..., Seq
     g = Graph()
     places = [g.placeholder(key.replace(".", "_")) for key in inputs]
 
-    def call(op: Callable, *args: object, **meta: object) -> Node:
+    def call(op: Callable, *args: Any, **meta: object) -> Node:
         node = g.call_function(op, args)
         node.meta.update(meta)
         return node
@@ -42,7 +43,8 @@ def reference(w1: torch.Tensor, w2: torch.Tensor, x: torch.Tensor) -> tuple[torc
     """Loss and gradients on one device."""
     w1, w2 = w1.detach().clone().requires_grad_(), w2.detach().clone().requires_grad_()
     loss = mlp_loss(w1, w2, x)
-    return loss.detach(), *torch.autograd.grad(loss, (w1, w2))
+    g1, g2 = torch.autograd.grad(loss, (w1, w2))
+    return loss.detach(), g1, g2
 
 
 def weights(hidden: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

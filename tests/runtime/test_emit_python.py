@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import operator
 import os
 import socket
 import subprocess
@@ -61,7 +62,7 @@ def test_facts_beside_each_line() -> None:
     def body(call, x):
         a, b = torch.empty(3, 4, dtype=torch.bfloat16), torch.empty(2, dtype=torch.int64)
         pair = call(aten.max.dim, x, 1, val=(a, b), types={"dp": ("V(0)", "R"), "tp": "I"})
-        return [call(__import__("operator").getitem, pair, 0, val=a)]
+        return [call(operator.getitem, pair, 0, val=a)]
 
     text = graph_text(graph(["input.x"], ["out.y"], body), "g")
     assert "max_dim = aten.max.dim(input_x, 1); del input_x  # (bf16[3, 4], i64[2]) | dp:(V(0), R) tp:I\n" in text
@@ -79,29 +80,29 @@ def test_arguments_of_every_kind() -> None:
     """Python's own and torch's values, nested, and names that are no identifiers or clash with what the text uses."""
 
     def body(call, aten_, torch_):
-        full = call(aten.full.default, [2, 3], float("-inf"), dtype=torch.float64)
-        nan = call(aten.full.default, [2, 3], float("nan"), torch.float32, torch.strided, torch.device("cpu"), False)
+        full = call(aten.full.default, [2, 3], float("-inf"))
+        nan = call(aten.full.default, [2, 3], float("nan"))
+        nan.kwargs = {"dtype": torch.float32, "layout": torch.strided, "device": torch.device("cpu"), "pin_memory": False}
         c = call(aten.mul.Scalar, call(aten.full.default, [1], complex(1, -2)), complex(0.0, float("inf")))
         z = call(aten.index.Tensor, aten_, [None, call(aten.arange.default, 2)])
         y = call(aten.cat.default, [call(aten.to.dtype, torch_, torch.float32), z], 1)
         k = call(aten.clone.default, y)
         k.kwargs = {"memory_format": torch.contiguous_format}
-        s = call(__import__("operator").getitem, k, (slice(None, -1, 2), ...))
+        s = call(operator.getitem, k, (slice(None, -1, 2), ...))
         whole = call(aten.sum.dim_IntList, k, None)
-        random = call(getattr(aten.random, "from"), call(aten.full.default, [4], 0), 3, None)
-        return [full, nan, c, y, s, whole, random, None]
+        return [full, nan, c, y, s, whole, None]
 
-    spec = graph(["aten", "torch"], [f"out.{i}" for i in range(8)], body)
+    spec = graph(["aten", "torch"], [f"out.{i}" for i in range(7)], body)
     for node, name in zip(
         list(spec.graph.graph.nodes), ("aten", "torch", "inf", "device", "class_", "args", "constants"), strict=False
     ):
         node.name = name
-    full, nan, c, y, s, whole, random, none = run(spec, torch.ones(2, 2), torch.ones(2, 1, dtype=torch.int64))
-    assert full.dtype == torch.float64 or torch.equal(full, torch.full((2, 3), float("-inf")))
+    full, nan, c, y, s, whole, none = run(spec, torch.ones(2, 2), torch.ones(2, 1, dtype=torch.int64))
+    assert torch.equal(full, torch.full((2, 3), float("-inf")))
     assert nan.isnan().all() and nan.shape == (2, 3)
     assert c.is_complex() and not torch.isfinite(c.real).any()
     assert torch.equal(y, torch.ones(2, 3)) and torch.equal(s, torch.ones(1, 3)) and whole == 6
-    assert (random >= 3).all() and none is None
+    assert none is None
 
 
 def test_inputs_and_values_that_nobody_reads() -> None:
@@ -133,7 +134,7 @@ def test_what_cannot_be_written_is_refused_by_name() -> None:
     with pytest.raises(ShardwrightError, match="calls .*set_num_threads.*, which is no op"):
         compile_graph(graph(["input.x"], ["out.y"], lambda call, x: [call(torch.set_num_threads, x)]))
     with pytest.raises(ShardwrightError, match="cannot be written as Python"):
-        compile_graph(graph(["input.x"], ["out.y"], lambda call, x: [call(aten.add.Tensor, x, torch.Generator())]))
+        compile_graph(graph(["input.x"], ["out.y"], lambda call, x: [call(aten.add.Tensor, x, range(3))]))
     with pytest.raises(ShardwrightError, match="1 outputs was given 2 output keys"):
         compile_graph(graph(["input.x"], ["out.y", "out.z"], lambda call, x: [x]))
     with pytest.raises(ShardwrightError, match="more placeholders than the 0 inputs"):
@@ -175,10 +176,10 @@ def python(*command: str, cwd: Path, **environment: str) -> subprocess.Popen:
 
 def test_a_saved_program_runs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a script, without the project; and imported as a package into a process that has the project too."""
-    program = tensor_parallel(0, 1)
-    w1, w2, x = ({**a, **b} for a, b in [random_tensors(alone(), "cpu")]).__next__().values()
-    loss, g1, g2 = reference(w1, w2, x)
     program = alone()
+    working, inputs = random_tensors(program, "cpu")
+    w1, w2, x = working["param.w1"], working["param.w2"], inputs["input.x"]
+    loss, g1, g2 = reference(w1, w2, x)
     program.save(tmp_path / "saved program")
     script = (
         "import sys, runpy; runpy.run_path('run.py', run_name='__main__'); assert not any('shardwright' == m for m in sys.modules)"

@@ -77,9 +77,9 @@ def test_parameters_are_gathered_by_the_hook() -> None:
 
     def body(rank: int, world: World) -> StepResult:
         program = zero(rank)
-        keys = ("param.w1", "param.w2")
+        whole = {"param.w1": w1, "param.w2": w2}
+        keys = tuple(whole)
         program = replace(program, schedule=(Instruction("gather", keys, axis="dp_shard"), *program.schedule))
-        whole = dict(zip(keys, (w1, w2), strict=True))
 
         def gather(instruction: Instruction) -> dict[str, torch.Tensor]:
             calls.append((rank, instruction.axis))

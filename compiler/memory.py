@@ -1,0 +1,222 @@
+"""How many bytes a rank needs: parameters, gradients, optimizer state, what the forward keeps, and temporaries."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+
+import sympy
+import torch
+from torch import fx
+
+from ..passes.partition import VIEWS
+from ..runtime.program import Cut, Instruction, Key, RankProgram, TensorSpec
+
+STEPWISE = ("param.", "buffer.", "const.", "prologue.", "grad.param.", "out.")
+MICROBATCH = "mb"
+
+_P, _N, _M = sympy.symbols("parameters shards moments", positive=True)
+ZERO_FORMULAS: dict[int, tuple[sympy.Expr, sympy.Expr, sympy.Expr]] = {
+    0: (_P, _P, _M * _P),
+    1: (_P + _P / _N, _P, _M * _P / _N),
+    2: (_P + _P / _N, _P / _N, _M * _P / _N),
+    3: (_P / _N, _P / _N, _M * _P / _N),
+}
+"""Bytes of (parameters, gradients, optimizer state) by ZeRO level, for `parameters` bytes over `shards` ranks and `moments` tensors of
+optimizer state per parameter (Rajbhandari et al. 2020, "ZeRO", section 5 and figure 1). Levels 1 and 2 hold the shard that the
+optimizer updates beside the whole that the graphs use; the paper counts that shard with the optimizer state."""
+
+
+@dataclass(frozen=True)
+class StateMemory:
+    """Bytes that a rank holds all the time."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        return self.parameters + self.gradients + self.optimizer
+
+
+@cache
+def _compiled(zero: int) -> Callable[[float, float, float], tuple[float, float, float]]:
+    return sympy.lambdify((_P, _N, _M), ZERO_FORMULAS[zero], modules="math")
+
+
+def state_memory(parameters: float, zero: int, shards: int, moments: float = 2.0) -> StateMemory:
+    """State of `parameters` bytes of trainable parameters (after tensor and pipeline parallelism) sharded over `shards` data ranks.
+
+    moments     tensors of optimizer state per parameter, of its dtype: 2 for AdamW, 1 for SGD with momentum
+    """
+    return StateMemory(*map(float, _compiled(zero)(parameters, shards, moments)))
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank. `peak` is the largest total at any time; `activations` and `temporaries` are what it held then."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    buffers: float
+    activations: float
+    temporaries: float
+
+    @property
+    def peak(self) -> float:
+        return self.parameters + self.gradients + self.optimizer + self.buffers + self.activations + self.temporaries
+
+    def __str__(self) -> str:
+        names = ("parameters", "gradients", "optimizer", "buffers", "activations", "temporaries")
+        parts = ", ".join(f"{name} {getattr(self, name) / 2**30:.2f}" for name in names)
+        return f"{self.peak / 2**30:.2f} GiB: {parts}"
+
+
+def program_memory(program: RankProgram, moments: float = 2.0) -> RankMemory:
+    """The memory of a rank over one step of its program; see `state_memory` for `moments`."""
+    values = memory_over_time(program)
+    worst = max(values, key=lambda u: u.gradients + u.held + u.temporaries, default=Usage(0.0, 0.0, 0.0))
+    trainable = sum(tensor_bytes(program, spec) for spec in program.parameters if spec.trainable)
+    return RankMemory(
+        parameters=sum(tensor_bytes(program, s) + (working_bytes(program, s) if s.gathered else 0.0) for s in program.parameters),
+        gradients=worst.gradients,
+        optimizer=moments * trainable if program.training else 0.0,
+        buffers=sum(tensor_bytes(program, spec) for spec in program.buffers),
+        activations=worst.held,
+        temporaries=worst.temporaries,
+    )
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Bytes while one instruction runs: accumulated gradients, values held between instructions, temporaries inside."""
+
+    gradients: float
+    held: float
+    temporaries: float
+
+
+def memory_over_time(program: RankProgram) -> list[Usage]:
+    """What the executor holds during each instruction of the schedule, parameters, buffers and optimizer state aside.
+
+    Values die at their last use, as in the executor; gradients live to the end of the step.
+    """
+    sizes = _key_sizes(program)
+    reads, writes = zip(*(_keys_of(program, i) for i in program.schedule), strict=True) if program.schedule else ((), ())
+    last: dict[tuple[Key, int], int] = {}
+    for i, keys in enumerate(reads):
+        last.update((key, i) for key in keys)
+    inputs = sum(_cut_bytes(program, s.shape, s.dtype, s.cuts) for s in program.inputs)
+    temporaries = {name: temporary_bytes(spec.graph) for name, spec in program.graphs.items()}
+    held: dict[tuple[Key, int], float] = {}
+    gradients: dict[Key, float] = {}
+    found = []
+    for i, instruction in enumerate(program.schedule):
+        for key, microbatch in writes[i]:
+            if key.startswith("grad.param."):
+                gradients.setdefault(key, sizes[key])
+            elif not key.startswith(("param.", "buffer.")):
+                held[key, microbatch] = sizes.get(key, 0.0)
+        inside = temporaries[instruction.graph] if instruction.kind == "run" else 0.0
+        found.append(Usage(sum(gradients.values()), inputs + sum(held.values()), inside))
+        for key in (*reads[i], *writes[i]):
+            if last.get(key, i) == i and not key[0].startswith("out."):
+                held.pop(key, None)
+    return found
+
+
+def _keys_of(program: RankProgram, instruction: Instruction) -> tuple[list[tuple[Key, int]], list[tuple[Key, int]]]:
+    """(read, written) values of an instruction; -1 is the micro-batch of what lives outside of them."""
+
+    def scoped(keys: Iterable[Key]) -> list[tuple[Key, int]]:
+        return [(key, -1 if key == "seed" or key.startswith(STEPWISE) else instruction.microbatch) for key in keys]
+
+    match instruction.kind:
+        case "run":
+            spec = program.graphs[instruction.graph]
+            return scoped(spec.inputs), scoped(spec.outputs)
+        case "send":
+            return scoped(instruction.keys), []
+        case "receive" | "gather":
+            return [], scoped(instruction.keys)
+        case _:
+            return scoped(instruction.keys), scoped(instruction.keys)
+
+
+def _key_sizes(program: RankProgram) -> dict[Key, float]:
+    """Bytes of every key that a graph makes or a transfer brings."""
+    sizes: dict[Key, float] = {}
+    for key, (shape, dtype) in program.transfers.items():
+        sizes[key.split("[")[0]] = float(torch.Size(shape).numel() * dtype.itemsize)
+    for spec in program.graphs.values():
+        output = next(node for node in spec.graph.graph.nodes if node.op == "output")
+        inputs = {id(node) for node in spec.graph.graph.nodes if node.op == "placeholder"}
+        for key, node in zip(spec.outputs, output.args[0], strict=True):
+            if isinstance(node, fx.Node):
+                # A value handed through is counted where it was made.
+                sizes[key] = 0.0 if id(_base(node)) in inputs else max(sizes.get(key, 0.0), _bytes(_base(node)))
+    return sizes
+
+
+def tensor_bytes(program: RankProgram, spec: TensorSpec) -> float:
+    """Bytes of what this rank stores of a parameter or buffer."""
+    return _cut_bytes(program, spec.shape, spec.dtype, spec.cuts)
+
+
+def working_bytes(program: RankProgram, spec: TensorSpec) -> float:
+    """Bytes of a parameter as the graphs take it, its `gathered` axes whole."""
+    return _cut_bytes(program, spec.shape, spec.dtype, spec.cuts[: len(spec.cuts) - len(spec.gathered)])
+
+
+def _cut_bytes(program: RankProgram, shape: tuple[int, ...], dtype: torch.dtype, cuts: tuple[Cut, ...]) -> float:
+    left = list(shape)
+    for cut in cuts:
+        if cut.axis == MICROBATCH:
+            continue
+        index = 0
+        for name in cut.axis.split("+"):
+            index = index * program.mesh.size(name) + program.coordinates.get(name, 0)
+        left[cut.dim] = sum(section[index] for section in cut.sections)
+    return float(torch.Size(left).numel() * dtype.itemsize)
+
+
+def temporary_bytes(gm: fx.GraphModule) -> float:
+    """The largest sum of intermediate values alive at once while a graph runs, its inputs and outputs left out.
+
+    A value lives from its node to the last use of it or of a view of it.
+    """
+    nodes = list(gm.graph.nodes)
+    position = {node: i for i, node in enumerate(nodes)}
+    output = next(node for node in nodes if node.op == "output")
+    kept = {_base(node) for node in output.all_input_nodes}
+    change: Counter[int] = Counter()
+    last: dict[fx.Node, int] = {}
+    for node in nodes:
+        for source in node.all_input_nodes:
+            last[_base(source)] = position[node]
+    for node in nodes:
+        if node.op == "call_function" and _base(node) is node and node not in kept:
+            change[position[node]] += int(_bytes(node))
+            change[last.get(node, position[node]) + 1] -= int(_bytes(node))
+    most = now = 0
+    for i in range(len(nodes)):
+        now += change[i]
+        most = max(most, now)
+    return float(most)
+
+
+def _base(node: fx.Node) -> fx.Node:
+    """The node whose storage a view shows."""
+    while node.op == "call_function" and node.target in VIEWS and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _bytes(node: fx.Node) -> float:
+    value = node.meta.get("val")
+    items = value if isinstance(value, (list, tuple)) else (value,)
+    return float(sum(t.numel() * t.element_size() for t in items if isinstance(t, torch.Tensor)))

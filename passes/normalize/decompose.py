@@ -1,0 +1,74 @@
+"""Ops that are only names for combinations of others, and have no spelling of their own here, are taken apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ...compiler.torch_compat import is_composite
+from .rewrite import Builder, leaves, map_leaves
+
+aten = torch.ops.aten
+
+WHOLE = frozenset(
+    {
+        aten.linear.default,
+        aten.matmul.default,
+        aten.reshape.default,
+        aten.layer_norm.default,
+        aten.rms_norm.default,
+        aten.group_norm.default,
+        aten.softmax.int,
+        aten.log_softmax.int,
+        aten.max_pool1d.default,
+        aten.max_pool2d.default,
+        aten.avg_pool1d.default,
+        aten.adaptive_avg_pool1d.default,
+        aten.adaptive_avg_pool2d.default,
+        aten.upsample_nearest2d.vec,
+        aten.upsample_bilinear2d.vec,
+    }
+)
+"""Composite ops that later passes have rules for, or differentiate better as one."""
+
+
+def decompose(b: Builder, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The rule of ops without a rule: a composite op becomes what it is made of, each part in normal form."""
+    if not isinstance(target, OpOverload) or target in WHOLE or not is_composite(target):
+        return NotImplemented
+    nodes = [v for v in leaves((args, kwargs)) if isinstance(v, fx.Node)]
+
+    def call(*tensors: torch.Tensor) -> Any:
+        given = iter(tensors)
+        filled = map_leaves((args, kwargs), lambda v: next(given) if isinstance(v, fx.Node) else v)
+        return target.decompose(*filled[0], **filled[1])
+
+    with torch.no_grad():
+        traced = make_fx(call)(*(n.meta["val"] for n in nodes))
+    if any(n.target is target for n in traced.graph.nodes):
+        return NotImplemented
+    return splice(b, traced, nodes)
+
+
+def splice(b: Builder, traced: fx.GraphModule, operands: list[fx.Node]) -> Any:
+    """The calls of `traced` on `operands`, through the rules; its result."""
+    given = iter(operands)
+    env: dict[fx.Node, Any] = {}
+
+    def of(value: Any) -> Any:
+        return map_leaves(value, lambda v: env[v] if isinstance(v, fx.Node) else v)
+
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            env[node] = next(given)
+        elif node.op == "output":
+            return of(node.args[0])
+        elif node.op == "call_function":
+            env[node] = b(node.target, *of(node.args), **of(node.kwargs))
+        else:
+            raise RuntimeError(f"{node.op} {node.target} in the decomposition of an op")
+    raise RuntimeError("a decomposition without a result")
