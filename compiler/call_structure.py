@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import enum
 import types
+import warnings
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .capture_error import CaptureError
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,21 @@ class Branch:
 
 Tree = Slot | Constant | Branch
 
-PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format, enum.Enum, range)
+PLAIN = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    enum.Enum,
+    range,
+)
 FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type)
 
 
@@ -52,18 +69,30 @@ def is_plain(value: Any) -> bool:
 
 
 def constant(value: Any) -> Constant:
-    return Constant((type(value), repr(value) if isinstance(value, float | complex | slice) else value), value)
+    return Constant(
+        (
+            type(value),
+            repr(value) if isinstance(value, float | complex | slice) else value,
+        ),
+        value,
+    )
 
 
 def children_of(value: Any) -> tuple[str, list[tuple[Hashable, Any]]] | None:
     """The kind and the named children of a container, or None for a leaf."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return "dataclass", [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
+        return "dataclass", [
+            (f.name, getattr(value, f.name)) for f in dataclasses.fields(value)
+        ]
     if isinstance(value, torch.Size):
         return None
     if isinstance(value, tuple):
         names = getattr(value, "_fields", None)
-        return ("namedtuple", list(zip(names, value, strict=True))) if names else ("tuple", list(enumerate(value)))
+        return (
+            ("namedtuple", list(zip(names, value, strict=True)))
+            if names
+            else ("tuple", list(enumerate(value)))
+        )
     if isinstance(value, list):
         return "list", list(enumerate(value))
     if isinstance(value, Mapping):
@@ -76,7 +105,10 @@ def describe(value: Any, path: str, leaf: Callable[[Any, str], Tree]) -> Tree:
     found = children_of(value)
     if found is not None:
         kind, items = found
-        children = tuple(describe(v, f"{path}.{name}" if path else str(name), leaf) for name, v in items)
+        children = tuple(
+            describe(v, f"{path}.{name}" if path else str(name), leaf)
+            for name, v in items
+        )
         return Branch(kind, type(value), tuple(name for name, _ in items), children)
     if isinstance(value, torch.Size):
         return Constant((torch.Size, tuple(value)), value)
@@ -121,7 +153,9 @@ def _build_dataclass(type_: type, named: dict[str, Any]) -> Any:
     return result
 
 
-def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tree, dict[str, Tensor]]:
+def flatten_call(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Tree, dict[str, Tensor]]:
     """The tree of a call and its tensors by key `input.PATH`; a tensor passed twice stands under both keys.
 
     Raises TypeError for an argument that is neither a tensor, a plain value nor a container of these.
@@ -148,8 +182,12 @@ def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tree
 def signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
     """Equal for two calls exactly when one captured graph serves both: structure, constants, shapes, dtypes, requires_grad."""
     tree, tensors = flatten_call(args, kwargs)
-    facts = tuple((key, tuple(t.shape), t.dtype, t.requires_grad) for key, t in tensors.items())
-    autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    facts = tuple(
+        (key, tuple(t.shape), t.dtype, t.requires_grad) for key, t in tensors.items()
+    )
+    autocast = (
+        torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    )
     return (tree, facts, autocast)
 
 
@@ -168,13 +206,54 @@ class CallStructure:
     signature: Hashable
     output: Tree
 
-    def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    def flatten(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
         """The call's tensors by key. Raises ValueError when the call is of another structure than the captured one."""
         tree, tensors = flatten_call(args, kwargs)
         if tree != self.tree:
-            raise ValueError("the call has another structure, or other constants, than the captured one; capture it anew")
+            raise ValueError(
+                "the call has another structure, or other constants, than the captured one; capture it anew"
+            )
         return tensors
 
     def rebuild(self, values: Mapping[str, Any]) -> Any:
         """The model's output object from `out.K` values; a key that is missing gives None."""
         return build(self.output, values)
+
+
+def split_target(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """The model's arguments and the target of the loss_fn. Raises CaptureError when the call has no target."""
+    rest = dict(kwargs)
+    if "target" in rest:
+        return args, rest, rest.pop("target")
+    if not args:
+        raise CaptureError(
+            "a loss_fn was given, but the call has no target",
+            None,
+            "pass target=..., or the target as last positional argument",
+        )
+    return args[:-1], rest, args[-1]
+
+
+def describe_output(result: Any, warn: bool = True) -> tuple[Tree, list[Tensor]]:
+    """The tree of an output object and its tensors, `out.K` in order. What is no tensor becomes None, with one warning."""
+    found: list[Tensor] = []
+    lost: list[str] = []
+
+    def leaf(value: Any, path: str) -> Tree:
+        if isinstance(value, Tensor):
+            found.append(value)
+            return Slot(f"out.{len(found) - 1}")
+        lost.append(f"{path or 'output'} ({type(value).__name__})")
+        return describe(None, path, leaf)
+
+    tree = describe(result, "", leaf)
+    if lost and warn:
+        warnings.warn(
+            f"outputs that are not tensors come back as None: {', '.join(lost)}",
+            stacklevel=2,
+        )
+    return tree, found

@@ -1,7 +1,7 @@
 """From a normalized graph and a plan to the program of one rank. A pure function: no devices, no process group.
 
-    for each data axis, then micro-batches, then tp:  place ▶ shard ▶ check
-    ▶ stages ▶ prologue ▶ ZeRO gathers ▶ differentiate ▶ partition ▶ buckets ▶ schedule
+for each data axis, then micro-batches, then tp:  place ▶ shard ▶ check
+▶ stages ▶ prologue ▶ ZeRO gathers ▶ differentiate ▶ partition ▶ buckets ▶ schedule
 """
 
 from __future__ import annotations

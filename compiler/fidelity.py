@@ -5,33 +5,32 @@ from __future__ import annotations
 import linecache
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from ..passes.normalize.promote import promote_casts
 from . import torch_compat
+from .call_structure import describe_output, split_target
+from .capture_error import CaptureError
+
+if TYPE_CHECKING:
+    from .capture import Captured
 
 TORCH_ROOT = os.path.dirname(torch.__file__) + os.sep
 HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 APPLY = torch.autograd.Function.apply.__func__.__code__
 
 
-class CaptureError(RuntimeError):
-    """The model cannot be captured faithfully: the cause, the source line, and the way out."""
-
-    def __init__(self, cause: str, source: str | None, way_out: str) -> None:
-        self.cause, self.source, self.way_out = cause, source, way_out
-        super().__init__(f"{cause}\n  at {source}\n  {way_out}" if source else f"{cause}\n  {way_out}")
-
-
 def is_user_file(filename: str) -> bool:
     """True of code that is neither torch's nor this compiler's."""
     path = os.path.abspath(filename)
-    return not (filename.startswith("<") or path.startswith(TORCH_ROOT) or path.startswith(HERE))
+    return not (filename.startswith("<") or path.startswith((TORCH_ROOT, HERE)))
 
 
 def line_of(filename: str, line: int) -> str:
@@ -80,13 +79,21 @@ def line_of_stack_trace(stack_trace: str | None) -> str | None:
 
 IN_PLACE_ALLOWED_NAMES = frozenset({"requires_grad_", "retain_grad"})
 HOOKS = frozenset({Tensor.register_hook, Tensor.register_post_accumulate_grad_hook})
-GRADIENT_CALLS = frozenset({torch.autograd.grad, torch.autograd.backward, Tensor.backward})
+GRADIENT_CALLS = frozenset(
+    {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
+)
 
 
 class Watch(TorchFunctionMode):
     """Active around the model while it is traced: raises CaptureError, with the user's line, for what a trace would lose."""
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         self._check_function(func)
         if func in HOOKS:
@@ -97,7 +104,9 @@ class Watch(TorchFunctionMode):
             )
         if func in GRADIENT_CALLS:
             raise CaptureError(
-                "the forward computes gradients itself", calling_line(), "derivatives inside the forward cannot be captured; give their formula"
+                "the forward computes gradients itself",
+                calling_line(),
+                "derivatives inside the forward cannot be captured; give their formula",
             )
         name = getattr(func, "__name__", "")
         if args and isinstance(args[0], Tensor) and _writes(name, args[0]):
@@ -107,12 +116,21 @@ class Watch(TorchFunctionMode):
     def _check_function(self, func: Any) -> None:
         caller = sys._getframe(2)
         for frame in frames_from(caller):
-            if frame.f_code is APPLY and not torch_compat.is_registered_autograd(frame.f_locals["cls"]):
+            if frame.f_code is APPLY and not torch_compat.is_registered_autograd(
+                frame.f_locals["cls"]
+            ):
                 function = frame.f_locals["cls"]
                 break
         else:
             return
-        user = next((f for f in frames_from(frame.f_back) if is_user_file(f.f_code.co_filename)), None)
+        user = next(
+            (
+                f
+                for f in frames_from(frame.f_back)
+                if is_user_file(f.f_code.co_filename)
+            ),
+            None,
+        )
         source = line_of(user.f_code.co_filename, user.f_lineno) if user else None
         if getattr(function, "__module__", "") == "torch.utils.checkpoint":
             raise CaptureError(
@@ -128,8 +146,19 @@ class Watch(TorchFunctionMode):
 
 
 def _writes(name: str, tensor: Tensor) -> bool:
-    in_place = name.endswith("_") and not name.endswith("__") and name not in IN_PLACE_ALLOWED_NAMES
-    return in_place or name in ("__setitem__", "__set__", "__iadd__", "__imul__", "__isub__", "__itruediv__")
+    in_place = (
+        name.endswith("_")
+        and not name.endswith("__")
+        and name not in IN_PLACE_ALLOWED_NAMES
+    )
+    return in_place or name in (
+        "__setitem__",
+        "__set__",
+        "__iadd__",
+        "__imul__",
+        "__isub__",
+        "__itruediv__",
+    )
 
 
 def _check_write(tensor: Tensor, name: str) -> None:
@@ -156,10 +185,16 @@ def check_model(model: nn.Module) -> None:
         label = f"module {name!r}" if name else "the model"
         if torch_compat.is_compiled(module):
             raise CaptureError(
-                f"{label} is already compiled by torch.compile", None, "pass the original model, and compile the result of auto_parallelize"
+                f"{label} is already compiled by torch.compile",
+                None,
+                "pass the original model, and compile the result of auto_parallelize",
             )
         if torch_compat.backward_hooks(module):
-            raise CaptureError(f"{label} has a backward hook, which a captured graph would not call", None, "remove the hook (handle.remove())")
+            raise CaptureError(
+                f"{label} has a backward hook, which a captured graph would not call",
+                None,
+                "remove the hook (handle.remove())",
+            )
     for name, parameter in model.named_parameters():
         if torch_compat.tensor_hooks(parameter):
             raise CaptureError(
@@ -168,10 +203,14 @@ def check_model(model: nn.Module) -> None:
                 "remove the hook and change the gradients between backward and optimizer.step",
             )
         if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise CaptureError(f"parameter {name!r} has no shape yet", None, "run the lazy modules once before capture")
+            raise CaptureError(
+                f"parameter {name!r} has no shape yet",
+                None,
+                "run the lazy modules once before capture",
+            )
 
 
-def check_autograd_graph(outputs: list[Tensor]) -> None:
+def check_autograd_graph(outputs: Sequence[Tensor]) -> None:
     """Refuse custom autograd functions that `Watch` could not see, because they call no torch operation in their forward."""
     seen = set()
     stack = [t.grad_fn for t in outputs if t.grad_fn is not None]
@@ -180,7 +219,9 @@ def check_autograd_graph(outputs: list[Tensor]) -> None:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(node, torch.autograd.function.BackwardCFunction) and not torch_compat.is_registered_autograd(type(node)):
+        if isinstance(
+            node, torch.autograd.function.BackwardCFunction
+        ) and not torch_compat.is_registered_autograd(type(node)):
             raise CaptureError(
                 f"the forward uses a custom autograd function ({node.name()}), whose own backward a trace would lose",
                 None,
@@ -197,7 +238,10 @@ def check_static(graph: fx.GraphModule) -> None:
                 values = node.meta.get("val")
                 values = values if isinstance(values, tuple | list) else [values]
                 if any(_is_symbolic(v) for v in values):
-                    raise data_dependent(line_of_stack_trace(node.meta.get("stack_trace")) or str(node.target))
+                    raise data_dependent(
+                        line_of_stack_trace(node.meta.get("stack_trace"))
+                        or str(node.target)
+                    )
 
 
 def _is_symbolic(value: Any) -> bool:
@@ -212,3 +256,198 @@ def data_dependent(source: str | None) -> CaptureError:
         source,
         "keep it a tensor computation: torch.where instead of `if`, a 0-dim tensor instead of .item(), a mask instead of boolean indexing",
     )
+
+
+class PromoteCasts(TorchFunctionMode):
+    """The eager counterpart of `promote_casts`: while it is active, casts to float32 are casts to float64."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is Tensor.float:
+            func = Tensor.double
+        args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        return func(
+            *args,
+            **{
+                k: torch.float64 if v is torch.float32 else v
+                for k, v in (kwargs or {}).items()
+            },
+        )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest relative differences between the captured graph and the eager model.
+
+    Each is the largest absolute difference of a tensor over its largest entry (over a thousandth of the largest of all
+    gradients, where that is more). `worst` names the tensor with the largest.
+    """
+
+    loss: float
+    gradients: float
+    outputs: float
+    worst: str
+
+
+TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-3,
+    torch.float16: 5e-2,
+    torch.bfloat16: 2e-1,
+}
+"""Per dtype of the model: reordering of sums, with room for losses and gradients that nearly cancel."""
+
+
+def check_capture(
+    captured: Captured,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    loss_fn: Callable[[Any, Any], Tensor] | None = None,
+) -> Difference:
+    """Run the captured graph and the model itself on real data, with the same random numbers, and compare.
+
+    Compared are the loss, every other output, updated buffers and the gradient of every parameter. The model keeps its
+    parameters, gradients, buffers and mode. A float64 model is compared in float64 throughout: its own casts to float32
+    are promoted on both sides. Raises CaptureError when a difference is beyond `TOLERANCE`.
+    """
+    dtype = next(
+        (p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32
+    )
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    eager, eager_gradients = _run_eager(
+        captured, model, args, kwargs, loss_fn, names, dtype
+    )
+    ours, our_gradients = _run_captured(captured, model, args, kwargs, names, dtype)
+    largest = max(
+        (float(g.abs().max()) for g in eager_gradients.values() if g.numel()),
+        default=0.0,
+    )
+    errors = {key: _relative(eager[key], ours[key], 0.0) for key in eager}
+    for name in sorted(eager_gradients.keys() | our_gradients.keys()):
+        ones = [gradients.get(name) for gradients in (eager_gradients, our_gradients)]
+        known = next(g for g in ones if g is not None)
+        a, b = (torch.zeros_like(known) if g is None else g for g in ones)
+        errors[f"grad.{name}"] = _relative(a, b, 1e-3 * largest)
+    worst = max(errors, key=lambda k: errors[k])
+    if not errors[worst] <= TOLERANCE.get(dtype, 1e-3):
+        raise CaptureError(
+            f"the captured graph differs from the model: {worst} by {errors[worst]:.3g} of its largest entry",
+            None,
+            "report it with the model; until then run that part of the model outside auto_parallelize",
+        )
+    return Difference(
+        loss=errors.get(captured.loss or "", 0.0),
+        gradients=max(
+            (e for k, e in errors.items() if k.startswith("grad.")), default=0.0
+        ),
+        outputs=max(
+            (e for k, e in errors.items() if not k.startswith("grad.")), default=0.0
+        ),
+        worst=worst,
+    )
+
+
+def _relative(a: Tensor, b: Tensor, floor: float) -> float:
+    if a.shape != b.shape:
+        return float("inf")
+    if not a.numel():
+        return 0.0
+    a, b = a.detach().cpu().double(), b.detach().cpu().double()
+    if torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) and torch.equal(
+        a.isnan(), b.isnan()
+    ):
+        return 0.0
+    return float((a - b).abs().max()) / max(float(a.abs().max()), floor, 1e-300)
+
+
+def _gradients(
+    loss: Tensor | None, names: Sequence[str], tensors: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    if loss is None or not loss.requires_grad:
+        return {}
+    found = torch.autograd.grad(loss, tensors, allow_unused=True)
+    return {n: g for n, g in zip(names, found, strict=True) if g is not None}
+
+
+def _run_eager(
+    captured: Captured,
+    model: nn.Module,
+    args: Any,
+    kwargs: Any,
+    loss_fn: Any,
+    names: Sequence[str],
+    dtype: torch.dtype,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    modes = {m: m.training for m in model.modules()}
+    if model.training != captured.training:
+        model.train(captured.training)
+    try:
+        with (
+            torch.random.fork_rng(),
+            torch.enable_grad(),
+            PromoteCasts() if dtype == torch.float64 else torch.enable_grad(),
+        ):
+            torch.manual_seed(0)
+            if loss_fn is None:
+                found = describe_output(model(*args, **kwargs), warn=False)[1]
+            else:
+                rest, named, target = split_target(args, kwargs)
+                result = model(*rest, **named)
+                found = [
+                    *describe_output(result, warn=False)[1],
+                    loss_fn(result, target),
+                ]
+        values = {f"out.{k}": t for k, t in enumerate(found)}
+        parameters = dict(model.named_parameters())
+        gradients = _gradients(
+            values.get(captured.loss or ""), names, [parameters[n] for n in names]
+        )
+        updated = {
+            f"buffer.{n}": b.clone()
+            for n, b in model.named_buffers()
+            if f"buffer.{n}" in captured.outputs
+        }
+        return {k: v.detach() for k, v in {**values, **updated}.items()}, gradients
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+        for module, training in modes.items():
+            module.training = training
+
+
+def _run_captured(
+    captured: Captured,
+    model: nn.Module,
+    args: Any,
+    kwargs: Any,
+    names: Sequence[str],
+    dtype: torch.dtype,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    graph = promote_casts(captured.graph) if dtype == torch.float64 else captured.graph
+    parameters = {
+        n: p.detach().cpu().requires_grad_(p.requires_grad)
+        for n, p in model.named_parameters()
+    }
+    state = {
+        **{f"param.{n}": p for n, p in parameters.items()},
+        **{f"buffer.{n}": b.detach().cpu() for n, b in model.named_buffers()},
+        **captured.constants,
+        **{k: t.cpu() for k, t in captured.call.flatten(args, kwargs).items()},
+    }
+    inputs = [state[n.meta["key"]] for n in graph.graph.nodes if n.op == "placeholder"]
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(0)
+        outputs = fx.Interpreter(graph).run(*inputs)
+    values = dict(zip(captured.outputs, outputs, strict=True))
+    gradients = _gradients(
+        values.get(captured.loss or ""), names, [parameters[n] for n in names]
+    )
+    return {k: v.detach() for k, v in values.items()}, gradients

@@ -6,11 +6,13 @@ from dataclasses import replace
 
 from torch import fx
 
-from ..passes.graph_tools import Values, metas
+from ..passes.graph_tools import Values, is_getitem, metas, op_call
 from ..passes.ops import use_communicator
 from ..passes.types import Type
+from .cost import op_flops
 from .emit import Problem, coordinates_of, lower
 from .plan import Plan
+from .stages import cut_stages
 
 
 def with_layout(problem: Problem, plan: Plan) -> Plan:
@@ -46,8 +48,6 @@ def stages_of_parameters(gm: fx.GraphModule, stages: int) -> dict[str, int]:
     borders = [0, *(i for i in range(1, len(nodes)) if 0 < crossing[i] <= 1.01 * least), len(nodes)]
     if len(borders) - 1 < stages:
         borders = list(range(len(nodes) + 1))
-    from .stages import cut_stages
-
     costs = [sum(work(n) for n in nodes[a:b]) for a, b in zip(borders, borders[1:], strict=False)]
     cuts = cut_stages(costs, [crossing[b] for b in borders[1:-1]], stages)
     starts = [borders[c] for c in cuts]
@@ -69,7 +69,7 @@ def _bytes(shape: tuple[int, ...]) -> int:
 
 def work(node: fx.Node) -> float:
     """A node's share of a step, up to a constant: FLOPs of products, elements of everything else."""
-    from .cost import op_flops
-
-    operands = [m for s in node.all_input_nodes if not isinstance(s.meta["val"], tuple | list) for m in metas(s)]
-    return float(op_flops(node.target, operands, metas(node))) + float(sum(_bytes(m.shape) for m in metas(node)))
+    if is_getitem(node):
+        return 0.0
+    call, _ = op_call(node)
+    return float(op_flops(call)) + float(sum(_bytes(m.shape) for m in metas(node)))

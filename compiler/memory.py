@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -210,8 +211,8 @@ def temporary_bytes(gm: fx.GraphModule) -> float:
 
 
 def _base(node: fx.Node) -> fx.Node:
-    """The node whose storage a view shows."""
-    while node.op == "call_function" and node.target in VIEWS and node.all_input_nodes:
+    """The node whose storage a view, or an item of a tuple, shows."""
+    while node.op == "call_function" and (node.target in VIEWS or node.target is operator.getitem) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
 

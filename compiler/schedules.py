@@ -1,6 +1,6 @@
 """The instruction list of one rank: the pipeline order between what a step needs before and after it.
 
-    gather parameters (ZeRO-1/2) ▶ prologue ▶ forwards and backwards, with sends and receives ▶ reduce gradients ▶ loss
+gather parameters (ZeRO-1/2) ▶ prologue ▶ forwards and backwards, with sends and receives ▶ reduce gradients ▶ loss
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def crossing(gm: fx.GraphModule, stage: int) -> tuple[tuple[str, ...], tuple[str
     )
 
 
-def build(plan: Plan, stage: int, step: Step, outputs: Sequence[OutputSpec], neighbours: tuple[int, int]) -> tuple[Instruction, ...]:
+def build(
+    plan: Plan, stage: int, step: Step, outputs: Sequence[OutputSpec], neighbours: tuple[int, int]
+) -> tuple[Instruction, ...]:
     """The schedule of a rank in `stage`; `neighbours` are the ranks of the stages before and after (-1: none)."""
     before, after = neighbours
     found = list(_gathers(step.parameters))

@@ -15,9 +15,7 @@ def fake_mode() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def swap_state(
-    module: torch.nn.Module, replace: Callable[[str, torch.Tensor], torch.Tensor]
-) -> Callable[[], None]:
+def swap_state(module: torch.nn.Module, replace: Callable[[str, torch.Tensor], torch.Tensor]) -> Callable[[], None]:
     """Replace every parameter and buffer of `module` by `replace(qualified name, it)`; the result undoes it.
 
     Tied tensors must be kept tied by `replace`. Waits for: `torch.func.functional_call` to be traced by `torch.export`

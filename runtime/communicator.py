@@ -42,7 +42,7 @@ class MeshCommunicator(Communicator, Protocol):
     def group(self, axis: str) -> AxisGroup: ...
 
     def reduce_(self, x: Tensor, axis: str, op: str = "sum") -> Tensor:
-        """`all_reduce` that may overwrite the contiguous `x`, and gives it."""
+        """`all_reduce` whose result may be `x` itself, overwritten: `x` is not to be used again."""
         ...
 
     def broadcast(self, x: Tensor, axis: str, root_index: int) -> Tensor:
@@ -210,14 +210,17 @@ class ProcessGroupCommunicator(Standing):
             return ""  # the store's host is what was lost
 
     def all_reduce(self, x: Tensor, axis: str, op: str = "sum") -> Tensor:
-        return self.reduce_(x.clone(memory_format=torch.contiguous_format), axis, op)
+        return self._all_reduce(x, axis, op, overwrite=False)
 
     def reduce_(self, x: Tensor, axis: str, op: str = "sum") -> Tensor:
+        return self._all_reduce(x, axis, op, overwrite=True)
+
+    def _all_reduce(self, x: Tensor, axis: str, op: str, overwrite: bool) -> Tensor:
         group = self.group(axis)
-        if len(group.ranks) > 1 and x.numel():
-            transport = self._transport(group)
-            self._call("all_reduce", group, lambda: transport.all_reduce_(x, op))
-        return x
+        if len(group.ranks) == 1 or not x.numel():
+            return x if overwrite else x.clone()
+        transport = self._transport(group)
+        return self._call("all_reduce", group, lambda: transport.all_reduce(x, op, overwrite))
 
     def all_gather(self, x: Tensor, axis: str) -> Tensor:
         group = self.group(axis)

@@ -40,6 +40,12 @@ _SHORT = {
     torch.complex64: "c64",
     torch.complex128: "c128",
 }
+_FACTORIES = frozenset(
+    "arange empty empty_permuted empty_strided eye full linspace logspace ones rand randint randn randperm scalar_tensor "
+    "tril_indices triu_indices zeros".split()  # noqa: SIM905  (a table reads better in lines than as a list)
+)
+"""aten ops that make a tensor from none: where they name no device they are given the program's."""
+
 _RESERVED = {
     "args",
     "constants",
@@ -147,6 +153,11 @@ def _op_path(target: Any) -> tuple[str, str, str]:
     namespace, _, rest = target.name().partition("::")
     op, _, overload = rest.partition(".")
     return namespace, op, overload or "default"
+
+
+def _makes_tensor(target: Any) -> bool:
+    namespace, op, _ = _op_path(target)
+    return namespace == "aten" and op in _FACTORIES
 
 
 def _header(specs: Iterable[GraphSpec], device: str, namespaces: Mapping[str, str]) -> list[str]:
@@ -281,6 +292,8 @@ def _statement(node: Node, names: Mapping[Node, str], dying: list[Node]) -> str:
     else:
         arguments = [_literal(value, names) for value in node.args]
         arguments += [f"{key}={_literal(value, names)}" for key, value in node.kwargs.items()]
+        if "device" not in node.kwargs and isinstance(node.target, OpOverload) and _makes_tensor(node.target):
+            arguments.append("device=device")
         right = f"{_callee(node)}({', '.join(arguments)})"
     text = f"{names[node]} = {right}" if node.users else right
     if dying:

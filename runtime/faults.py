@@ -271,6 +271,8 @@ def together(control: Control, what: str, work: Callable[[], T]) -> T:
     try:
         result = work()
         failure = ""
+    except PeerLostError:
+        raise
     except Exception as error:
         control.exchange_text(f"{type(error).__name__}: {error}")
         raise

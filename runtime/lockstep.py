@@ -288,7 +288,7 @@ class LockstepCommunicator(Standing):
         return self._join("all_reduce", axis, x, compute, op)
 
     def reduce_(self, x: Tensor, axis: str, op: str = "sum") -> Tensor:
-        return x.copy_(self.all_reduce(x, axis, op))
+        return self.all_reduce(x, axis, op)
 
     def all_gather(self, x: Tensor, axis: str) -> Tensor:
         return self._join("all_gather", axis, x, lambda xs: [torch.stack(xs) for _ in xs])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..passes.ops.collectives import take_shard
+from ..passes.ops.positions import Ranges, compose_ranges, held_ranges, range_lengths, whole_ranges
 from ..passes.types import Sections
 from .buckets import ScatterLayout
 from .communicator import MeshCommunicator
@@ -23,8 +24,6 @@ from .sharded import Layout, ShardedTensor, local_tensor
 
 PIPELINE = "pp"
 """The axis along which ranks hold different parameters."""
-
-Ranges = list[list[tuple[int, int]]]
 
 
 def put_shard(whole: Tensor, dim: int, sections: Sections, index: int, shard: Tensor) -> None:
@@ -37,45 +36,23 @@ def put_shard(whole: Tensor, dim: int, sections: Sections, index: int, shard: Te
         taken += length
 
 
-def cut_ranges(shape: Sequence[int], cuts: Sequence[Cut], layout: Layout) -> Ranges:
-    """For each dim of a whole of `shape`, the (start, stop) of the pieces that `cuts` leave this rank, in order."""
-    found: Ranges = [[(0, size)] for size in shape]
+def cut_ranges(shape: Sequence[int], cuts: Sequence[Cut], layout: Layout) -> list[Ranges]:
+    """For each dim of a whole of `shape`, the (start, length) of the pieces that `cuts` leave this rank, in order."""
+    found = whole_ranges(shape)
     for cut in cuts:
-        index = layout.index(cut.axis)
-        kept, start = [], 0
-        for section in cut.sections:
-            first = start + sum(section[:index])
-            kept.append((first, first + section[index]))
-            start += sum(section)
-        found[cut.dim] = _select(found[cut.dim], kept)
+        found[cut.dim] = compose_ranges(found[cut.dim], held_ranges(cut.sections, layout.index(cut.axis)))
     return found
 
 
-def _select(ranges: list[tuple[int, int]], kept: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The parts `kept` (positions along the joined `ranges`) of `ranges`; neighbours merged, empty ones dropped."""
-    result: list[tuple[int, int]] = []
-    for first, last in kept:
-        position = 0
-        for start, stop in ranges:
-            a, b = max(first, position), min(last, position + stop - start)
-            if a < b:
-                piece = (start + a - position, start + b - position)
-                if result and result[-1][1] == piece[0]:
-                    piece = (result.pop()[0], piece[1])
-                result.append(piece)
-            position += stop - start
-    return result
-
-
-def read_ranges(source: Any, ranges: Ranges, dtype: torch.dtype) -> Tensor:
+def read_ranges(source: Any, ranges: Sequence[Ranges], dtype: torch.dtype) -> Tensor:
     """The product of `ranges` out of `source`, which is indexed by slices and may be a file: nothing else is read."""
     if any(not pieces for pieces in ranges):
-        return torch.empty([sum(b - a for a, b in pieces) for pieces in ranges], dtype=dtype)
+        return torch.empty(range_lengths(ranges), dtype=dtype)
 
     def read(prefix: tuple[slice, ...]) -> Tensor:
         if len(prefix) == len(ranges):
             return source[prefix]
-        parts = [read((*prefix, slice(a, b))) for a, b in ranges[len(prefix)]]
+        parts = [read((*prefix, slice(start, start + length))) for start, length in ranges[len(prefix)]]
         return parts[0] if len(parts) == 1 else torch.cat(parts, len(prefix))
 
     return read(())
@@ -155,6 +132,16 @@ class ParameterStore:
         trainable = spec.trainable and spec.dtype.is_floating_point
         stored = levels[-1] if self.is_whole else ShardedTensor(levels[-1], layout, spec.shape)
         return Slot(spec, layout, levels, nn.Parameter(stored, requires_grad=trainable))
+
+    def copy(self) -> ParameterStore:
+        """Another store with the same values: an average of the parameters, say."""
+        specs = [slot.spec for slot in self.slots.values()]
+        made = ParameterStore(specs, list(self.buffer_specs.values()), self.communicator, self.device)
+        for name, slot in self.slots.items():
+            made.set_shard(name, local_tensor(slot.parameter.detach()))
+            made.slots[name].parameter.requires_grad_(slot.parameter.requires_grad)
+        made.update_buffers({f"buffer.{name}": x for name, x in self.buffers.items()})
+        return made
 
     def working(self) -> dict[Key, Tensor]:
         """`param.*` and `buffer.*` as the graphs take them. A gathered parameter is current after its `gather`."""

@@ -128,6 +128,10 @@ class ShardedTensor(Tensor):
         """This rank's shard itself, not a copy."""
         return self._local
 
+    def add_reduced(self, shard: Tensor) -> None:
+        """Of an unreduced gradient: add to the part that has been reduced."""
+        self._local = self._local + shard
+
     def full_tensor(self) -> Tensor:
         """The whole tensor, the same on every rank. A collective over the axes it is cut on."""
         return _FullTensor.apply(self)
@@ -299,7 +303,7 @@ def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     target = kwargs.get("out", args[0] if _in_place(func) else None)
     if isinstance(target, ShardedTensor) and target.unreduced is not None and _base(func) == "zero_":
         target.unreduced.zero_()
-        target._local.zero_()
+        target._local = torch.zeros_like(target._local)
         return target
     for x in sharded:
         _checked(x, func)

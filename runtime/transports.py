@@ -25,7 +25,10 @@ def _function(new: str, old: str) -> Callable[..., Any]:
 
 
 class Transport(Protocol):
-    def all_reduce_(self, x: Tensor, op: str) -> None: ...
+    def all_reduce(self, x: Tensor, op: str, overwrite: bool) -> Tensor:
+        """`overwrite`: x may be made the result."""
+        ...
+
     def all_gather(self, x: Tensor) -> Tensor: ...
     def reduce_scatter(self, x: Tensor) -> Tensor: ...
     def all_to_all(self, x: Tensor) -> Tensor: ...
@@ -69,16 +72,15 @@ class GlooTransport:
     def _copies(self, x: Tensor) -> Tensor:
         return self._exchange(x.unsqueeze(0).expand(self._size, *x.shape).contiguous())
 
-    def all_reduce_(self, x: Tensor, op: str) -> None:
+    def all_reduce(self, x: Tensor, op: str, overwrite: bool) -> Tensor:
         if x.nbytes * self._size <= _SMALL:
-            x.copy_(reduce_rows(self._copies(x), op))
-            return
+            return reduce_rows(self._copies(x), op)
         flat = x.view(-1)
         length = -(-flat.numel() // self._size)
         if length * self._size != flat.numel():
             flat = torch.cat([flat, flat.new_zeros(length * self._size - flat.numel())])
         part = reduce_rows(self._exchange(flat.view(self._size, length)), op)
-        x.view(-1).copy_(self.all_gather(part).view(-1)[: x.numel()])
+        return self.all_gather(part).view(-1)[: x.numel()].view(x.shape)
 
     def all_gather(self, x: Tensor) -> Tensor:
         if x.nbytes * self._size <= _SMALL:
@@ -118,10 +120,12 @@ class NcclTransport:
         self._all_gather = _function("all_gather_single", "all_gather_into_tensor")
         self._reduce_scatter = _function("reduce_scatter_single", "reduce_scatter_tensor")
 
-    def all_reduce_(self, x: Tensor, op: str) -> None:
+    def all_reduce(self, x: Tensor, op: str, overwrite: bool) -> Tensor:
         if op not in _NCCL_OPS:
             raise ValueError(f"unknown reduction {op!r}: one of {', '.join(REDUCE_OPS)}")
-        dist.all_reduce(x, op=_NCCL_OPS[op], group=self._group)
+        result = x if overwrite else x.clone()
+        dist.all_reduce(result, op=_NCCL_OPS[op], group=self._group)
+        return result
 
     def all_gather(self, x: Tensor) -> Tensor:
         rows = x.new_empty(self._size, *x.shape)

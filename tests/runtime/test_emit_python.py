@@ -105,6 +105,16 @@ def test_arguments_of_every_kind() -> None:
     assert none is None
 
 
+def test_tensors_are_made_on_the_device_of_the_program() -> None:
+    def body(call, x):
+        here = call(aten.full.default, [2], 1.0)
+        here.kwargs = {"device": torch.device("cpu")}
+        return [call(aten.arange.default, 3), here, call(aten.ones_like.default, x)]
+
+    made = compile_graph(graph(["input.x"], ["out.a", "out.b", "out.c"], body), device="meta")([torch.ones(1, device="meta")])
+    assert [x.device.type for x in made] == ["meta"] * 3
+
+
 def test_inputs_and_values_that_nobody_reads() -> None:
     def body(call, x, unused):
         call(aten.neg.default, x)

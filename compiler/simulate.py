@@ -1,0 +1,239 @@
+"""Run the schedules of a set of programs against a clock: who does what when, the step time, the bubble, the memory.
+
+The rules are the runtime's. A rank does its instructions in order. A send takes its turn on the link of its two ranks and does
+not hold the sender up; a receive waits for it. A collective begins when its last rank has come to it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
+
+from ..runtime.errors import DeadlockError
+from ..runtime.program import Instruction, RankProgram
+from .cost import graph_cost
+from .memory import memory_over_time, tensor_bytes, working_bytes
+from .topology import Topology, collective_seconds
+
+Duration = Callable[[RankProgram, Instruction], float]
+COLLECTIVES = ("gather", "all_reduce", "reduce_scatter", "broadcast")
+
+
+@dataclass(frozen=True)
+class Event:
+    """One instruction of one rank, from `start` to `end` seconds. A receive starts when the rank is ready for it."""
+
+    rank: int
+    start: float
+    end: float
+    instruction: Instruction
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """One step. `events` by rank, in order; `memory[rank]`: bytes during each event, parameters and optimizer state aside."""
+
+    events: Mapping[int, tuple[Event, ...]]
+    memory: Mapping[int, tuple[float, ...]]
+
+    @property
+    def step_seconds(self) -> float:
+        return max((events[-1].end for events in self.events.values() if events), default=0.0)
+
+    def busy_seconds(self, rank: int) -> float:
+        """Seconds in which the rank runs graphs."""
+        return sum(e.end - e.start for e in self.events[rank] if e.instruction.kind == "run")
+
+    @property
+    def bubble(self) -> float:
+        """The share of the step in which ranks run no graph, on average over ranks."""
+        total = self.step_seconds * len(self.events)
+        return 1.0 - sum(map(self.busy_seconds, self.events)) / total if total else 0.0
+
+    def peak_bytes(self, rank: int) -> float:
+        return max(self.memory[rank], default=0.0)
+
+    def render(self, width: int = 100) -> Text:
+        """A line per rank: digits are micro-batches, forward plain and backward on a background, "=" collectives, "." waiting."""
+        step, digits = self.step_seconds, "0123456789abcdefghijklmnopqrstuvwxyz"
+        label = max((len(str(rank)) for rank in self.events), default=1) + 6
+        columns = max(10, width - label - 20)
+        text = Text()
+        for rank, events in sorted(self.events.items()):
+            cells: list[tuple[str, str]] = [(".", "dim")] * columns
+            for event in events:
+                kind = event.instruction.kind
+                if kind not in ("run", *COLLECTIVES):
+                    continue
+                backward = event.instruction.graph.startswith("backward")
+                mark = digits[event.instruction.microbatch % len(digits)] if kind == "run" else "="
+                style = ("black on green" if backward else "bold blue") if kind == "run" else "magenta"
+                first = int(event.start / step * columns) if step else 0
+                for column in range(first, max(first + 1, round(event.end / step * columns) if step else 0)):
+                    if column < columns:
+                        cells[column] = (mark, style)
+            text.append(f"rank {rank}".ljust(label))
+            for mark, style in cells:
+                text.append(mark, style=style)
+            text.append(f"  {self.busy_seconds(rank) / step if step else 0:4.0%} {self.peak_bytes(rank) / 2**20:8.0f} MiB\n")
+        text.append(f"step {_seconds(step)}, bubble {self.bubble:.0%}")
+        return text
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.render(options.max_width)
+
+
+def _seconds(value: float) -> str:
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if value * factor >= 1:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value * 1e6:.3g} us"
+
+
+def simulate(programs: Sequence[RankProgram], duration: Duration) -> Timeline:
+    """The timeline of one step.
+
+    programs    of all ranks, or of some that no transfer leaves (one pipeline, standing for the others): the rest of a group
+                is taken to be as fast as those of it that are there
+    duration    seconds of an instruction on its rank: of a graph, of a collective, of the transfer that a send begins
+    Raises DeadlockError where a rank waits for what never comes.
+    """
+    run = _Simulation({p.rank: p for p in programs}, duration)
+    run.to_the_end()
+    memory = {p.rank: tuple(u.gradients + u.held + u.temporaries for u in memory_over_time(p)) for p in programs}
+    return Timeline({rank: tuple(found) for rank, found in run.events.items()}, memory)
+
+
+class _Simulation:
+    """Every rank's clock and place in its schedule, what is on its way, and who stands at which collective."""
+
+    def __init__(self, programs: Mapping[int, RankProgram], duration: Duration) -> None:
+        self.programs = programs
+        self.duration = duration
+        self.clock = dict.fromkeys(programs, 0.0)
+        self.at = dict.fromkeys(programs, 0)
+        self.events: dict[int, list[Event]] = {rank: [] for rank in programs}
+        self.arrivals: dict[tuple[int, int], deque[float]] = {}
+        self.link_free: dict[tuple[int, int], float] = {}
+        self.standing: dict[int, tuple[int, ...]] = {}
+        self._groups: dict[tuple[int, str], tuple[int, ...]] = {}
+
+    def to_the_end(self) -> None:
+        moved = True
+        while moved:
+            moved = False
+            for rank in self.programs:
+                while self.next(rank) is not None and self.advance(rank):
+                    moved = True
+        for rank in self.programs:
+            if self.next(rank) is not None:
+                raise DeadlockError(f"rank {rank} waits for ever in '{self.next(rank)}'")
+
+    def next(self, rank: int) -> Instruction | None:
+        schedule = self.programs[rank].schedule
+        return schedule[self.at[rank]] if self.at[rank] < len(schedule) else None
+
+    def advance(self, rank: int) -> bool:
+        """Do the next instruction of a rank; False where it has to wait."""
+        program, start = self.programs[rank], self.clock[rank]
+        instruction = program.schedule[self.at[rank]]
+        match instruction.kind:
+            case "run":
+                self._finish(rank, start + self.duration(program, instruction))
+            case "send":
+                link = (rank, instruction.peer)
+                self.link_free[link] = max(start, self.link_free.get(link, 0.0)) + self.duration(program, instruction)
+                self.arrivals.setdefault(link, deque()).append(self.link_free[link])
+                self._finish(rank, start)
+            case "receive":
+                queue = self.arrivals.get((instruction.peer, rank))
+                if not queue:
+                    return False
+                self._finish(rank, max(start, queue.popleft()))
+            case _:
+                return self._join(rank, instruction.axis)
+        return True
+
+    def _join(self, rank: int, axis: str) -> bool:
+        if (rank, axis) not in self._groups:
+            self._groups[rank, axis] = tuple(r for r in _group(self.programs[rank], axis) if r in self.programs)
+        group = self.standing[rank] = self._groups[rank, axis]
+        if any(self.standing.get(r) != group for r in group):
+            return False
+        begin = max(self.clock[r] for r in group)
+        for r in group:
+            del self.standing[r]
+            program = self.programs[r]
+            self._finish(r, begin + self.duration(program, program.schedule[self.at[r]]))
+        return True
+
+    def _finish(self, rank: int, end: float) -> None:
+        self.events[rank].append(Event(rank, self.clock[rank], end, self.programs[rank].schedule[self.at[rank]]))
+        self.clock[rank] = end
+        self.at[rank] += 1
+
+
+def _group(program: RankProgram, axis: str) -> tuple[int, ...]:
+    names = axis.split("+")
+    places = product(*(range(program.mesh.size(name)) for name in names))
+    return tuple(program.mesh.rank({**program.coordinates, **dict(zip(names, place, strict=True))}) for place in places)
+
+
+class Durations:
+    """Seconds of instructions on a topology, from emitted graphs: what `simulate` asks for. Graphs are costed once.
+
+    With `overlap`, the share that the topology's profile gives of the communication inside graphs is hidden behind compute.
+    """
+
+    def __init__(self, topology: Topology, overlap: bool = True) -> None:
+        self.topology = topology
+        self.overlap = overlap
+        self._graphs: dict[tuple[int, tuple[str, ...], tuple[int, ...]], float] = {}
+
+    def __call__(self, program: RankProgram, instruction: Instruction) -> float:
+        match instruction.kind:
+            case "run":
+                return self._run(program, instruction.graph)
+            case "send":
+                size = sum(self._transfer_bytes(program, key, instruction.microbatch) for key in instruction.keys)
+                return collective_seconds("send", size, self.topology.span_of([program.rank, instruction.peer]))
+            case "receive":
+                return 0.0
+            case _:
+                return self._collective(program, instruction)
+
+    def _run(self, program: RankProgram, name: str) -> float:
+        graph = program.graphs[name].graph
+        key = (id(graph), program.mesh.axes, program.mesh.sizes)
+        if key not in self._graphs:
+            cost = graph_cost(graph, self.topology, program.mesh)
+            hidden = sum(seconds * self._hidden(axis) for axis, seconds in cost.communication.items())
+            # What is hidden runs beside the compute, and no longer than it.
+            self._graphs[key] = cost.seconds - min(hidden, cost.compute)
+        return self._graphs[key]
+
+    def _hidden(self, axis: str) -> float:
+        role = "tensor" if "tp" in axis.split("+") else "data"
+        return self.topology.overlap.get(role, 0.0) if self.overlap else 0.0
+
+    def _transfer_bytes(self, program: RankProgram, key: str, microbatch: int) -> float:
+        found = program.transfers.get(f"{key}[{microbatch}]") or program.transfers.get(key)
+        return 0.0 if found is None else float(torch.Size(found[0]).numel() * found[1].itemsize)
+
+    def _collective(self, program: RankProgram, instruction: Instruction) -> float:
+        specs = {f"param.{name}": spec for spec in program.parameters for name in (spec.name, *spec.aliases)}
+        size = 0.0
+        for key in instruction.keys:
+            spec = specs.get(key.removeprefix("grad."))
+            if spec is None:
+                size += self._transfer_bytes(program, key, instruction.microbatch)
+            else:
+                size += tensor_bytes(program, spec) if instruction.kind == "all_reduce" else working_bytes(program, spec)
+        kind = "all_gather" if instruction.kind == "gather" else instruction.kind
+        return self.topology.device.launch + collective_seconds(kind, size, self.topology.span(program.mesh, instruction.axis))
