@@ -69,30 +69,18 @@ def is_plain(value: Any) -> bool:
 
 
 def constant(value: Any) -> Constant:
-    return Constant(
-        (
-            type(value),
-            repr(value) if isinstance(value, float | complex | slice) else value,
-        ),
-        value,
-    )
+    return Constant((type(value), repr(value) if isinstance(value, float | complex | slice) else value), value)
 
 
 def children_of(value: Any) -> tuple[str, list[tuple[Hashable, Any]]] | None:
     """The kind and the named children of a container, or None for a leaf."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return "dataclass", [
-            (f.name, getattr(value, f.name)) for f in dataclasses.fields(value)
-        ]
+        return "dataclass", [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
     if isinstance(value, torch.Size):
         return None
     if isinstance(value, tuple):
         names = getattr(value, "_fields", None)
-        return (
-            ("namedtuple", list(zip(names, value, strict=True)))
-            if names
-            else ("tuple", list(enumerate(value)))
-        )
+        return ("namedtuple", list(zip(names, value, strict=True))) if names else ("tuple", list(enumerate(value)))
     if isinstance(value, list):
         return "list", list(enumerate(value))
     if isinstance(value, Mapping):
@@ -105,10 +93,7 @@ def describe(value: Any, path: str, leaf: Callable[[Any, str], Tree]) -> Tree:
     found = children_of(value)
     if found is not None:
         kind, items = found
-        children = tuple(
-            describe(v, f"{path}.{name}" if path else str(name), leaf)
-            for name, v in items
-        )
+        children = tuple(describe(v, f"{path}.{name}" if path else str(name), leaf) for name, v in items)
         return Branch(kind, type(value), tuple(name for name, _ in items), children)
     if isinstance(value, torch.Size):
         return Constant((torch.Size, tuple(value)), value)
@@ -153,9 +138,7 @@ def _build_dataclass(type_: type, named: dict[str, Any]) -> Any:
     return result
 
 
-def flatten_call(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[Tree, dict[str, Tensor]]:
+def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tree, dict[str, Tensor]]:
     """The tree of a call and its tensors by key `input.PATH`; a tensor passed twice stands under both keys.
 
     Raises TypeError for an argument that is neither a tensor, a plain value nor a container of these.
@@ -182,12 +165,8 @@ def flatten_call(
 def signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
     """Equal for two calls exactly when one captured graph serves both: structure, constants, shapes, dtypes, requires_grad."""
     tree, tensors = flatten_call(args, kwargs)
-    facts = tuple(
-        (key, tuple(t.shape), t.dtype, t.requires_grad) for key, t in tensors.items()
-    )
-    autocast = (
-        torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-    )
+    facts = tuple((key, tuple(t.shape), t.dtype, t.requires_grad) for key, t in tensors.items())
+    autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     return (tree, facts, autocast)
 
 
@@ -206,15 +185,11 @@ class CallStructure:
     signature: Hashable
     output: Tree
 
-    def flatten(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> dict[str, Tensor]:
+    def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         """The call's tensors by key. Raises ValueError when the call is of another structure than the captured one."""
         tree, tensors = flatten_call(args, kwargs)
         if tree != self.tree:
-            raise ValueError(
-                "the call has another structure, or other constants, than the captured one; capture it anew"
-            )
+            raise ValueError("the call has another structure, or other constants, than the captured one; capture it anew")
         return tensors
 
     def rebuild(self, values: Mapping[str, Any]) -> Any:
@@ -222,18 +197,14 @@ class CallStructure:
         return build(self.output, values)
 
 
-def split_target(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+def split_target(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     """The model's arguments and the target of the loss_fn. Raises CaptureError when the call has no target."""
     rest = dict(kwargs)
     if "target" in rest:
         return args, rest, rest.pop("target")
     if not args:
         raise CaptureError(
-            "a loss_fn was given, but the call has no target",
-            None,
-            "pass target=..., or the target as last positional argument",
+            "a loss_fn was given, but the call has no target", None, "pass target=..., or the target as last positional argument"
         )
     return args[:-1], rest, args[-1]
 
@@ -252,8 +223,5 @@ def describe_output(result: Any, warn: bool = True) -> tuple[Tree, list[Tensor]]
 
     tree = describe(result, "", leaf)
     if lost and warn:
-        warnings.warn(
-            f"outputs that are not tensors come back as None: {', '.join(lost)}",
-            stacklevel=2,
-        )
+        warnings.warn(f"outputs that are not tensors come back as None: {', '.join(lost)}", stacklevel=2)
     return tree, found

@@ -22,17 +22,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, Output
 
 from ..passes.normalize.gradients import mark_gradients
 from . import fidelity, torch_compat
-from .call_structure import (
-    Branch,
-    CallStructure,
-    Slot,
-    Tree,
-    build,
-    describe_output,
-    flatten_call,
-    signature,
-    split_target,
-)
+from .call_structure import Branch, CallStructure, Slot, Tree, build, describe_output, flatten_call, signature, split_target
 from .capture_error import CaptureError
 from .fidelity import line_of_stack_trace
 
@@ -92,11 +82,7 @@ def capture(
     names = tied_names(model)
     traced = _Traced(model, loss_fn, tree, tuple(tensors))
     mode = torch_compat.fake_mode()
-    with (
-        _prepared(model, mode, training),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-    ):
+    with _prepared(model, mode, training), torch.inference_mode(False), torch.enable_grad():
         is_training = model.training
         with mode:
             fakes = tuple(_fake(t) for t in tensors.values())
@@ -104,24 +90,11 @@ def capture(
     captured_graph, outputs, constants = _readable(program, names, tuple(tensors))
     requires_grad = {key for key, t in tensors.items() if t.requires_grad}
     trainable = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
-    mark_gradients(
-        captured_graph.graph, {f"param.{n}" for n in trainable} | requires_grad
-    )
-    structure = CallStructure(
-        tree, tuple(tensors), signature(args, kwargs), traced.output
-    )
+    mark_gradients(captured_graph.graph, {f"param.{n}" for n in trainable} | requires_grad)
+    structure = CallStructure(tree, tuple(tensors), signature(args, kwargs), traced.output)
     loss = traced.loss or _first_scalar(captured_graph, outputs)
     aliases = {n: tuple(others) for n, others in _aliases(names).items()}
-    return Captured(
-        captured_graph,
-        outputs,
-        loss,
-        structure,
-        aliases,
-        constants,
-        trainable,
-        is_training,
-    )
+    return Captured(captured_graph, outputs, loss, structure, aliases, constants, trainable, is_training)
 
 
 def _check_autocast() -> None:
@@ -137,13 +110,7 @@ def _check_autocast() -> None:
 class _Traced(nn.Module):
     """The model with flat tensors in and out; remembers the structure of its output."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: LossFunction | None,
-        tree: Tree,
-        keys: tuple[str, ...],
-    ) -> None:
+    def __init__(self, model: nn.Module, loss_fn: LossFunction | None, tree: Tree, keys: tuple[str, ...]) -> None:
         super().__init__()
         self.model = model
         self.loss_fn = (loss_fn,)
@@ -166,11 +133,7 @@ class _Traced(nn.Module):
             self.loss = _find_loss(self.output, result, found)
         else:
             if not isinstance(loss, Tensor) or loss.dim() != 0:
-                raise CaptureError(
-                    "loss_fn did not return a 0-dim tensor",
-                    None,
-                    "reduce the loss to one number, as with .mean()",
-                )
+                raise CaptureError("loss_fn did not return a 0-dim tensor", None, "reduce the loss to one number, as with .mean()")
             self.loss = f"out.{len(found)}"
             found.append(loss)
         fidelity.check_autograd_graph(found)
@@ -189,11 +152,7 @@ def _find_loss(tree: Tree, result: Any, found: list[Tensor]) -> str | None:
 def _first_scalar(graph: fx.GraphModule, outputs: tuple[str, ...]) -> str | None:
     (nodes,) = graph.graph.output_node().args
     for key, node in zip(outputs, nodes, strict=True):
-        if (
-            key.startswith("out.")
-            and node.meta.get("grad")
-            and node.meta["val"].dim() == 0
-        ):
+        if key.startswith("out.") and node.meta.get("grad") and node.meta["val"].dim() == 0:
             return key
     return None
 
@@ -202,10 +161,7 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     """Every parameter's and buffer's name -> its canonical name: the first of those that share the tensor."""
     first: dict[int, str] = {}
     found = {}
-    for entries in (
-        model.named_parameters(remove_duplicate=False),
-        model.named_buffers(remove_duplicate=False),
-    ):
+    for entries in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
         for name, tensor in entries:
             found[name] = first.setdefault(id(tensor), name)
     return found
@@ -222,11 +178,7 @@ def _aliases(names: Mapping[str, str]) -> dict[str, list[str]]:
 def _fake(tensor: Tensor) -> Tensor:
     """A fake CPU tensor like `tensor`; call it inside a fake mode."""
     if tensor.layout is not torch.strided:
-        raise CaptureError(
-            f"a tensor of layout {tensor.layout} cannot be captured",
-            None,
-            "make it dense",
-        )
+        raise CaptureError(f"a tensor of layout {tensor.layout} cannot be captured", None, "make it dense")
     fake = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(fake, requires_grad=tensor.requires_grad)
@@ -234,13 +186,9 @@ def _fake(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _prepared(
-    model: nn.Module, mode: torch_compat.FakeTensorMode, training: bool | None
-) -> Iterator[None]:
+def _prepared(model: nn.Module, mode: torch_compat.FakeTensorMode, training: bool | None) -> Iterator[None]:
     """The model in the wanted mode, with fake parameters and buffers; everything, attributes included, is put back."""
-    attributes = [
-        (name, module, dict(vars(module))) for name, module in model.named_modules()
-    ]
+    attributes = [(name, module, dict(vars(module))) for name, module in model.named_modules()]
     fakes: dict[int, Tensor] = {}
 
     def replace(name: str, tensor: Tensor) -> Tensor:
@@ -258,11 +206,7 @@ def _prepared(
         yield
     finally:
         restore()
-        changed = [
-            f"{name}.{k}".lstrip(".")
-            for name, module, values in attributes
-            for k in _put_back(module, values)
-        ]
+        changed = [f"{name}.{k}".lstrip(".") for name, module, values in attributes for k in _put_back(module, values)]
         if changed:
             warnings.warn(
                 f"attributes that the forward sets to tensors are not updated by a captured graph: {', '.join(changed)}",
@@ -270,9 +214,7 @@ def _prepared(
             )
 
 
-def _move_plain_tensors(
-    name: str, module: nn.Module, attributes: Mapping[str, Any]
-) -> None:
+def _move_plain_tensors(name: str, module: nn.Module, attributes: Mapping[str, Any]) -> None:
     for key, value in attributes.items():
         if isinstance(value, Tensor) and value.device.type != "cpu":
             if value.device.type == "meta":
@@ -286,11 +228,7 @@ def _move_plain_tensors(
 
 def _put_back(module: nn.Module, attributes: dict[str, Any]) -> list[str]:
     current = vars(module)
-    changed = [
-        k
-        for k, v in current.items()
-        if isinstance(v, Tensor) and v is not attributes.get(k)
-    ]
+    changed = [k for k, v in current.items() if isinstance(v, Tensor) and v is not attributes.get(k)]
     changed = [k for k in changed if isinstance(current[k], torch_compat.FakeTensor)]
     for key in [k for k in current if k not in attributes]:
         del current[key]
@@ -310,11 +248,7 @@ def _export(traced: _Traced, fakes: tuple[Tensor, ...]) -> torch.export.Exported
         raise
     except Exception as error:
         source = fidelity.line_of_traceback(error.__traceback__)
-        if type(error).__name__ in (
-            "GuardOnDataDependentSymNode",
-            "DataDependentOutputException",
-            "UserError",
-        ):
+        if type(error).__name__ in ("GuardOnDataDependentSymNode", "DataDependentOutputException", "UserError"):
             raise fidelity.data_dependent(source) from error
         raise CaptureError(
             f"the model could not be traced: {type(error).__name__}: {error}",
@@ -331,8 +265,7 @@ def _cut_no_grad_regions(graph: fx.GraphModule) -> None:
             if enabled and device != "cpu":
                 raise CaptureError(
                     f"the forward enables torch.autocast({device!r}, {dtype}), whose casts depend on the device",
-                    line_of_stack_trace(node.meta.get("stack_trace"))
-                    or _first_source(getattr(graph, node.args[4].target)),
+                    line_of_stack_trace(node.meta.get("stack_trace")) or _first_source(getattr(graph, node.args[4].target)),
                     "convert the model instead (model.to(torch.bfloat16)), or disable autocast inside",
                 )
         for argument in node.args:
@@ -340,46 +273,28 @@ def _cut_no_grad_regions(graph: fx.GraphModule) -> None:
                 inner = getattr(graph, str(argument.target), None)
                 if isinstance(inner, fx.GraphModule):
                     _cut_no_grad_regions(inner)
-                    if (
-                        node.target is torch.ops.higher_order.wrap_with_set_grad_enabled
-                        and node.args[0] is False
-                    ):
+                    if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled and node.args[0] is False:
                         _detach_inputs(inner)
 
 
 def _first_source(graph: fx.GraphModule) -> str | None:
-    return next(
-        (
-            s
-            for n in graph.graph.nodes
-            if (s := line_of_stack_trace(n.meta.get("stack_trace")))
-        ),
-        None,
-    )
+    return next((s for n in graph.graph.nodes if (s := line_of_stack_trace(n.meta.get("stack_trace")))), None)
 
 
 def _detach_inputs(region: fx.GraphModule) -> None:
     last = [n for n in region.graph.nodes if n.op == "placeholder"]
     for placeholder in last:
         value = placeholder.meta.get("val")
-        if (
-            isinstance(value, Tensor)
-            and (value.is_floating_point() or value.is_complex())
-            and placeholder.users
-        ):
+        if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()) and placeholder.users:
             with region.graph.inserting_after(last[-1]):
                 cut = region.graph.call_function(aten.detach.default, (placeholder,))
             cut.meta = dict(placeholder.meta)
-            placeholder.replace_all_uses_with(
-                cut, delete_user_cb=lambda user, cut=cut: user is not cut
-            )
+            placeholder.replace_all_uses_with(cut, delete_user_cb=lambda user, cut=cut: user is not cut)
     region.recompile()
 
 
 def _readable(
-    program: torch.export.ExportedProgram,
-    names: Mapping[str, str],
-    inputs: tuple[str, ...],
+    program: torch.export.ExportedProgram, names: Mapping[str, str], inputs: tuple[str, ...]
 ) -> tuple[fx.GraphModule, tuple[str, ...], dict[str, Tensor]]:
     """The program's graph with our keys, sources and module paths; its outputs' keys; its constants."""
     keys = _placeholder_keys(program.graph_signature, names, inputs)
@@ -392,9 +307,7 @@ def _readable(
     for node in old.nodes:
         if node.op == "placeholder":
             key = keys[node.name]
-            if (
-                key in placeholders
-            ):  # a tied tensor stands in the program under each of its names
+            if key in placeholders:  # a tied tensor stands in the program under each of its names
                 copies[node] = placeholders[key]
                 continue
             copy = placeholders[key] = graph.placeholder(key.replace(".", "_"))
@@ -414,9 +327,7 @@ def _readable(
     return result, _output_keys(program.graph_signature, names, result), constants
 
 
-def _placeholder_keys(
-    signature_: ExportGraphSignature, names: Mapping[str, str], inputs: tuple[str, ...]
-) -> dict[str, str]:
+def _placeholder_keys(signature_: ExportGraphSignature, names: Mapping[str, str], inputs: tuple[str, ...]) -> dict[str, str]:
     keys: dict[str, str] = {}
     remaining = iter(inputs)
     for spec in signature_.input_specs:
@@ -432,17 +343,13 @@ def _placeholder_keys(
                 key = next(remaining)
             case _:
                 raise CaptureError(
-                    f"the model takes an input of kind {spec.kind.name}, which cannot be captured",
-                    None,
-                    "leave it out",
+                    f"the model takes an input of kind {spec.kind.name}, which cannot be captured", None, "leave it out"
                 )
         keys[spec.arg.name] = key
     return keys
 
 
-def _output_keys(
-    signature_: ExportGraphSignature, names: Mapping[str, str], graph: fx.GraphModule
-) -> tuple[str, ...]:
+def _output_keys(signature_: ExportGraphSignature, names: Mapping[str, str], graph: fx.GraphModule) -> tuple[str, ...]:
     """The outputs' keys, in the graph's order. Raises CaptureError when the forward changes a parameter or an input."""
     (nodes,) = graph.graph.output_node().args
     keys = []
@@ -456,11 +363,7 @@ def _output_keys(
             keys.append(f"buffer.{names[target]}")
         else:
             what = "an input" if "INPUT" in spec.kind.name else f"parameter {target!r}"
-            raise CaptureError(
-                f"the forward changes {what} in place",
-                node.meta.get("source"),
-                "work on a copy (x.clone())",
-            )
+            raise CaptureError(f"the forward changes {what} in place", node.meta.get("source"), "work on a copy (x.clone())")
     return tuple(keys)
 
 

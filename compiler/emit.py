@@ -120,14 +120,13 @@ def lower(problem: Problem, plan: Plan, coordinates: Mapping[str, int], values: 
 
 def emit(problem: Problem, plan: Plan, rank: int, templates: Templates | None = None) -> RankProgram:
     """The program of `rank`. `templates` may be shared by ranks: what was differentiated for one serves all."""
-    communicator = coordinates_of(plan, rank)
-    with use_communicator(communicator):
-        return _Emission(problem, plan, rank, communicator, templates or Templates(Values())).program()
+    return _Emission(problem, plan, rank, coordinates_of(plan, rank), templates or Templates(Values())).program()
 
 
 class _Emission:
     def __init__(self, problem: Problem, plan: Plan, rank: int, communicator: StaticCommunicator, templates: Templates) -> None:
         self.problem, self.plan, self.rank, self.templates = problem, plan, rank, templates
+        self.communicator = communicator
         self.coordinates = {k: v for k, v in communicator.indices.items() if k != TIME}
         self.stage = self.coordinates.get("pp", 0)
         self.graphs: dict[str, GraphSpec] = {}
@@ -166,6 +165,11 @@ class _Emission:
         """The graphs of one micro-batch (all of one size share them)."""
         first = microbatch == 0
         values = self.templates.values
+        here = StaticCommunicator(self.communicator.sizes, {**self.communicator.indices, TIME: microbatch})
+        with use_communicator(here):
+            self._emit_microbatch(microbatch, suffix, sizes, values, first)
+
+    def _emit_microbatch(self, microbatch: int, suffix: str, sizes: Sequence[int], values: Values, first: bool) -> None:
         self.lowered = lower(self.problem, self.plan, self.coordinates, values, microbatch)
         self.assign_stages(self.lowered.graph)
         stages = split_stages(self.lowered.graph, self.plan.stages)

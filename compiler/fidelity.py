@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import linecache
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType, TracebackType
+from types import FrameType, FunctionType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,7 @@ HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 APPLY = torch.autograd.Function.apply.__func__.__code__
 
 
+@functools.cache
 def is_user_file(filename: str) -> bool:
     """True of code that is neither torch's nor this compiler's."""
     path = os.path.abspath(filename)
@@ -43,12 +45,29 @@ def frames_from(frame: FrameType | None) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
+def user_frame(start: FrameType | None) -> FrameType | None:
+    """The innermost frame of user code, from `start` outwards."""
+    return next((f for f in frames_from(start) if is_user_file(f.f_code.co_filename)), None)
+
+
 def calling_line() -> str | None:
     """The innermost user line on the Python stack."""
-    for frame in frames_from(sys._getframe(1)):
-        if is_user_file(frame.f_code.co_filename):
-            return line_of(frame.f_code.co_filename, frame.f_lineno)
-    return None
+    frame = user_frame(sys._getframe(1))
+    return line_of(frame.f_code.co_filename, frame.f_lineno) if frame else None
+
+
+def _forward(func: Any, args: Any, kwargs: Any) -> Any: return func(*args, **kwargs)  # fmt: skip  # noqa: E704
+
+
+@functools.cache
+def trampoline(filename: str, line: int) -> Callable[..., Any]:
+    """Calls a function from a frame that stands at `filename:line` and is named `forward`.
+
+    A traced node keeps, of its Python stack, the frames named `forward` alone: without this, the line of a call made in
+    any other function would be lost.
+    """
+    code = _forward.__code__.replace(co_filename=filename, co_firstlineno=line, co_name="forward")
+    return FunctionType(code, {})
 
 
 def line_of_traceback(traceback: TracebackType | None) -> str | None:
@@ -79,21 +98,13 @@ def line_of_stack_trace(stack_trace: str | None) -> str | None:
 
 IN_PLACE_ALLOWED_NAMES = frozenset({"requires_grad_", "retain_grad"})
 HOOKS = frozenset({Tensor.register_hook, Tensor.register_post_accumulate_grad_hook})
-GRADIENT_CALLS = frozenset(
-    {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
-)
+GRADIENT_CALLS = frozenset({torch.autograd.grad, torch.autograd.backward, Tensor.backward})
 
 
 class Watch(TorchFunctionMode):
     """Active around the model while it is traced: raises CaptureError, with the user's line, for what a trace would lose."""
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         self._check_function(func)
         if func in HOOKS:
@@ -104,33 +115,25 @@ class Watch(TorchFunctionMode):
             )
         if func in GRADIENT_CALLS:
             raise CaptureError(
-                "the forward computes gradients itself",
-                calling_line(),
-                "derivatives inside the forward cannot be captured; give their formula",
+                "the forward computes gradients itself", calling_line(), "derivatives inside the forward cannot be captured; give their formula"
             )
         name = getattr(func, "__name__", "")
         if args and isinstance(args[0], Tensor) and _writes(name, args[0]):
             _check_write(args[0], name)
-        return func(*args, **kwargs)
+        caller = user_frame(sys._getframe(1))
+        if caller is None:
+            return func(*args, **kwargs)
+        return trampoline(caller.f_code.co_filename, caller.f_lineno)(func, args, kwargs)
 
     def _check_function(self, func: Any) -> None:
         caller = sys._getframe(2)
         for frame in frames_from(caller):
-            if frame.f_code is APPLY and not torch_compat.is_registered_autograd(
-                frame.f_locals["cls"]
-            ):
+            if frame.f_code is APPLY and not torch_compat.is_registered_autograd(frame.f_locals["cls"]):
                 function = frame.f_locals["cls"]
                 break
         else:
             return
-        user = next(
-            (
-                f
-                for f in frames_from(frame.f_back)
-                if is_user_file(f.f_code.co_filename)
-            ),
-            None,
-        )
+        user = user_frame(frame.f_back)
         source = line_of(user.f_code.co_filename, user.f_lineno) if user else None
         if getattr(function, "__module__", "") == "torch.utils.checkpoint":
             raise CaptureError(
@@ -146,19 +149,8 @@ class Watch(TorchFunctionMode):
 
 
 def _writes(name: str, tensor: Tensor) -> bool:
-    in_place = (
-        name.endswith("_")
-        and not name.endswith("__")
-        and name not in IN_PLACE_ALLOWED_NAMES
-    )
-    return in_place or name in (
-        "__setitem__",
-        "__set__",
-        "__iadd__",
-        "__imul__",
-        "__isub__",
-        "__itruediv__",
-    )
+    in_place = name.endswith("_") and not name.endswith("__") and name not in IN_PLACE_ALLOWED_NAMES
+    return in_place or name in ("__setitem__", "__set__", "__iadd__", "__imul__", "__isub__", "__itruediv__")
 
 
 def _check_write(tensor: Tensor, name: str) -> None:
@@ -191,9 +183,7 @@ def check_model(model: nn.Module) -> None:
             )
         if torch_compat.backward_hooks(module):
             raise CaptureError(
-                f"{label} has a backward hook, which a captured graph would not call",
-                None,
-                "remove the hook (handle.remove())",
+                f"{label} has a backward hook, which a captured graph would not call", None, "remove the hook (handle.remove())"
             )
     for name, parameter in model.named_parameters():
         if torch_compat.tensor_hooks(parameter):
@@ -203,11 +193,7 @@ def check_model(model: nn.Module) -> None:
                 "remove the hook and change the gradients between backward and optimizer.step",
             )
         if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise CaptureError(
-                f"parameter {name!r} has no shape yet",
-                None,
-                "run the lazy modules once before capture",
-            )
+            raise CaptureError(f"parameter {name!r} has no shape yet", None, "run the lazy modules once before capture")
 
 
 def check_autograd_graph(outputs: Sequence[Tensor]) -> None:
@@ -219,9 +205,7 @@ def check_autograd_graph(outputs: Sequence[Tensor]) -> None:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(
-            node, torch.autograd.function.BackwardCFunction
-        ) and not torch_compat.is_registered_autograd(type(node)):
+        if isinstance(node, torch.autograd.function.BackwardCFunction) and not torch_compat.is_registered_autograd(type(node)):
             raise CaptureError(
                 f"the forward uses a custom autograd function ({node.name()}), whose own backward a trace would lose",
                 None,
@@ -238,10 +222,7 @@ def check_static(graph: fx.GraphModule) -> None:
                 values = node.meta.get("val")
                 values = values if isinstance(values, tuple | list) else [values]
                 if any(_is_symbolic(v) for v in values):
-                    raise data_dependent(
-                        line_of_stack_trace(node.meta.get("stack_trace"))
-                        or str(node.target)
-                    )
+                    raise data_dependent(line_of_stack_trace(node.meta.get("stack_trace")) or str(node.target))
 
 
 def _is_symbolic(value: Any) -> bool:
@@ -261,23 +242,11 @@ def data_dependent(source: str | None) -> CaptureError:
 class PromoteCasts(TorchFunctionMode):
     """The eager counterpart of `promote_casts`: while it is active, casts to float32 are casts to float64."""
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is Tensor.float:
             func = Tensor.double
         args = tuple(torch.float64 if a is torch.float32 else a for a in args)
-        return func(
-            *args,
-            **{
-                k: torch.float64 if v is torch.float32 else v
-                for k, v in (kwargs or {}).items()
-            },
-        )
+        return func(*args, **{k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()})
 
 
 @dataclass(frozen=True)
@@ -294,12 +263,7 @@ class Difference:
     worst: str
 
 
-TOLERANCE = {
-    torch.float64: 1e-9,
-    torch.float32: 1e-3,
-    torch.float16: 5e-2,
-    torch.bfloat16: 2e-1,
-}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 """Per dtype of the model: reordering of sums, with room for losses and gradients that nearly cancel."""
 
 
@@ -316,18 +280,11 @@ def check_capture(
     parameters, gradients, buffers and mode. A float64 model is compared in float64 throughout: its own casts to float32
     are promoted on both sides. Raises CaptureError when a difference is beyond `TOLERANCE`.
     """
-    dtype = next(
-        (p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32
-    )
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     names = [n for n, p in model.named_parameters() if p.requires_grad]
-    eager, eager_gradients = _run_eager(
-        captured, model, args, kwargs, loss_fn, names, dtype
-    )
+    eager, eager_gradients = _run_eager(captured, model, args, kwargs, loss_fn, names, dtype)
     ours, our_gradients = _run_captured(captured, model, args, kwargs, names, dtype)
-    largest = max(
-        (float(g.abs().max()) for g in eager_gradients.values() if g.numel()),
-        default=0.0,
-    )
+    largest = max((float(g.abs().max()) for g in eager_gradients.values() if g.numel()), default=0.0)
     errors = {key: _relative(eager[key], ours[key], 0.0) for key in eager}
     for name in sorted(eager_gradients.keys() | our_gradients.keys()):
         ones = [gradients.get(name) for gradients in (eager_gradients, our_gradients)]
@@ -343,12 +300,8 @@ def check_capture(
         )
     return Difference(
         loss=errors.get(captured.loss or "", 0.0),
-        gradients=max(
-            (e for k, e in errors.items() if k.startswith("grad.")), default=0.0
-        ),
-        outputs=max(
-            (e for k, e in errors.items() if not k.startswith("grad.")), default=0.0
-        ),
+        gradients=max((e for k, e in errors.items() if k.startswith("grad.")), default=0.0),
+        outputs=max((e for k, e in errors.items() if not k.startswith("grad.")), default=0.0),
         worst=worst,
     )
 
@@ -359,16 +312,12 @@ def _relative(a: Tensor, b: Tensor, floor: float) -> float:
     if not a.numel():
         return 0.0
     a, b = a.detach().cpu().double(), b.detach().cpu().double()
-    if torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) and torch.equal(
-        a.isnan(), b.isnan()
-    ):
+    if torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) and torch.equal(a.isnan(), b.isnan()):
         return 0.0
     return float((a - b).abs().max()) / max(float(a.abs().max()), floor, 1e-300)
 
 
-def _gradients(
-    loss: Tensor | None, names: Sequence[str], tensors: Sequence[Tensor]
-) -> dict[str, Tensor]:
+def _gradients(loss: Tensor | None, names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, Tensor]:
     if loss is None or not loss.requires_grad:
         return {}
     found = torch.autograd.grad(loss, tensors, allow_unused=True)
@@ -376,44 +325,25 @@ def _gradients(
 
 
 def _run_eager(
-    captured: Captured,
-    model: nn.Module,
-    args: Any,
-    kwargs: Any,
-    loss_fn: Any,
-    names: Sequence[str],
-    dtype: torch.dtype,
+    captured: Captured, model: nn.Module, args: Any, kwargs: Any, loss_fn: Any, names: Sequence[str], dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     buffers = {n: b.clone() for n, b in model.named_buffers()}
     modes = {m: m.training for m in model.modules()}
     if model.training != captured.training:
         model.train(captured.training)
     try:
-        with (
-            torch.random.fork_rng(),
-            torch.enable_grad(),
-            PromoteCasts() if dtype == torch.float64 else torch.enable_grad(),
-        ):
+        with torch.random.fork_rng(), torch.enable_grad(), PromoteCasts() if dtype == torch.float64 else torch.enable_grad():
             torch.manual_seed(0)
             if loss_fn is None:
                 found = describe_output(model(*args, **kwargs), warn=False)[1]
             else:
                 rest, named, target = split_target(args, kwargs)
                 result = model(*rest, **named)
-                found = [
-                    *describe_output(result, warn=False)[1],
-                    loss_fn(result, target),
-                ]
+                found = [*describe_output(result, warn=False)[1], loss_fn(result, target)]
         values = {f"out.{k}": t for k, t in enumerate(found)}
         parameters = dict(model.named_parameters())
-        gradients = _gradients(
-            values.get(captured.loss or ""), names, [parameters[n] for n in names]
-        )
-        updated = {
-            f"buffer.{n}": b.clone()
-            for n, b in model.named_buffers()
-            if f"buffer.{n}" in captured.outputs
-        }
+        gradients = _gradients(values.get(captured.loss or ""), names, [parameters[n] for n in names])
+        updated = {f"buffer.{n}": b.clone() for n, b in model.named_buffers() if f"buffer.{n}" in captured.outputs}
         return {k: v.detach() for k, v in {**values, **updated}.items()}, gradients
     finally:
         with torch.no_grad():
@@ -424,22 +354,15 @@ def _run_eager(
 
 
 def _run_captured(
-    captured: Captured,
-    model: nn.Module,
-    args: Any,
-    kwargs: Any,
-    names: Sequence[str],
-    dtype: torch.dtype,
+    captured: Captured, model: nn.Module, args: Any, kwargs: Any, names: Sequence[str], dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     graph = promote_casts(captured.graph) if dtype == torch.float64 else captured.graph
-    parameters = {
-        n: p.detach().cpu().requires_grad_(p.requires_grad)
-        for n, p in model.named_parameters()
-    }
+    parameters = {n: p.detach().cpu().requires_grad_(p.requires_grad) for n, p in model.named_parameters()}
     state = {
         **{f"param.{n}": p for n, p in parameters.items()},
         **{f"buffer.{n}": b.detach().cpu() for n, b in model.named_buffers()},
         **captured.constants,
+        "seed": torch.tensor(0),
         **{k: t.cpu() for k, t in captured.call.flatten(args, kwargs).items()},
     }
     inputs = [state[n.meta["key"]] for n in graph.graph.nodes if n.op == "placeholder"]
@@ -447,7 +370,5 @@ def _run_captured(
         torch.manual_seed(0)
         outputs = fx.Interpreter(graph).run(*inputs)
     values = dict(zip(captured.outputs, outputs, strict=True))
-    gradients = _gradients(
-        values.get(captured.loss or ""), names, [parameters[n] for n in names]
-    )
+    gradients = _gradients(values.get(captured.loss or ""), names, [parameters[n] for n in names])
     return {k: v.detach() for k, v in values.items()}, gradients

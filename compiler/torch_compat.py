@@ -88,3 +88,25 @@ def is_composite(op: Any) -> bool:
     Waits for: a public way to ask an OpOverload for its decomposition.
     """
     return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+
+
+def register_child(module: torch.nn.Module, name: str, child: torch.nn.Module) -> None:
+    """`module.add_module`, also where the class of `module` has an attribute of that name, which then keeps precedence.
+
+    Waits for: `add_module` to take such names.
+    """
+    module._modules[name] = child
+
+
+def incompatible_keys(missing: list[str], unexpected: list[str]) -> Any:
+    """What `nn.Module.load_state_dict` returns. Waits for: a public name of its type."""
+    return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
+
+
+def reset_method(module: torch.nn.Module) -> Callable[[], Any] | None:
+    """The module's own initialization of its parameters and buffers, None if it has none.
+
+    Waits for: `nn.MultiheadAttention` and others to name it `reset_parameters`, as most modules do.
+    """
+    found = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+    return found if callable(found) else None

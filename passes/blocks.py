@@ -183,9 +183,10 @@ def _search(table: _Table, low: int, high: int) -> list[tuple[int, int, int]]:
     covered = 0
     for period in range(1, (high - low) // 2 + 1):
         same = table.kind[low + period : high] == table.kind[low : high - period]
-        if np.count_nonzero(same) < period:
+        least = max(period, covered + 1 - period)
+        if np.count_nonzero(same) < least:
             continue
-        for begin, length in _stretches(same, period):
+        for begin, length in _stretches(same, least):
             if (length + period) // period * period <= covered:
                 continue
             found = _best_rotation(table, low + begin, low + begin + length + period, period)
@@ -199,8 +200,9 @@ def _search(table: _Table, low: int, high: int) -> list[tuple[int, int, int]]:
 
 def _stretches(flags: np.ndarray, least: int) -> list[tuple[int, int]]:
     """(begin, length) of the stretches of True at least `least` long."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8)))
-    return [(int(b), int(e - b)) for b, e in zip(edges[::2], edges[1::2], strict=True) if e - b >= least]
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8))).reshape(-1, 2)
+    long = edges[edges[:, 1] - edges[:, 0] >= least]
+    return [(begin, end - begin) for begin, end in long.tolist()]
 
 
 def _best_rotation(table: _Table, begin: int, end: int, period: int) -> tuple[int, int, int] | None:

@@ -139,9 +139,11 @@ def copy_facts(source: fx.Node, target: fx.Node) -> fx.Node:
     return target
 
 
-def call(graph: fx.Graph, values: Values, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> fx.Node:
+def call(
+    graph: fx.Graph, values: Values, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, name: str | None = None
+) -> fx.Node:
     """A new call_function node with its value."""
-    node = graph.call_function(target, args, dict(kwargs or {}))
+    node = graph.create_node("call_function", target, args, dict(kwargs or {}), name=name)
     node.meta["val"] = values.of(target, node.args, node.kwargs)
     return node
 

@@ -25,7 +25,7 @@ from .graph_tools import (
     where,
 )
 from .rules.base import Axis, Strategy, localize
-from .types import I, Type, local_shape
+from .types import I, Type, Varying, local_shape
 
 
 class ShardingError(ValueError):
@@ -59,6 +59,7 @@ def shard(
             lowering.op(node, choice[node.name])
     result = fx.GraphModule(gm, lowering.graph)
     result.meta.update(gm.meta)
+    result.meta["twins"] = {**gm.meta.get("twins", {}), **lowering.twins(gm.meta.get("twins", {}))}
     return result
 
 
@@ -68,6 +69,7 @@ class _Lowering:
         self.graph = fx.Graph()
         self.new: dict[fx.Node, fx.Node] = {}
         self.converted: dict[tuple[fx.Node, Type], fx.Node] = {}
+        self.names: dict[str, list[tuple[str, str]]] = {}
 
     def type_of(self, node: fx.Node) -> Any:
         return node.meta["types"][self.axis.name]
@@ -82,7 +84,7 @@ class _Lowering:
 
     def getitem(self, node: fx.Node) -> None:
         source, k = node.args
-        made = copy_facts(node, call(self.graph, self.values, node.target, (self.new[source], k)))  # type: ignore[index]
+        made = copy_facts(node, call(self.graph, self.values, node.target, (self.new[source], k), name=node.name))  # type: ignore[index]
         made.meta["types"][self.axis.name] = self.type_of(self.new[source])[k]  # type: ignore[index]
         self.new[node] = made
 
@@ -90,8 +92,7 @@ class _Lowering:
         op, sources = op_call(node)
         operands = tuple(self.as_type(self.new[s], t, node) for s, t in zip(sources, strategy.ins, strict=True))
         target, args, kwargs = localize(op, strategy, self.index)
-        made = call(self.graph, self.values, target, place_operands(args, operands), place_operands(kwargs, operands))
-        made.name = node.name
+        made = call(self.graph, self.values, target, place_operands(args, operands), place_operands(kwargs, operands), node.name)
         copy_facts(node, made)
         made.meta["types"][self.axis.name] = strategy.outs if isinstance(node.meta["val"], tuple | list) else strategy.outs[0]
         made.meta["calls"][self.axis.name] = (op, strategy)
@@ -119,7 +120,9 @@ class _Lowering:
                 f"there is no conversion {have} -> {needed}"
             )
         if (node, needed) not in self.converted:
-            made = call(self.graph, self.values, convert, (node, self.axis.name, have, needed))
+            name = f"{node.name}_{self.axis.name}_{str(needed)[0]}{needed.dim if isinstance(needed, Varying) else ''}"
+            made = call(self.graph, self.values, convert, (node, self.axis.name, have, needed), name=name)
+            self.names.setdefault(node.name, []).append((name, made.name))
             copy_facts(node, made)
             made.meta.pop("key", None)
             made.meta["types"][self.axis.name] = needed
@@ -129,6 +132,17 @@ class _Lowering:
                 made.meta["module"] = user.meta.get("module")
             self.converted[node, needed] = made
         return self.converted[node, needed]
+
+    def twins(self, known: Mapping[str, str]) -> dict[str, str]:
+        """Conversions of values at the same place of identical blocks stand at the same place themselves."""
+        made = {own for pairs in self.names.values() for _, own in pairs}
+        found = {}
+        for source, pairs in self.names.items():
+            for wished, own in pairs:
+                twin = known.get(source, source) + wished.removeprefix(source)
+                if twin != own and twin in made:
+                    found[own] = twin
+        return found
 
     def output(self, node: fx.Node, needed: Mapping[int, Type]) -> None:
         results = [self.new[n] for n in node.args[0]]  # type: ignore[union-attr]

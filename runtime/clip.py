@@ -39,15 +39,19 @@ def grad_norm(store: ParameterStore, norm_type: float = 2.0, foreach: bool | Non
         raise ShardwrightError(f"norm_type {norm_type}: a norm over sharded gradients needs a positive number or inf")
     gradients = {name: g for name, g in gradients_of(store).items() if g.numel()}
     counted = [g for name, g in gradients.items() if store.counts(name)]
-    total = torch.nn.utils.get_total_norm(counted, norm_type, foreach=foreach).to(store.device)
+    total = torch.nn.utils.get_total_norm(counted, norm_type, foreach=foreach).to(store.device, torch.float64)
     axes = "+".join(store.mesh.axes)
-    if math.isinf(norm_type):
-        return store.communicator.all_reduce(total.float() if total.dtype != torch.float64 else total, axes, "max") if axes else total
-    power = total.double() ** norm_type
+    infinite = math.isinf(norm_type)
+    power = total if infinite else total**norm_type
     if axes:
-        power = store.communicator.all_reduce(power, axes, "sum")
-    dtype = torch.float64 if any(slot.spec.dtype == torch.float64 for slot in store.slots.values()) else torch.float32
-    return (power ** (1.0 / norm_type)).to(dtype)
+        power = store.communicator.all_reduce(power, axes, "max" if infinite else "sum")
+    return (power if infinite else power ** (1.0 / norm_type)).to(_norm_dtype(store))
+
+
+def _norm_dtype(store: ParameterStore) -> torch.dtype:
+    """float64 where the model has such parameters, on whatever stage; float32 else."""
+    wide = any(fact.dtype == torch.float64 for held in store.directory for fact in held.values())
+    return torch.float64 if wide else torch.float32
 
 
 def clip_grad_norm_(

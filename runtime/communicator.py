@@ -134,8 +134,9 @@ class Standing:
 class ProcessGroupCommunicator(Standing):
     """A `MeshCommunicator` over torch.distributed: NCCL where `device` is CUDA, Gloo elsewhere.
 
-    Needs the default process group (unless the mesh has one rank), whose rank numbers are the mesh's. Its constructor is a collective over all ranks,
-    as is the first use of a flattened axis over the ranks that it joins. Once a peer is lost, every call raises.
+    Needs the default process group, whose rank numbers are the mesh's, unless the mesh has one rank. Its constructor is a
+    collective over all ranks, as is the first use of a joined or listed axis over the ranks that it joins. Once a peer is
+    lost, every call raises.
 
     timeout   seconds after which a collective that does not complete raises PeerLostError
     store     where ranks that fail leave their reason (`ABORT_KEY`), to be quoted when a peer is lost
@@ -147,8 +148,8 @@ class ProcessGroupCommunicator(Standing):
         super().__init__(mesh, rank)
         if mesh.world_size > 1 and (dist.get_world_size() != mesh.world_size or dist.get_rank() != rank):
             raise ShardwrightError(
-                f"rank {rank} of a mesh of {mesh.world_size} was asked for in process {dist.get_rank()} of {dist.get_world_size()}: "
-                "the mesh must name every process of the job, in order"
+                f"rank {rank} of a mesh of {mesh.world_size} was asked for in process {dist.get_rank()} of "
+                f"{dist.get_world_size()}: the mesh must name every process of the job, in order"
             )
         self.device = torch.device(device)
         self.timeout = timeout

@@ -48,7 +48,8 @@ class Delivery:
             raise ShardwrightError(self._refused)
         if self._gradients is None:
             raise ShardwrightError(
-                "backward() was called a second time on one loss: a step computes its gradients once, and they have been added already. "
+                "backward() was called a second time on one loss: a step computes its gradients once, and they have been added "
+                "already. "
                 "Call the model again for new ones, or scale the loss once (backward() of a sum of losses adds each once)"
             )
         gradients, self._gradients = self._gradients, None
@@ -67,11 +68,8 @@ class Delivery:
 def _scale(tensors: list[Tensor], scale: Tensor) -> None:
     if not tensors or (scale.device.type == "cpu" and scale.item() == 1.0):
         return
-    by_kind: dict[torch.dtype, list[Tensor]] = {}
-    for t in tensors:
-        by_kind.setdefault(t.dtype, []).append(t)
-    for dtype, group in by_kind.items():
-        foreach_scale_(group, scale.to(dtype) if scale.dtype != dtype else scale)
+    with torch.no_grad():
+        foreach_scale_(tensors, scale)
 
 
 def _trainable(store: ParameterStore, gradients: Gradients) -> list[tuple[Key, Slot, Tensor]]:
@@ -127,6 +125,11 @@ def keep_unreduced(store: ParameterStore, gradients: Gradients) -> None:
         p.grad = waiting
 
 
+def _is_placeholder(base: Tensor) -> bool:
+    """Whether this is the one number, expanded, that `keep_unreduced` puts where nothing was reduced before."""
+    return base.dim() > 0 and base.numel() > 0 and not any(base.stride())
+
+
 def has_pending(store: ParameterStore) -> bool:
     """Whether no_sync() left gradients that are still to be reduced."""
     return any(isinstance(p.grad, ShardedTensor) and p.grad.unreduced is not None for p in store.parameters.values())
@@ -141,8 +144,8 @@ def take_pending(store: ParameterStore) -> dict[Key, Tensor]:
             continue
         found[PREFIX + name] = grad.unreduced
         base = grad.to_local()
-        if base.numel() and not any(base.stride()) and base.dim():
-            slot.parameter.grad = None  # the placeholder of `keep_unreduced`
+        if _is_placeholder(base):
+            slot.parameter.grad = None
         else:
             slot.parameter.grad = base if store.is_whole else ShardedTensor(base, slot.layout, slot.spec.shape)
     return found
@@ -169,11 +172,15 @@ class _Deliver(torch.autograd.Function):
         for name, grad in zip(ctx.names[1:], grads[1:], strict=True):
             if grad is not None:
                 raise ShardwrightError(
-                    f"a gradient was sent into the output {name!r}: only the loss that the model returns is differentiable here, because "
-                    "its gradients are computed with the outputs. Compute the loss inside the model, or give auto_parallelize a loss_fn"
+                    f"a gradient was sent into the output {name!r}: only the loss that the model returns is differentiable here, "
+                    "because "
+                    "its gradients are computed with the outputs. Compute the loss inside the model, or give auto_parallelize a "
+                    "loss_fn"
                 )
         if torch.is_grad_enabled():
-            raise ShardwrightError("create_graph=True: gradients of gradients are not computed; the backward of a step is a fixed program")
+            raise ShardwrightError(
+                "create_graph=True: gradients of gradients are not computed; the backward of a step is a fixed program"
+            )
         scale = grads[0]
         if scale is not None:
             ctx.delivery.deliver(scale.detach())

@@ -41,8 +41,8 @@ _SHORT = {
     torch.complex128: "c128",
 }
 _FACTORIES = frozenset(
-    "arange empty empty_permuted empty_strided eye full linspace logspace ones rand randint randn randperm scalar_tensor "
-    "tril_indices triu_indices zeros".split()  # noqa: SIM905  (a table reads better in lines than as a list)
+    {"arange", "empty", "empty_permuted", "empty_strided", "eye", "full", "linspace", "logspace", "ones", "rand", "randint"}
+    | {"randn", "randperm", "scalar_tensor", "tril_indices", "triu_indices", "zeros"}
 )
 """aten ops that make a tensor from none: where they name no device they are given the program's."""
 
@@ -291,9 +291,10 @@ def _statement(node: Node, names: Mapping[Node, str], dying: list[Node]) -> str:
         right = f"{_literal(node.args[0], names)}[{_literal(node.args[1], names)}]"
     else:
         arguments = [_literal(value, names) for value in node.args]
-        arguments += [f"{key}={_literal(value, names)}" for key, value in node.kwargs.items()]
-        if "device" not in node.kwargs and isinstance(node.target, OpOverload) and _makes_tensor(node.target):
-            arguments.append("device=device")
+        named = dict(node.kwargs)
+        if isinstance(node.target, OpOverload) and _makes_tensor(node.target) and named.get("device") is None:
+            named["device"] = torch.device("cpu")
+        arguments += [f"{key}={_literal(value, names)}" for key, value in named.items()]
         right = f"{_callee(node)}({', '.join(arguments)})"
     text = f"{names[node]} = {right}" if node.users else right
     if dying:

@@ -135,9 +135,10 @@ class Executor:
                 raise MismatchError(f"the program needs {piece.key!r}, which the call did not give")
             values[piece.whole] = x
             cut = piece.cut
-            if cut is not None and x.shape[cut.dim] != sum(map(sum, cut.sections)):
+            taken = sum(map(sum, cut.sections)) if cut is not None else 0
+            if cut is not None and x.shape[cut.dim] != taken:
                 raise MismatchError(
-                    f"{piece.key!r} has {x.shape[cut.dim]} on dim {cut.dim}; the program's micro-batches take {sum(map(sum, cut.sections))}"
+                    f"{piece.key!r} has {x.shape[cut.dim]} on dim {cut.dim}; the program's micro-batches take {taken} in all"
                 )
             for m, slot in enumerate(piece.parts):
                 if slot is not None:

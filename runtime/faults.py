@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sys
@@ -227,8 +228,10 @@ def _same_batch(group: Sequence[int], headers: list[list[int]], shapes: Sequence
             keys = sorted({*shapes[first], *shapes[rank]})
             key = next(k for k in keys if shapes[first].get(k) != shapes[rank].get(k))
             raise MismatchError(
-                f"ranks {first} and {rank} share one batch and were given different ones: {key} is {_shape(shapes[first].get(key))} on rank "
-                f"{first} and {_shape(shapes[rank].get(key))} on rank {rank}. Shard the data by parallel.data_rank and parallel.data_world_size"
+                f"ranks {first} and {rank} share one batch and were given different ones: {key} is "
+                f"{_shape(shapes[first].get(key))} on rank "
+                f"{first} and {_shape(shapes[rank].get(key))} on rank {rank}. Shard the data by parallel.data_rank and "
+                "parallel.data_world_size"
             )
         if headers[rank][3] != headers[first][3]:
             raise MismatchError(
@@ -278,7 +281,9 @@ def together(control: Control, what: str, work: Callable[[], T]) -> T:
         raise
     failures = [(rank, text) for rank, text in enumerate(control.exchange_text(failure)) if text]
     if failures:
-        lines = "".join(f"\n  {_ranks(ranks)}: {text}" for text, ranks in _by_value([t for _, t in failures], [r for r, _ in failures]))
+        lines = "".join(
+            f"\n  {_ranks(ranks)}: {text}" for text, ranks in _by_value([t for _, t in failures], [r for r, _ in failures])
+        )
         raise ShardwrightError(f"{what} failed on other ranks:{lines}")
     return result
 
@@ -310,10 +315,8 @@ def install_abort_hook(store: dist.Store, rank: int) -> Callable[[], None]:
     previous = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        try:
+        with contextlib.suppress(RuntimeError):  # the store's host is gone: the peers will say so themselves
             store.compare_set(ABORT_KEY, "", last_words(rank, error, trace))
-        except RuntimeError:
-            pass  # the store's host is gone: the peers will say so themselves
         previous(kind, error, trace)
 
     sys.excepthook = hook

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -108,6 +107,7 @@ class ParameterStore:
         for spec in buffers:
             shape = self.layout(spec).local_shape(spec.shape)
             self.buffers[spec.name] = torch.empty(shape, dtype=spec.dtype, device=self.device)
+        self._directory: tuple[dict[str, TensorFacts], ...] | None = None
         self._stale: set[str] = {name for name, slot in self.slots.items() if slot.spec.gathered}
 
     @property
@@ -226,11 +226,14 @@ class ParameterStore:
         return read_ranges(whole, cut_ranges(spec.shape, cuts, self.layout(spec)), spec.dtype)
 
     def set_shard(self, name: str, shard: Tensor) -> None:
-        """Fill a parameter from the shard that this rank stores; gathered parameters become current at their next gather."""
-        slot = self.slots[name]
+        """Fill a parameter from the shard that this rank stores."""
         with torch.no_grad():
-            local_tensor(slot.parameter).copy_(shard)
-        if slot.spec.gathered:
+            local_tensor(self.slots[name].parameter).copy_(shard)
+        self.touched(name)
+
+    def touched(self, name: str) -> None:
+        """Say that the shards of a parameter were written, on all ranks: a gathered one is gathered again before its use."""
+        if name in self.slots and self.slots[name].spec.gathered:
             self._stale.add(name)
 
     def _cut_down(self, slot: Slot) -> None:
@@ -255,11 +258,18 @@ class ParameterStore:
         yield from (slot.spec for slot in self.slots.values())
         yield from self.buffer_specs.values()
 
-    @functools.cached_property
+    @property
     def directory(self) -> tuple[dict[str, TensorFacts], ...]:
         """Per pipeline stage, what its ranks hold, by name. A collective over the pipeline on first use."""
+        # Not a cached_property: in Python 3.11 that holds a lock of the class, which ranks that are threads would wait for.
+        if self._directory is None:
+            self._directory = self._ask_directory()
+        return self._directory
+
+    def _ask_directory(self) -> tuple[dict[str, TensorFacts], ...]:
         own = [
-            (s.name, s.shape, str(s.dtype).removeprefix("torch."), s.aliases, s.persistent, s.name in self.buffers) for s in self.specs()
+            (s.name, s.shape, str(s.dtype).removeprefix("torch."), s.aliases, s.persistent, s.name in self.buffers)
+            for s in self.specs()
         ]
         texts = gather_texts(self.communicator, PIPELINE, json.dumps(own)) if PIPELINE in self.mesh.axes else [json.dumps(own)]
         return tuple({row[0]: TensorFacts.of(row) for row in json.loads(text)} for text in texts)

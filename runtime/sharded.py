@@ -66,7 +66,9 @@ class Layout:
         if not self.cuts:
             return local
         if self.communicator is None:
-            raise ShardwrightError("a tensor loaded from a file has no peers to gather its whole from; load it into an optimizer or model first")
+            raise ShardwrightError(
+                "a tensor loaded from a file has no peers to gather its whole from; load it into an optimizer or model first"
+            )
         with torch.no_grad(), use_communicator(self.communicator):
             for cut in reversed(self.cuts):
                 local = ops.all_gather(local, cut.axis, cut.dim, flatten_sections(cut.sections))
@@ -210,7 +212,8 @@ def local_tensor(x: Tensor) -> Tensor:
 def refusal(func: Any) -> ShardwrightError:
     return ShardwrightError(
         f"{func.name()} mixes elements of a tensor of which this rank holds only a shard, so its result would be wrong. "
-        "An optimizer must be elementwise (SGD, Adam, AdamW, RMSprop, Adagrad, ...); Adafactor, LBFGS, Muon and Shampoo are not, and "
+        "An optimizer must be elementwise (SGD, Adam, AdamW, RMSprop, Adagrad, ...); Adafactor, LBFGS, Muon and Shampoo are not, "
+        "and "
         "torch.nn.utils.clip_grad_norm_ would see this rank's shards alone: call parallel.clip_grad_norm_(max_norm). "
         "To look at values use .full_tensor(), which gathers the whole, or .to_local(), this rank's shard."
     )
@@ -266,7 +269,8 @@ def _in_place(func: Any) -> bool:
 def _checked(x: ShardedTensor, func: Any) -> ShardedTensor:
     if x.unreduced is not None and _base(func) not in ("detach", "alias"):
         raise ShardwrightError(
-            f"{func.name()} was called on a gradient that no_sync() left unreduced; run the last micro-batch of an accumulation outside "
+            f"{func.name()} was called on a gradient that no_sync() left unreduced; run the last micro-batch of an accumulation "
+            "outside "
             "no_sync(), so that gradients are summed over the ranks, before clipping or stepping (zero_grad() drops it)"
         )
     return x
@@ -279,11 +283,13 @@ def _operand(x: Any, like: ShardedTensor, func: Any) -> Any:
         if (same and x.shape == like.shape) or (x.dim() == 0 and not x._layout.cuts):
             return x._local
         raise ShardwrightError(
-            f"{func.name()} of tensors that are sharded differently: {list(like.shape)} ({like._layout}) and {list(x.shape)} ({x._layout})"
+            f"{func.name()} of tensors that are sharded differently: {list(like.shape)} ({like._layout}) and {list(x.shape)} "
+            f"({x._layout})"
         )
     if isinstance(x, Tensor) and not (x.numel() == 1 and x.dim() <= like.dim()):
         raise ShardwrightError(
-            f"{func.name()} of a sharded tensor {list(like.shape)} ({like._layout}) and an ordinary one {list(x.shape)}: an ordinary operand "
+            f"{func.name()} of a sharded tensor {list(like.shape)} ({like._layout}) and an ordinary one {list(x.shape)}: an "
+            "ordinary operand "
             "must be a single number; use .to_local() on both sides if it is a shard"
         )
     return x

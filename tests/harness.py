@@ -13,10 +13,9 @@ from shardwright.compiler.capture import Captured, capture
 from shardwright.compiler.emit import Problem, emit
 from shardwright.compiler.layout import with_layout
 from shardwright.compiler.plan import Plan
+from shardwright.compiler.prepare import prepare as prepare_graph
 from shardwright.passes.differentiate import Templates
 from shardwright.passes.graph_tools import Values
-from shardwright.passes.normalize import normalize
-from shardwright.passes.normalize.promote import promote_casts
 from shardwright.passes.ops.collectives import join_shards, take_shard
 from shardwright.runtime.executor import Executor
 from shardwright.runtime.lockstep import run_ranks
@@ -40,8 +39,7 @@ def prepare(model: nn.Module, batch: Mapping[str, Any]) -> Case:
     model = model.double()
     batch = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
     captured = capture(model, (), batch)
-    graph = promote_casts(normalize(captured.graph))
-    graph.meta["outputs"] = captured.outputs
+    graph = prepare_graph(captured, float64=True)
     state: dict[str, Tensor] = {f"param.{n}": p.detach().clone() for n, p in model.named_parameters()}
     state |= {f"buffer.{n}": b.detach().clone() for n, b in model.named_buffers()}
     state |= dict(captured.constants)

@@ -36,11 +36,7 @@ def _masked(labels: Tensor) -> Tensor:
 
 
 def llama(
-    layers: int = 2,
-    dropout: float = 0.0,
-    batch: int = BATCH,
-    length: int = LENGTH,
-    **options: Any,
+    layers: int = 2, dropout: float = 0.0, batch: int = BATCH, length: int = LENGTH, **options: Any
 ) -> tuple[nn.Module, Batch]:
     torch.manual_seed(0)
     sizes = {
@@ -51,39 +47,20 @@ def llama(
         "num_key_value_heads": 2,
         "max_position_embeddings": 64,
     }
-    config = hf.LlamaConfig(
-        **{**sizes, **options}, num_hidden_layers=layers, attention_dropout=dropout
-    )
+    config = hf.LlamaConfig(**{**sizes, **options}, num_hidden_layers=layers, attention_dropout=dropout)
     tokens = _tokens(batch, length, high=config.vocab_size)
-    return hf.LlamaForCausalLM(config).train(), {
-        "input_ids": tokens,
-        "labels": _masked(tokens),
-    }
+    return hf.LlamaForCausalLM(config).train(), {"input_ids": tokens, "labels": _masked(tokens)}
 
 
-def gpt2(
-    layers: int = 2, dropout: float = 0.0, batch: int = BATCH, length: int = LENGTH
-) -> tuple[nn.Module, Batch]:
+def gpt2(layers: int = 2, dropout: float = 0.0, batch: int = BATCH, length: int = LENGTH) -> tuple[nn.Module, Batch]:
     torch.manual_seed(0)
     drops = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
-    config = hf.GPT2Config(
-        vocab_size=VOCABULARY,
-        n_embd=32,
-        n_layer=layers,
-        n_head=4,
-        n_positions=64,
-        **drops,
-    )
+    config = hf.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=layers, n_head=4, n_positions=64, **drops)
     tokens = _tokens(batch, length)
-    return hf.GPT2LMHeadModel(config).train(), {
-        "input_ids": tokens,
-        "labels": _masked(tokens),
-    }
+    return hf.GPT2LMHeadModel(config).train(), {"input_ids": tokens, "labels": _masked(tokens)}
 
 
-def bert(
-    layers: int = 2, dropout: float = 0.0, batch: int = BATCH, length: int = LENGTH
-) -> tuple[nn.Module, Batch]:
+def bert(layers: int = 2, dropout: float = 0.0, batch: int = BATCH, length: int = LENGTH) -> tuple[nn.Module, Batch]:
     torch.manual_seed(0)
     sizes = {
         "vocab_size": VOCABULARY,
@@ -92,47 +69,24 @@ def bert(
         "intermediate_size": 64,
         "max_position_embeddings": 64,
     }
-    config = hf.BertConfig(
-        **sizes,
-        num_hidden_layers=layers,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-    )
+    config = hf.BertConfig(**sizes, num_hidden_layers=layers, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     attention = torch.ones(batch, length, dtype=torch.long)
     attention[1, length // 2 + 1 :] = 0
     attention[-1, length - 2 :] = 0
     labels = torch.where(attention.bool(), _tokens(batch, length), -100)
     model = hf.BertForMaskedLM(config).train()
-    return model, {
-        "input_ids": _tokens(batch, length),
-        "attention_mask": attention,
-        "labels": _masked(labels),
-    }
+    return model, {"input_ids": _tokens(batch, length), "attention_mask": attention, "labels": _masked(labels)}
 
 
-def t5(
-    layers: int = 2, dropout: float = 0.0, batch: int = BATCH, length: int = LENGTH
-) -> tuple[nn.Module, Batch]:
+def t5(layers: int = 2, dropout: float = 0.0, batch: int = BATCH, length: int = LENGTH) -> tuple[nn.Module, Batch]:
     torch.manual_seed(0)
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "d_model": 32,
-        "d_kv": 8,
-        "d_ff": 64,
-        "num_heads": 4,
-        "decoder_start_token_id": 0,
-    }
+    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4, "decoder_start_token_id": 0}
     config = hf.T5Config(**sizes, num_layers=layers, dropout_rate=dropout)
     labels = _masked(_tokens(batch, length - 3))
-    return hf.T5ForConditionalGeneration(config).train(), {
-        "input_ids": _tokens(batch, length),
-        "labels": labels,
-    }
+    return hf.T5ForConditionalGeneration(config).train(), {"input_ids": _tokens(batch, length), "labels": labels}
 
 
-def vit(
-    layers: int = 2, dropout: float = 0.0, batch: int = BATCH
-) -> tuple[nn.Module, Batch]:
+def vit(layers: int = 2, dropout: float = 0.0, batch: int = BATCH) -> tuple[nn.Module, Batch]:
     torch.manual_seed(0)
     sizes = {
         "hidden_size": 32,
@@ -142,21 +96,14 @@ def vit(
         "patch_size": 4,
         "num_labels": 10,
     }
-    config = hf.ViTConfig(
-        **sizes,
-        num_hidden_layers=layers,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-    )
+    config = hf.ViTConfig(**sizes, num_hidden_layers=layers, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     return hf.ViTForImageClassification(config).train(), {
         "pixel_values": torch.randn(batch, 3, 16, 16),
         "labels": _tokens(batch, high=10),
     }
 
 
-def mixtral(
-    layers: int = 2, dropout: float = 0.0, batch: int = BATCH, length: int = LENGTH
-) -> tuple[nn.Module, Batch]:
+def mixtral(layers: int = 2, dropout: float = 0.0, batch: int = BATCH, length: int = LENGTH) -> tuple[nn.Module, Batch]:
     torch.manual_seed(0)
     sizes = {
         "vocab_size": VOCABULARY,
@@ -166,28 +113,15 @@ def mixtral(
         "num_key_value_heads": 2,
     }
     config = hf.MixtralConfig(
-        **sizes,
-        num_hidden_layers=layers,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        attention_dropout=dropout,
+        **sizes, num_hidden_layers=layers, num_local_experts=4, num_experts_per_tok=2, attention_dropout=dropout
     )
     tokens = _tokens(batch, length)
-    return hf.MixtralForCausalLM(config).train(), {
-        "input_ids": tokens,
-        "labels": _masked(tokens),
-    }
+    return hf.MixtralForCausalLM(config).train(), {"input_ids": tokens, "labels": _masked(tokens)}
 
 
 def resnet(batch: int = BATCH) -> tuple[nn.Module, Batch]:
     torch.manual_seed(0)
-    config = hf.ResNetConfig(
-        embedding_size=8,
-        hidden_sizes=[8, 16],
-        depths=[2, 2],
-        layer_type="basic",
-        num_labels=10,
-    )
+    config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], layer_type="basic", num_labels=10)
     return hf.ResNetForImageClassification(config).train(), {
         "pixel_values": torch.randn(batch, 3, 16, 16),
         "labels": _tokens(batch, high=10),
@@ -203,15 +137,8 @@ class HandAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, s, w = x.shape
-        q, k, v = (
-            self.qkv(x)
-            .view(b, s, 3, self.heads, w // self.heads)
-            .permute(2, 0, 3, 1, 4)
-            .unbind(0)
-        )
-        y = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0
-        )
+        q, k, v = self.qkv(x).view(b, s, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).reshape(b, s, w))
 
 
@@ -220,12 +147,7 @@ class HandBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = HandAttention(width, heads, dropout)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 2 * width + 1),
-            nn.GELU(),
-            nn.Linear(2 * width + 1, width),
-            nn.Dropout(dropout),
-        )
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width + 1), nn.GELU(), nn.Linear(2 * width + 1, width), nn.Dropout(dropout))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
@@ -236,20 +158,12 @@ class HandGPT(nn.Module):
     """A GPT written by hand: fused qkv, learned positions, untied head; nothing about it is a power of two."""
 
     def __init__(
-        self,
-        width: int = 21,
-        heads: int = 3,
-        layers: int = 2,
-        vocabulary: int = 37,
-        length: int = 11,
-        dropout: float = 0.0,
+        self, width: int = 21, heads: int = 3, layers: int = 2, vocabulary: int = 37, length: int = 11, dropout: float = 0.0
     ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Parameter(torch.randn(length, width) * 0.02)
-        self.blocks = nn.ModuleList(
-            HandBlock(width, heads, dropout) for _ in range(layers)
-        )
+        self.blocks = nn.ModuleList(HandBlock(width, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
 
@@ -258,34 +172,22 @@ class HandGPT(nn.Module):
         for block in self.blocks:
             x = block(x)
         logits = self.head(self.norm(x))
-        return {
-            "loss": F.cross_entropy(logits.flatten(0, 1), targets.flatten()),
-            "logits": logits,
-        }
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), targets.flatten()), "logits": logits}
 
 
-def gpt(
-    layers: int = 2, dropout: float = 0.0, batch: int = BATCH
-) -> tuple[nn.Module, Batch]:
+def gpt(layers: int = 2, dropout: float = 0.0, batch: int = BATCH) -> tuple[nn.Module, Batch]:
     torch.manual_seed(0)
     model = HandGPT(layers=layers, dropout=dropout)
     tokens = _tokens(batch, 12, high=37)
-    return model.train(), {
-        "tokens": tokens[:, :-1].clone(),
-        "targets": _masked(tokens[:, 1:]),
-    }
+    return model.train(), {"tokens": tokens[:, :-1].clone(), "targets": _masked(tokens[:, 1:])}
 
 
 class HandMLP(nn.Module):
     """Layers of odd widths; mean squared error."""
 
-    def __init__(
-        self, sizes: tuple[int, ...] = (13, 27, 19, 5), dropout: float = 0.0
-    ) -> None:
+    def __init__(self, sizes: tuple[int, ...] = (13, 27, 19, 5), dropout: float = 0.0) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            nn.Linear(a, b) for a, b in itertools.pairwise(sizes)
-        )
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -294,15 +196,10 @@ class HandMLP(nn.Module):
         return F.mse_loss(self.layers[-1](x), y)
 
 
-def mlp(
-    dropout: float = 0.0, batch: int = BATCH, layers: int = 3
-) -> tuple[nn.Module, Batch]:
+def mlp(dropout: float = 0.0, batch: int = BATCH, layers: int = 3) -> tuple[nn.Module, Batch]:
     torch.manual_seed(0)
     sizes = (13, *(27 - 2 * k for k in range(layers - 1)), 5)
-    return HandMLP(sizes, dropout).train(), {
-        "x": torch.randn(batch, 13),
-        "y": torch.randn(batch, 5),
-    }
+    return HandMLP(sizes, dropout).train(), {"x": torch.randn(batch, 13), "y": torch.randn(batch, 5)}
 
 
 MODELS: dict[str, Callable[..., tuple[nn.Module, Batch]]] = {

@@ -23,18 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from . import (
-    attention,
-    batch_norm,
-    cleanup,
-    decompose,
-    dropout,
-    experts,
-    linear,
-    losses,
-    reductions,
-    views,
-)
+from . import attention, batch_norm, cleanup, decompose, dropout, experts, linear, losses, reductions, views
 from .gradients import mark_gradients
 from .rewrite import Rules, bind, rewrite, trim, wrap_dims
 
@@ -100,19 +89,14 @@ def check_normal(gm: fx.GraphModule) -> None:
         if node.op == "call_function":
             fault = _fault(node)
             if fault:
-                raise ValueError(
-                    f"node {node.name!r} ({node.target}, {node.meta.get('source')}) {fault}"
-                )
+                raise ValueError(f"node {node.name!r} ({node.target}, {node.meta.get('source')}) {fault}")
 
 
 def _fault(node: fx.Node) -> str | None:
     if node.target in BANISHED:
         return "should have been rewritten"
     args, kwargs = bind(node.target, node.args, node.kwargs)
-    if (list(trim(node.target, args, kwargs)[0]), wrap_dims(node.target, args)) != (
-        list(node.args),
-        args,
-    ):
+    if (list(trim(node.target, args, kwargs)[0]), wrap_dims(node.target, args)) != (list(node.args), args):
         return "has default arguments, or negative dims, spelled out"
     if node.target in (aten.reshape.default, aten.expand.default):
         if -1 in args[1]:
@@ -128,10 +112,7 @@ def _fault(node: fx.Node) -> str | None:
         and args[2] is not None
     ):
         return "has a bias"
-    if node.target is aten._to_copy.default and kwargs["dtype"] in (
-        None,
-        args[0].meta["val"].dtype,
-    ):
+    if node.target is aten._to_copy.default and kwargs["dtype"] in (None, args[0].meta["val"].dtype):
         return "changes nothing"
     if kwargs.get("alpha", 1) != 1:
         return "has an alpha"
@@ -143,8 +124,4 @@ def _slice_fault(node: fx.Node, args: tuple[Any, ...]) -> str | None:
         return None
     value: Tensor = args[0].meta["val"]
     _, dim, start, end, _ = args
-    return (
-        None
-        if 0 <= (start or 0) <= (end if end is not None else 0) <= value.shape[dim]
-        else "has bounds outside the dim"
-    )
+    return None if 0 <= (start or 0) <= (end if end is not None else 0) <= value.shape[dim] else "has bounds outside the dim"

@@ -41,26 +41,14 @@ def attention(
         mask, causal = _simplified(b, mask, causal, queries, keys)
     if mask is not None:
         mask = _unexpanded(mask)
-    if (
-        dropout > 0
-        or rank > 4
-        or (mask is not None and mask.meta.get("grad"))
-        or (causal and queries != keys)
-    ):
+    if dropout > 0 or rank > 4 or (mask is not None and mask.meta.get("grad")) or (causal and queries != keys):
         return explicit(b, q, k, v, mask, dropout, causal, scale)
     while len(shape_of(q)) < 4:
-        q, k, v = (
-            b(aten.unsqueeze.default, x, max(0, len(shape_of(x)) - 2))
-            for x in (q, k, v)
-        )
+        q, k, v = (b(aten.unsqueeze.default, x, max(0, len(shape_of(x)) - 2)) for x in (q, k, v))
     if mask is not None and rank == 3 and len(shape_of(mask)) == 3:
         mask = b(aten.unsqueeze.default, mask, 1)
     out = b(ours.attention.default, q, k, v, mask, causal, scale)
-    return b(
-        aten.reshape.default,
-        b.emit(operator.getitem, out, 0),
-        [*_batch(q, rank), queries, shape_of(v)[-1]],
-    )
+    return b(aten.reshape.default, b.emit(operator.getitem, out, 0), [*_batch(q, rank), queries, shape_of(v)[-1]])
 
 
 def _batch(q: Any, rank: int) -> tuple[int, ...]:
@@ -84,15 +72,11 @@ def _as_boolean(mask: Any, queries: int, keys: int) -> Any:
     if allowed is None:
         return mask
     found = truth(allowed)
-    plain = not isinstance(found, str) and all(
-        not hasattr(p, "node") for p in found.parts
-    )
+    plain = not isinstance(found, str) and all(not hasattr(p, "node") for p in found.parts)
     return allowed if plain else mask
 
 
-def _simplified(
-    b: Builder, mask: Any, causal: bool, queries: int, keys: int
-) -> tuple[Any, bool]:
+def _simplified(b: Builder, mask: Any, causal: bool, queries: int, keys: int) -> tuple[Any, bool]:
     """The mask without what is provably True, and whether it is, or was, causal."""
     found = boolean_mask(b, mask, queries, keys)
     if found is None:
@@ -107,50 +91,29 @@ def _simplified(
 
 def _unexpanded(mask: Any) -> Any:
     """What the mask is a plain expand of: it broadcasts the same."""
-    if mask.target is aten.expand.default and len(shape_of(mask.args[0])) == len(
-        shape_of(mask)
-    ):
+    if mask.target is aten.expand.default and len(shape_of(mask.args[0])) == len(shape_of(mask)):
         return mask.args[0]
     return mask
 
 
-def explicit(
-    b: Builder,
-    q: Any,
-    k: Any,
-    v: Any,
-    mask: Any,
-    dropout: float,
-    causal: bool,
-    scale: float,
-) -> Any:
+def explicit(b: Builder, q: Any, k: Any, v: Any, mask: Any, dropout: float, causal: bool, scale: float) -> Any:
     """The same by matmul, softmax, dropout and matmul. A row without any key gives 0 under a boolean mask."""
     queries, keys = shape_of(q)[-2], shape_of(k)[-2]
     scores = b(aten.mul.Tensor, b(aten.matmul.default, q, b(aten.mT.default, k)), scale)
     if causal:
         column = b(aten.arange.default, keys, dtype=torch.int64)
-        row = b(
-            aten.unsqueeze.default,
-            b(aten.arange.default, queries, dtype=torch.int64),
-            1,
-        )
+        row = b(aten.unsqueeze.default, b(aten.arange.default, queries, dtype=torch.int64), 1)
         lower = b(aten.le.Tensor, column, row)
         mask = lower if mask is None else b(aten.bitwise_and.Tensor, mask, lower)
     if mask is None:
         weights = b(aten.softmax.int, scores, len(shape_of(scores)) - 1)
     elif dtype_of(mask) == torch.bool:
         dtype = dtype_of(scores)
-        scores = b(
-            aten.where.self, mask, scores, b.scalar(torch.finfo(dtype).min, dtype)
-        )
+        scores = b(aten.where.self, mask, scores, b.scalar(torch.finfo(dtype).min, dtype))
         weights = b(aten.softmax.int, scores, len(shape_of(scores)) - 1)
         weights = b(aten.where.self, mask, weights, b.scalar(0.0, dtype))
     else:
-        weights = b(
-            aten.softmax.int,
-            b(aten.add.Tensor, scores, mask),
-            len(shape_of(scores)) - 1,
-        )
+        weights = b(aten.softmax.int, b(aten.add.Tensor, scores, mask), len(shape_of(scores)) - 1)
     if dropout > 0:
         weights = b(aten.dropout.default, weights, dropout, True)
     return b(aten.matmul.default, weights, v)

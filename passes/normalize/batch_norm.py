@@ -26,16 +26,10 @@ def _per_channel(b: Builder, value: Any, x: Any) -> Any:
 
 def _wide(b: Builder, x: Any) -> Any:
     """Half precision is normalized in float32, as torch does."""
-    return (
-        b(aten._to_copy.default, x, dtype=torch.float32)
-        if dtype_of(x) in (torch.float16, torch.bfloat16)
-        else x
-    )
+    return b(aten._to_copy.default, x, dtype=torch.float32) if dtype_of(x) in (torch.float16, torch.bfloat16) else x
 
 
-def _scaled(
-    b: Builder, x: Any, centered: Any, inverse: Any, weight: Any, bias: Any
-) -> Any:
+def _scaled(b: Builder, x: Any, centered: Any, inverse: Any, weight: Any, bias: Any) -> Any:
     y = b(aten.mul.Tensor, centered, inverse)
     if weight is not None:
         y = b(aten.mul.Tensor, y, _per_channel(b, weight, x))
@@ -44,41 +38,24 @@ def _scaled(
     return b(aten._to_copy.default, y, dtype=dtype_of(x))
 
 
-def evaluated(
-    b: Builder, x: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float
-) -> Any:
+def evaluated(b: Builder, x: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float) -> Any:
     inverse = b(aten.rsqrt.default, b(aten.add.Tensor, var, eps))
     centered = b(aten.sub.Tensor, _wide(b, x), _per_channel(b, mean, x))
     return _scaled(b, x, centered, _per_channel(b, inverse, x), weight, bias)
 
 
-def trained(
-    b: Builder,
-    x: Any,
-    weight: Any,
-    bias: Any,
-    mean: Any,
-    var: Any,
-    momentum: float,
-    eps: float,
-) -> tuple[Any, ...]:
+def trained(b: Builder, x: Any, weight: Any, bias: Any, mean: Any, var: Any, momentum: float, eps: float) -> tuple[Any, ...]:
     """(y, batch mean, batch 1/std, new running mean, new running var); the last two None without running statistics."""
     wide = _wide(b, x)
     dims = [d for d in range(len(shape_of(x))) if d != 1]
     count = math.prod(shape_of(x)[d] for d in dims)
     batch_mean = b(aten.div.Tensor, b(aten.sum.dim_IntList, wide, dims, True), count)
     centered = b(aten.sub.Tensor, wide, batch_mean)
-    batch_var = b(
-        aten.div.Tensor,
-        b(aten.sum.dim_IntList, b(aten.mul.Tensor, centered, centered), dims, True),
-        count,
-    )
+    batch_var = b(aten.div.Tensor, b(aten.sum.dim_IntList, b(aten.mul.Tensor, centered, centered), dims, True), count)
     inverse = b(aten.rsqrt.default, b(aten.add.Tensor, batch_var, eps))
     y = _scaled(b, x, centered, inverse, weight, bias)
     channels = [shape_of(x)[1]]
-    flat_mean, flat_inverse, flat_var = (
-        b(aten.reshape.default, s, channels) for s in (batch_mean, inverse, batch_var)
-    )
+    flat_mean, flat_inverse, flat_var = (b(aten.reshape.default, s, channels) for s in (batch_mean, inverse, batch_var))
     unbiased = b(aten.mul.Tensor, flat_var, count / max(1, count - 1))
     new_mean = None if mean is None else _running(b, mean, flat_mean, momentum)
     new_var = None if var is None else _running(b, var, unbiased, momentum)
@@ -87,82 +64,31 @@ def trained(
 
 def _running(b: Builder, old: Any, new: Any, momentum: float) -> Any:
     kept = b(aten.mul.Tensor, old, 1 - momentum)
-    fresh = b(
-        aten.mul.Tensor,
-        b(aten._to_copy.default, b(aten.detach.default, new), dtype=dtype_of(old)),
-        momentum,
-    )
+    fresh = b(aten.mul.Tensor, b(aten._to_copy.default, b(aten.detach.default, new), dtype=dtype_of(old)), momentum)
     return b(aten.add.Tensor, kept, fresh)
 
 
-def functional(
-    b: Builder,
-    x: Any,
-    weight: Any,
-    bias: Any,
-    mean: Any,
-    var: Any,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> Any:
+def functional(b: Builder, x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float) -> Any:
     if not training:
         return evaluated(b, x, weight, bias, mean, var, eps), None, None, mean, var
     return trained(b, x, weight, bias, mean, var, momentum, eps)
 
 
-def no_training(
-    b: Builder,
-    x: Any,
-    weight: Any,
-    bias: Any,
-    mean: Any,
-    var: Any,
-    momentum: float,
-    eps: float,
-) -> Any:
+def no_training(b: Builder, x: Any, weight: Any, bias: Any, mean: Any, var: Any, momentum: float, eps: float) -> Any:
     return evaluated(b, x, weight, bias, mean, var, eps), None, None
 
 
-def no_stats(
-    b: Builder,
-    x: Any,
-    weight: Any,
-    bias: Any,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> Any:
+def no_stats(b: Builder, x: Any, weight: Any, bias: Any, training: bool, momentum: float, eps: float) -> Any:
     return trained(b, x, weight, bias, None, None, momentum, eps)[:3]
 
 
-def with_update(
-    b: Builder,
-    x: Any,
-    weight: Any,
-    bias: Any,
-    mean: Any,
-    var: Any,
-    momentum: float,
-    eps: float,
-) -> Any:
-    y, batch_mean, inverse, new_mean, new_var = trained(
-        b, x, weight, bias, mean, var, momentum, eps
-    )
+def with_update(b: Builder, x: Any, weight: Any, bias: Any, mean: Any, var: Any, momentum: float, eps: float) -> Any:
+    y, batch_mean, inverse, new_mean, new_var = trained(b, x, weight, bias, mean, var, momentum, eps)
     return y, batch_mean, inverse, None, new_mean, new_var
 
 
 def whole(
-    b: Builder,
-    x: Any,
-    weight: Any,
-    bias: Any,
-    mean: Any,
-    var: Any,
-    training: bool,
-    momentum: float,
-    eps: float,
-    cudnn: bool,
+    b: Builder, x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float, cudnn: bool
 ) -> Any:
     """aten.batch_norm, which updates no running statistics in a functional graph."""
     return functional(b, x, weight, bias, mean, var, training, momentum, eps)[0]

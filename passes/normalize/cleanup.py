@@ -35,9 +35,7 @@ def to_dtype(b: Builder, x: Any, dtype: torch.dtype, *_: Any, **__: Any) -> Any:
     return b(aten._to_copy.default, x, dtype=dtype)
 
 
-def to_dtype_layout(
-    b: Builder, x: Any, *_: Any, dtype: torch.dtype | None = None, **__: Any
-) -> Any:
+def to_dtype_layout(b: Builder, x: Any, *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Any:
     return b(aten._to_copy.default, x, dtype=dtype)
 
 
@@ -52,8 +50,7 @@ def _is_number(x: Any) -> bool:
 def _unchanged(x: Any, number: float) -> bool:
     """Whether arithmetic of `x` with the number keeps its dtype."""
     return not isinstance(number, bool) and (
-        dtype_of(x).is_floating_point
-        or (isinstance(number, int) and dtype_of(x) != torch.bool)
+        dtype_of(x).is_floating_point or (isinstance(number, int) and dtype_of(x) != torch.bool)
     )
 
 
@@ -108,11 +105,7 @@ def div_scalar(b: Builder, x: Any, y: Any) -> Any:
 
 
 def cat(b: Builder, tensors: list[Any], dim: int) -> Any:
-    kept = (
-        [t for t in tensors if shape_of(t) != (0,)]
-        if any(len(shape_of(t)) > 1 for t in tensors)
-        else list(tensors)
-    )
+    kept = [t for t in tensors if shape_of(t) != (0,)] if any(len(shape_of(t)) > 1 for t in tensors) else list(tensors)
     rank = len(shape_of(kept[0]))
     dim = dim % rank if rank else 0
     kept = [t for t in kept if shape_of(t)[dim] > 0] or kept[:1]
@@ -125,9 +118,7 @@ def where(b: Builder, condition: Any, x: Any, y: Any) -> Any:
     known = truth(condition)
     if known in (All(()), FALSE) and dtype_of(x) == dtype_of(y):
         return b(aten.expand.default, y if known == FALSE else x, list(shape))
-    small = [
-        t.args[0] if made_by(t, aten.expand.default) else t for t in (condition, x, y)
-    ]
+    small = [t.args[0] if made_by(t, aten.expand.default) else t for t in (condition, x, y)]
     if torch.broadcast_shapes(*(shape_of(t) for t in small)) != shape:
         return b(aten.expand.default, b.emit(aten.where.self, *small), list(shape))
     return NotImplemented
@@ -135,11 +126,7 @@ def where(b: Builder, condition: Any, x: Any, y: Any) -> Any:
 
 def where_scalars(b: Builder, condition: Any, x: Any, y: Any) -> Any:
     """The overloads of `where` with numbers, as `where.self` with 0-dim constants."""
-    result = (
-        b.origin.meta["val"].dtype
-        if b.origin is not None
-        else torch.get_default_dtype()
-    )
+    result = b.origin.meta["val"].dtype if b.origin is not None else torch.get_default_dtype()
     tensors = [v if not _is_number(v) else b.scalar(v, result) for v in (x, y)]
     return b(aten.where.self, condition, *tensors)
 
@@ -156,9 +143,7 @@ def logical(target: Any) -> Any:
 def pad(b: Builder, x: Any, widths: list[int], mode: str, value: float | None) -> Any:
     if mode != "constant":
         return NotImplemented
-    return b(
-        aten.constant_pad_nd.default, x, list(widths), 0 if value is None else value
-    )
+    return b(aten.constant_pad_nd.default, x, list(widths), 0 if value is None else value)
 
 
 def constant_pad(b: Builder, x: Any, widths: list[int], value: float) -> Any:
@@ -172,9 +157,7 @@ def factory(target: Any) -> Any:
         dtype = kwargs.get("dtype")
         if dtype is None:
             dtype = (
-                b.origin.meta["val"].dtype
-                if b.origin is not None and b.origin.target is target
-                else _default_dtype(target, args)
+                b.origin.meta["val"].dtype if b.origin is not None and b.origin.target is target else _default_dtype(target, args)
             )
         return b.emit(target, *args, dtype=dtype)
 
@@ -183,23 +166,15 @@ def factory(target: Any) -> Any:
 
 def _default_dtype(target: Any, args: tuple[Any, ...]) -> torch.dtype:
     numbers = args[1:2] if target is aten.full.default else args
-    if target in (aten.zeros.default, aten.ones.default) or any(
-        isinstance(a, float) for a in numbers
-    ):
+    if target in (aten.zeros.default, aten.ones.default) or any(isinstance(a, float) for a in numbers):
         return torch.get_default_dtype()
-    return (
-        torch.bool
-        if target is aten.full.default and isinstance(args[1], bool)
-        else torch.int64
-    )
+    return torch.bool if target is aten.full.default and isinstance(args[1], bool) else torch.int64
 
 
 def like(target: Any) -> Any:
     """The same for `full_like` and its relatives, whose dtype is their operand's unless named."""
 
-    def rule(
-        b: Builder, x: Any, *args: Any, dtype: torch.dtype | None = None, **_: Any
-    ) -> Any:
+    def rule(b: Builder, x: Any, *args: Any, dtype: torch.dtype | None = None, **_: Any) -> Any:
         return b.emit(target, x, *args, dtype=None if dtype == dtype_of(x) else dtype)
 
     return rule
@@ -208,15 +183,8 @@ def like(target: Any) -> Any:
 def filled(number: float) -> Any:
     """zeros(shape), ones(shape) as full."""
 
-    def rule(
-        b: Builder, size: list[int], *, dtype: torch.dtype | None = None, **_: Any
-    ) -> Any:
-        return b(
-            aten.full.default,
-            list(size),
-            number,
-            dtype=dtype or torch.get_default_dtype(),
-        )
+    def rule(b: Builder, size: list[int], *, dtype: torch.dtype | None = None, **_: Any) -> Any:
+        return b(aten.full.default, list(size), number, dtype=dtype or torch.get_default_dtype())
 
     return rule
 
@@ -224,20 +192,8 @@ def filled(number: float) -> Any:
 def new_filled(number: float | None) -> Any:
     """x.new_full and its relatives as full: nothing of x but its dtype matters."""
 
-    def rule(
-        b: Builder,
-        x: Any,
-        size: list[int],
-        *value: Any,
-        dtype: torch.dtype | None = None,
-        **_: Any,
-    ) -> Any:
-        return b(
-            aten.full.default,
-            list(size),
-            number if number is not None else value[0],
-            dtype=dtype or dtype_of(x),
-        )
+    def rule(b: Builder, x: Any, size: list[int], *value: Any, dtype: torch.dtype | None = None, **_: Any) -> Any:
+        return b(aten.full.default, list(size), number if number is not None else value[0], dtype=dtype or dtype_of(x))
 
     return rule
 
@@ -257,9 +213,7 @@ RULES: dict[Any, Any] = {
     aten._to_copy.default: to_copy,
     aten.to.dtype: to_dtype,
     aten.to.dtype_layout: to_dtype_layout,
-    aten.to.device: lambda b, x, device, dtype, *_, **__: b(
-        aten._to_copy.default, x, dtype=dtype
-    ),
+    aten.to.device: lambda b, x, device, dtype, *_, **__: b(aten._to_copy.default, x, dtype=dtype),
     aten.to.other: lambda b, x, other, *_, **__: b(aten.type_as.default, x, other),
     aten.type_as.default: type_as,
     aten.add.Tensor: add,
@@ -289,9 +243,7 @@ RULES: dict[Any, Any] = {
     aten.arange.start: factory(aten.arange.start),
     aten.arange.start_step: factory(aten.arange.start_step),
     aten.full.default: factory(aten.full.default),
-    aten.scalar_tensor.default: lambda b, value, *, dtype=None, **_: b.scalar(
-        value, dtype or torch.get_default_dtype()
-    ),
+    aten.scalar_tensor.default: lambda b, value, *, dtype=None, **_: b.scalar(value, dtype or torch.get_default_dtype()),
     aten.zeros.default: filled(0),
     aten.ones.default: filled(1),
     aten.new_zeros.default: new_filled(0),

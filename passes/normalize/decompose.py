@@ -36,23 +36,15 @@ WHOLE = frozenset(
 """Composite ops that later passes have rules for, or differentiate better as one."""
 
 
-def decompose(
-    b: Builder, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def decompose(b: Builder, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The rule of ops without a rule: a composite op becomes what it is made of, each part in normal form."""
-    if (
-        not isinstance(target, OpOverload)
-        or target in WHOLE
-        or not is_composite(target)
-    ):
+    if not isinstance(target, OpOverload) or target in WHOLE or not is_composite(target):
         return NotImplemented
     nodes = [v for v in leaves((args, kwargs)) if isinstance(v, fx.Node)]
 
     def call(*tensors: torch.Tensor) -> Any:
         given = iter(tensors)
-        filled = map_leaves(
-            (args, kwargs), lambda v: next(given) if isinstance(v, fx.Node) else v
-        )
+        filled = map_leaves((args, kwargs), lambda v: next(given) if isinstance(v, fx.Node) else v)
         return target.decompose(*filled[0], **filled[1])
 
     with torch.no_grad():

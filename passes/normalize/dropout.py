@@ -30,40 +30,22 @@ def native_dropout(b: Builder, x: Any, p: float, train: bool | None) -> Any:
     return dropout(b, x, p, train), None
 
 
-def rand(
-    b: Builder, size: list[int], *, dtype: torch.dtype | None = None, **_: Any
-) -> Any:
-    return b(
-        ours.uniform.default,
-        b.seed(),
-        b.site(),
-        list(size),
-        dtype or torch.get_default_dtype(),
-    )
+def rand(b: Builder, size: list[int], *, dtype: torch.dtype | None = None, **_: Any) -> Any:
+    return b(ours.uniform.default, b.seed(), b.site(), list(size), dtype or torch.get_default_dtype())
 
 
 def rand_like(b: Builder, x: Any, *, dtype: torch.dtype | None = None, **_: Any) -> Any:
-    return b(
-        ours.uniform.default,
-        b.seed(),
-        b.site(),
-        list(shape_of(x)),
-        dtype or dtype_of(x),
-    )
+    return b(ours.uniform.default, b.seed(), b.site(), list(shape_of(x)), dtype or dtype_of(x))
 
 
 def bernoulli(b: Builder, p: Any, **_: Any) -> Any:
     """1 with the probability that stands in the tensor p."""
-    drawn = b(
-        ours.uniform.default, b.seed(), b.site(), list(shape_of(p)), torch.float32
-    )
+    drawn = b(ours.uniform.default, b.seed(), b.site(), list(shape_of(p)), torch.float32)
     return b(aten._to_copy.default, b(aten.lt.Tensor, drawn, p), dtype=dtype_of(p))
 
 
 def bernoulli_p(b: Builder, x: Any, p: float, **_: Any) -> Any:
-    drawn = b(
-        ours.uniform.default, b.seed(), b.site(), list(shape_of(x)), torch.float32
-    )
+    drawn = b(ours.uniform.default, b.seed(), b.site(), list(shape_of(x)), torch.float32)
     return b(aten._to_copy.default, b(aten.lt.Scalar, drawn, p), dtype=dtype_of(x))
 
 

@@ -19,16 +19,7 @@ from torch import Tensor, fx
 from ..ops import experts as _ops  # noqa: F401  (defines grouped_linear)
 from . import indexing
 from .masks import affine
-from .rewrite import (
-    Builder,
-    Lazy,
-    Rule,
-    Rules,
-    bind,
-    dtype_of,
-    made_by,
-    shape_of,
-)
+from .rewrite import Builder, Lazy, Rule, Rules, bind, dtype_of, made_by, shape_of
 
 aten = torch.ops.aten
 ours = torch.ops.shardwright
@@ -69,27 +60,14 @@ class GroupSizes(Lazy):
 
 def permutation_of(x: Any) -> fx.Node | None:
     """`x` when it is the indices of a sort of a 1-d tensor: a permutation."""
-    if (
-        made_by(x, operator.getitem)
-        and x.args[1] == 1
-        and made_by(x.args[0], aten.sort.default, aten.sort.stable)
-    ):
+    if made_by(x, operator.getitem) and x.args[1] == 1 and made_by(x.args[0], aten.sort.default, aten.sort.stable):
         return x if len(shape_of(x)) == 1 else None
-    return (
-        x
-        if made_by(x, aten.argsort.default, aten.argsort.stable)
-        and len(shape_of(x)) == 1
-        else None
-    )
+    return x if made_by(x, aten.argsort.default, aten.argsort.stable) and len(shape_of(x)) == 1 else None
 
 
 def inverse_of(x: Any) -> fx.Node | None:
     """The permutation that `x` is the inverse of: arange put, or scattered, to its places, or its argsort."""
-    if (
-        made_by(x, aten.index_put.default)
-        and len(x.args[1]) == 1
-        and not (len(x.args) > 3 and x.args[3])
-    ):
+    if made_by(x, aten.index_put.default) and len(x.args[1]) == 1 and not (len(x.args) > 3 and x.args[3]):
         return _if_range(permutation_of(x.args[1][0]), x.args[2])
     if made_by(x, aten.scatter.src):
         return _if_range(permutation_of(x.args[2]), x.args[3])
@@ -101,12 +79,7 @@ def _if_range(permutation: fx.Node | None, source: Any) -> fx.Node | None:
     if permutation is None:
         return None
     form = affine(source)
-    whole = (
-        form is not None
-        and form.shape == shape_of(permutation)
-        and form.constant == 0
-        and form.coefficients in ((1,), (0,))
-    )
+    whole = form is not None and form.shape == shape_of(permutation) and form.constant == 0 and form.coefficients in ((1,), (0,))
     return permutation if whole else None
 
 
@@ -116,55 +89,29 @@ def index(b: Builder, x: Any, indices: Sequence[Any]) -> Any:
         return NotImplemented
     (i,) = indices
     if isinstance(i, Sorted):
-        return (
-            NotImplemented
-            if isinstance(x, Lazy)
-            else Sorted(b(aten.index.Tensor, x, [i.rows]), i.permutation)
-        )
+        return NotImplemented if isinstance(x, Lazy) else Sorted(b(aten.index.Tensor, x, [i.rows]), i.permutation)
     if isinstance(x, Lazy):
-        return (
-            x.rows
-            if isinstance(x, Sorted) and inverse_of(i) is x.permutation
-            else NotImplemented
-        )
+        return x.rows if isinstance(x, Sorted) and inverse_of(i) is x.permutation else NotImplemented
     permutation = permutation_of(i)
-    if (
-        permutation is not None
-        and shape_of(x)[0] == shape_of(permutation)[0]
-        and inverse_of(i) is None
-    ):
+    if permutation is not None and shape_of(x)[0] == shape_of(permutation)[0] and inverse_of(i) is None:
         return Sorted(x, permutation)
     slots = _slots_of(i, shape_of(x)[0])
     return NotImplemented if slots is None else _repeated(b, x, *slots)
 
 
-def index_add(
-    b: Builder, x: Any, dim: int, i: Any, source: Any, *, alpha: float = 1
-) -> Any:
+def index_add(b: Builder, x: Any, dim: int, i: Any, source: Any, *, alpha: float = 1) -> Any:
     """x with sorted rows added at permutation // k: each token gets the sum of its k rows."""
     slots = _slots_of(i, shape_of(x)[0]) if isinstance(i, fx.Node) else None
-    if (
-        isinstance(x, Lazy)
-        or not isinstance(source, Sorted)
-        or dim != 0
-        or slots is None
-        or slots[0] is not source.permutation
-    ):
+    if isinstance(x, Lazy) or not isinstance(source, Sorted) or dim != 0 or slots is None or slots[0] is not source.permutation:
         return NotImplemented
     tokens, *rest = shape_of(x)
-    total = b(
-        aten.sum.dim_IntList,
-        b(aten.reshape.default, source.rows, [tokens, slots[1], *rest]),
-        [1],
-    )
+    total = b(aten.sum.dim_IntList, b(aten.reshape.default, source.rows, [tokens, slots[1], *rest]), [1])
     return b(aten.add.Tensor, x, total, alpha=alpha)
 
 
 def _slots_of(i: Any, tokens: int) -> tuple[fx.Node, int] | None:
     """(permutation, k) when `i` is permutation // k over tokens * k rows."""
-    if not made_by(
-        i, aten.floor_divide.default, aten.div.Tensor_mode
-    ) or not isinstance(i.args[1], int):
+    if not made_by(i, aten.floor_divide.default, aten.div.Tensor_mode) or not isinstance(i.args[1], int):
         return None
     if i.target is aten.div.Tensor_mode and i.kwargs.get("rounding_mode") != "floor":
         return None
@@ -175,12 +122,8 @@ def _slots_of(i: Any, tokens: int) -> tuple[fx.Node, int] | None:
 
 def _repeated(b: Builder, x: Any, permutation: fx.Node, k: int) -> Sorted:
     shape = shape_of(x)
-    spread = b(
-        aten.expand.default, b(aten.unsqueeze.default, x, 1), [shape[0], k, *shape[1:]]
-    )
-    return Sorted(
-        b(aten.reshape.default, spread, [shape[0] * k, *shape[1:]]), permutation
-    )
+    spread = b(aten.expand.default, b(aten.unsqueeze.default, x, 1), [shape[0], k, *shape[1:]])
+    return Sorted(b(aten.reshape.default, spread, [shape[0] * k, *shape[1:]]), permutation)
 
 
 def sort(target: Any) -> Rule:
@@ -200,9 +143,7 @@ def histc(b: Builder, x: Any, bins: int, low: float, high: float) -> Any:
     counted = x.rows if isinstance(x, Sorted) else x
     original = b.emit(aten.histc.default, counted, bins, low, high)
     if low == 0 and high == bins - 1:
-        experts = (
-            counted.args[0] if made_by(counted, aten._to_copy.default) else counted
-        )
+        experts = counted.args[0] if made_by(counted, aten._to_copy.default) else counted
         if dtype_of(experts) in (torch.int64, torch.int32):
             return GroupSizes(original, experts, bins)
     return original
@@ -211,67 +152,33 @@ def histc(b: Builder, x: Any, bins: int, low: float, high: float) -> Any:
 def cumsum(b: Builder, x: Any, dim: int, *, dtype: torch.dtype | None = None) -> Any:
     if not isinstance(x, GroupSizes) or x.ends:
         return NotImplemented
-    return GroupSizes(
-        b.emit(aten.cumsum.default, x.original, dim, dtype=dtype),
-        x.experts,
-        x.groups,
-        ends=True,
-    )
+    return GroupSizes(b.emit(aten.cumsum.default, x.original, dim, dtype=dtype), x.experts, x.groups, ends=True)
 
 
 def to_copy(b: Builder, x: Any, *, dtype: torch.dtype | None = None, **_: Any) -> Any:
     if isinstance(x, GroupSizes):
-        return GroupSizes(
-            b(aten._to_copy.default, x.original, dtype=dtype),
-            x.experts,
-            x.groups,
-            x.ends,
-        )
+        return GroupSizes(b(aten._to_copy.default, x.original, dtype=dtype), x.experts, x.groups, x.ends)
     return Sorted(b(aten._to_copy.default, x.rows, dtype=dtype), x.permutation)
 
 
-def grouped_mm(
-    b: Builder, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def grouped_mm(b: Builder, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """x [T, K] sorted by expert, weight [E, K, N], ends int32 [E] -> [T, N] sorted."""
-    named = {
-        a.name: v for a, v in zip(target._schema.arguments, args, strict=False)
-    } | kwargs
-    x, weight, ends = (
-        args[0],
-        args[1],
-        named.get("offs", args[2] if len(args) > 2 else None),
-    )
-    if (
-        not (isinstance(x, Sorted) and isinstance(ends, GroupSizes) and ends.ends)
-        or named.get("bias") is not None
-    ):
+    named = {a.name: v for a, v in zip(target._schema.arguments, args, strict=False)} | kwargs
+    x, weight, ends = (args[0], args[1], named.get("offs", args[2] if len(args) > 2 else None))
+    if not (isinstance(x, Sorted) and isinstance(ends, GroupSizes) and ends.ends) or named.get("bias") is not None:
         return NotImplemented
     ordered = _sorted_operand(x.permutation)
-    if (
-        ordered is not ends.experts
-        or len(shape_of(weight)) != 3
-        or shape_of(weight)[0] != ends.groups
-    ):
+    if ordered is not ends.experts or len(shape_of(weight)) != 3 or shape_of(weight)[0] != ends.groups:
         return NotImplemented
     experts = b(aten._to_copy.default, ends.experts, dtype=torch.int64)
-    product = b(
-        ours.grouped_linear.default,
-        x.rows,
-        b(aten.transpose.int, weight, 1, 2),
-        experts,
-    )
+    product = b(ours.grouped_linear.default, x.rows, b(aten.transpose.int, weight, 1, 2), experts)
     out = named.get("out_dtype")
-    return Sorted(
-        b(aten._to_copy.default, product, dtype=out) if out else product, x.permutation
-    )
+    return Sorted(b(aten._to_copy.default, product, dtype=out) if out else product, x.permutation)
 
 
 def _sorted_operand(permutation: fx.Node) -> Any:
     """What was sorted, ascending, to give the permutation; None for a descending sort."""
-    call = (
-        permutation.args[0] if made_by(permutation, operator.getitem) else permutation
-    )
+    call = permutation.args[0] if made_by(permutation, operator.getitem) else permutation
     assert isinstance(call, fx.Node)
     args, kwargs = bind(call.target, call.args, call.kwargs)
     names = [a.name for a in call.target._schema.arguments]  # type: ignore[union-attr]
@@ -279,20 +186,10 @@ def _sorted_operand(permutation: fx.Node) -> Any:
     return None if named.get("descending") else named["self"]
 
 
-ROWWISE_VIEWS = frozenset(
-    {
-        aten.split.Tensor,
-        aten.slice.Tensor,
-        aten.unsqueeze.default,
-        aten.squeeze.dim,
-        aten.softmax.int,
-    }
-)
+ROWWISE_VIEWS = frozenset({aten.split.Tensor, aten.slice.Tensor, aten.unsqueeze.default, aten.squeeze.dim, aten.softmax.int})
 
 
-def rowwise(
-    b: Builder, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def rowwise(b: Builder, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An op on sorted rows that treats each row alone, as the same op on the rows; anything else wants the rows sorted."""
     operands = [a for a in args if isinstance(a, Sorted)]
     if not operands:
@@ -300,51 +197,31 @@ def rowwise(
     permutation, rank = operands[0].permutation, len(shape_of(operands[0]))
     if not _is_rowwise(target, args, permutation, rank):
         return NotImplemented
-    result = b(
-        target, *(a.rows if isinstance(a, Sorted) else a for a in args), **kwargs
-    )
+    result = b(target, *(a.rows if isinstance(a, Sorted) else a for a in args), **kwargs)
     if isinstance(result, tuple):
         return tuple(Sorted(r, permutation) for r in result)
     if isinstance(result.meta["val"], tuple):
-        return tuple(
-            Sorted(b.emit(operator.getitem, result, k), permutation)
-            for k in range(len(result.meta["val"]))
-        )
+        return tuple(Sorted(b.emit(operator.getitem, result, k), permutation) for k in range(len(result.meta["val"])))
     return Sorted(result, permutation)
 
 
-def _is_rowwise(
-    target: Any, args: tuple[Any, ...], permutation: fx.Node, rank: int
-) -> bool:
+def _is_rowwise(target: Any, args: tuple[Any, ...], permutation: fx.Node, rank: int) -> bool:
     tensors = [a for a in args if isinstance(a, fx.Node | Lazy)]
     same = all(t.permutation is permutation for t in tensors if isinstance(t, Sorted))
     if target is aten.linear.default:
         return isinstance(args[0], Sorted) and len(tensors) == 2 and rank == 2
     if target in ROWWISE_VIEWS:
-        position = {"split": 2, "slice": 1, "unsqueeze": 1, "squeeze": 1, "softmax": 1}[
-            target._schema.name.split("::")[1]
-        ]
+        position = {"split": 2, "slice": 1, "unsqueeze": 1, "squeeze": 1, "softmax": 1}[target._schema.name.split("::")[1]]
         return len(tensors) == 1 and args[position] > 0
-    if (
-        torch.Tag.pointwise not in getattr(target, "tags", ())
-        and target is not ours.dropout.default
-    ):
+    if torch.Tag.pointwise not in getattr(target, "tags", ()) and target is not ours.dropout.default:
         return False
     ranks = [len(shape_of(t)) for t in tensors]
     others = [t for t in tensors if not isinstance(t, Sorted)]
     along = all(len(shape_of(t)) < max(ranks) or shape_of(t)[0] == 1 for t in others)
-    return (
-        same
-        and along
-        and all(
-            len(shape_of(t)) == max(ranks) for t in tensors if isinstance(t, Sorted)
-        )
-    )
+    return same and along and all(len(shape_of(t)) == max(ranks) for t in tensors if isinstance(t, Sorted))
 
 
-def on_sorted(
-    b: Builder, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def on_sorted(b: Builder, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The rule of calls that have a lazy value among their arguments."""
     special = SPECIAL.get(target)
     if special is not None:

@@ -38,23 +38,15 @@ def mark_gradients(graph: fx.Graph, roots: Collection[str] | None = None) -> Non
     """
     for node in graph.nodes:
         if node.op == "placeholder":
-            node.meta["grad"] = (
-                node.meta.get("key") in roots
-                if roots is not None
-                else bool(node.meta.get("grad"))
-            )
+            node.meta["grad"] = node.meta.get("key") in roots if roots is not None else bool(node.meta.get("grad"))
         elif node.op == "output":
             continue
         else:
-            depends = node.target not in CUTS and any(
-                n.meta.get("grad") for n in node.all_input_nodes
-            )
+            depends = node.target not in CUTS and any(n.meta.get("grad") for n in node.all_input_nodes)
             node.meta["grad"] = depends and _has_floating(node.meta.get("val"))
 
 
 def _has_floating(value: object) -> bool:
     if isinstance(value, tuple | list):
         return any(_has_floating(v) for v in value)
-    return isinstance(value, Tensor) and (
-        value.is_floating_point() or value.is_complex()
-    )
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())

@@ -24,16 +24,10 @@ def index(b: Builder, x: Any, indices: Sequence[Any]) -> Any:
         if form is None or form.constant != 0:
             return NotImplemented
         steps = [d - len(form.shape) for d, c in enumerate(form.coefficients) if c]
-        if (
-            len(steps) != 1
-            or form.coefficients[steps[0]] != 1
-            or form.shape[steps[0]] != shape_of(x)[k]
-        ):
+        if len(steps) != 1 or form.coefficients[steps[0]] != 1 or form.shape[steps[0]] != shape_of(x)[k]:
             return NotImplemented
         along.append(steps[0] + len(spread))
-    if len(set(along)) != len(along) or any(
-        s != 1 for d, s in enumerate(spread) if d not in along
-    ):
+    if len(set(along)) != len(along) or any(s != 1 for d, s in enumerate(spread) if d not in along):
         return NotImplemented
     rest = list(range(len(along), len(shape_of(x))))
     order = sorted(range(len(along)), key=lambda k: along[k])

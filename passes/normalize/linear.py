@@ -35,9 +35,7 @@ def _with_bias(b: Builder, y: Any, bias: Any) -> Any:
     """y + bias, under the reshape that merged y's leading dims, if there is one."""
     inner = _unmerged(b, y)
     if inner is not None and len(shape_of(bias)) <= 1:
-        return b(
-            aten.reshape.default, b(aten.add.Tensor, inner, bias), list(shape_of(y))
-        )
+        return b(aten.reshape.default, b(aten.add.Tensor, inner, bias), list(shape_of(y)))
     return b(aten.add.Tensor, y, bias)
 
 
@@ -47,45 +45,26 @@ def linear(b: Builder, x: Any, weight: Any, bias: Any) -> Any:
     inner = _unmerged(b, x)
     if inner is None:
         return NotImplemented
-    return b(
-        aten.reshape.default,
-        b(aten.linear.default, inner, weight),
-        [shape_of(x)[0], shape_of(weight)[0]],
-    )
+    return b(aten.reshape.default, b(aten.linear.default, inner, weight), [shape_of(x)[0], shape_of(weight)[0]])
 
 
 def mm(b: Builder, x: Any, weight: Any, *_: Any) -> Any:
     inner = _unmerged(b, x)
     if inner is None or len(shape_of(weight)) != 2:
         return NotImplemented
-    return b(
-        aten.reshape.default,
-        b(aten.matmul.default, inner, weight),
-        [shape_of(x)[0], shape_of(weight)[1]],
-    )
+    return b(aten.reshape.default, b(aten.matmul.default, inner, weight), [shape_of(x)[0], shape_of(weight)[1]])
 
 
 def _scaled(b: Builder, x: Any, factor: float) -> Any:
     return x if factor == 1 else b(aten.mul.Tensor, x, factor)
 
 
-def addmm(
-    b: Builder, bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1
-) -> Any:
+def addmm(b: Builder, bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> Any:
     product = _scaled(b, b(aten.mm.default, x, weight), alpha)
     return product if beta == 0 else _with_bias(b, product, _scaled(b, bias, beta))
 
 
-def baddbmm(
-    b: Builder,
-    bias: Any,
-    x: Any,
-    y: Any,
-    *,
-    beta: float = 1,
-    alpha: float = 1,
-    **_: Any,
-) -> Any:
+def baddbmm(b: Builder, bias: Any, x: Any, y: Any, *, beta: float = 1, alpha: float = 1, **_: Any) -> Any:
     product = _scaled(b, b(aten.bmm.default, x, y), alpha)
     return product if beta == 0 else b(aten.add.Tensor, _scaled(b, bias, beta), product)
 
@@ -98,49 +77,21 @@ def _pair(value: Any, n: int) -> list[int]:
 def conv(n: int) -> Any:
     """conv1d, conv2d, conv3d as `convolution`. Padding given as a word pads explicitly."""
 
-    def rule(
-        b: Builder,
-        x: Any,
-        weight: Any,
-        bias: Any,
-        stride: Any,
-        padding: Any,
-        dilation: Any,
-        groups: int,
-    ) -> Any:
+    def rule(b: Builder, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> Any:
         batched = x if len(shape_of(x)) == n + 2 else b(aten.unsqueeze.default, x, 0)
         stride, dilation = _pair(stride, n), _pair(dilation, n)
         if isinstance(padding, str):
             batched, padding = _same_padding(b, batched, weight, padding, dilation)
-        args = (
-            batched,
-            weight,
-            bias,
-            stride,
-            _pair(padding, n),
-            dilation,
-            False,
-            [0] * n,
-            groups,
-        )
+        args = (batched, weight, bias, stride, _pair(padding, n), dilation, False, [0] * n, groups)
         y = b(aten.convolution.default, *args)
-        return (
-            y
-            if batched is x or len(shape_of(x)) == n + 2
-            else b(aten.squeeze.dim, y, 0)
-        )
+        return y if batched is x or len(shape_of(x)) == n + 2 else b(aten.squeeze.dim, y, 0)
 
     return rule
 
 
-def _same_padding(
-    b: Builder, x: Any, weight: Any, padding: str, dilation: list[int]
-) -> tuple[Any, list[int]]:
+def _same_padding(b: Builder, x: Any, weight: Any, padding: str, dilation: list[int]) -> tuple[Any, list[int]]:
     kernel = shape_of(weight)[2:]
-    total = [
-        d * (k - 1) if padding == "same" else 0
-        for k, d in zip(kernel, dilation, strict=True)
-    ]
+    total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
     if all(t % 2 == 0 for t in total):
         return x, [t // 2 for t in total]
     widths = [w for t in reversed(total) for w in (t // 2, t - t // 2)]

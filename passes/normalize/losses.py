@@ -27,11 +27,7 @@ def reduced(b: Builder, loss: Any, reduction: int) -> Any:
     if reduction == NONE:
         return loss
     total = b(aten.sum.dim_IntList, loss, None)
-    return (
-        b(aten.div.Tensor, total, math.prod(shape_of(loss)))
-        if reduction == MEAN
-        else total
-    )
+    return b(aten.div.Tensor, total, math.prod(shape_of(loss))) if reduction == MEAN else total
 
 
 def classes_last(b: Builder, x: Any) -> Any:
@@ -49,19 +45,9 @@ def unmerged(b: Builder, x: Any, target: Any) -> tuple[Any, Any]:
     return x, target
 
 
-def cross_entropy(
-    b: Builder,
-    x: Any,
-    target: Any,
-    weight: Any,
-    reduction: int,
-    ignore: int,
-    smoothing: float,
-) -> Any:
+def cross_entropy(b: Builder, x: Any, target: Any, weight: Any, reduction: int, ignore: int, smoothing: float) -> Any:
     if dtype_of(target).is_floating_point:
-        return _soft_cross_entropy(
-            b, classes_last(b, x), classes_last(b, target), weight, reduction, smoothing
-        )
+        return _soft_cross_entropy(b, classes_last(b, x), classes_last(b, target), weight, reduction, smoothing)
     x = classes_last(b, x)
     if reduction != NONE:
         x, target = unmerged(b, x, target)
@@ -71,71 +57,39 @@ def cross_entropy(
         if weight is None:
             rest = b(aten.sum.dim_IntList, x, [len(shape_of(x)) - 1])
             return b(aten.sub.Tensor, b(aten.mul.Tensor, lse, shape_of(x)[-1]), rest)
-        rest = b(
-            aten.sum.dim_IntList, b(aten.mul.Tensor, x, weight), [len(shape_of(x)) - 1]
-        )
-        return b(
-            aten.sub.Tensor,
-            b(aten.mul.Tensor, lse, b(aten.sum.dim_IntList, weight, [0])),
-            rest,
-        )
+        rest = b(aten.sum.dim_IntList, b(aten.mul.Tensor, x, weight), [len(shape_of(x)) - 1])
+        return b(aten.sub.Tensor, b(aten.mul.Tensor, lse, b(aten.sum.dim_IntList, weight, [0])), rest)
 
     loss = _indexed(b, x, target, weight, reduction, ignore, lse, smoothing, smooth)
     return b(aten._to_copy.default, loss, dtype=dtype_of(x))
 
 
-def nll(
-    b: Builder, x: Any, target: Any, weight: Any, reduction: int, ignore: int
-) -> Any:
+def nll(b: Builder, x: Any, target: Any, weight: Any, reduction: int, ignore: int) -> Any:
     """nll_loss: `x` holds log-probabilities, [n, c, ...]."""
     x = classes_last(b, x)
-    return b(
-        aten._to_copy.default,
-        _indexed(b, x, target, weight, reduction, ignore, None, 0.0, None),
-        dtype=dtype_of(x),
-    )
+    return b(aten._to_copy.default, _indexed(b, x, target, weight, reduction, ignore, None, 0.0, None), dtype=dtype_of(x))
 
 
 def _indexed(
-    b: Builder,
-    x: Any,
-    target: Any,
-    weight: Any,
-    reduction: int,
-    ignore: int,
-    lse: Any,
-    smoothing: float,
-    smooth: Any,
+    b: Builder, x: Any, target: Any, weight: Any, reduction: int, ignore: int, lse: Any, smoothing: float, smooth: Any
 ) -> Any:
     classes = shape_of(x)[-1]
     keep = b(aten.ne.Scalar, target, ignore)
     index = b(aten.where.self, keep, target, b.scalar(0, dtype_of(target)))
     picked = b(ours.pick.default, x, index)
-    terms = (
-        b(aten.neg.default, picked) if lse is None else b(aten.sub.Tensor, lse, picked)
-    )
+    terms = b(aten.neg.default, picked) if lse is None else b(aten.sub.Tensor, lse, picked)
     dtype = dtype_of(terms)
-    wrong = b(
-        aten.bitwise_or.Tensor,
-        b(aten.lt.Scalar, index, 0),
-        b(aten.ge.Scalar, index, classes),
-    )
+    wrong = b(aten.bitwise_or.Tensor, b(aten.lt.Scalar, index, 0), b(aten.ge.Scalar, index, classes))
     terms = b(aten.where.self, wrong, b.scalar(math.nan, dtype), terms)
     counted = None
     if weight is not None:
         flat = b(aten.reshape.default, index, [-1])
-        counted = b(
-            aten.reshape.default,
-            b(aten.index_select.default, weight, 0, flat),
-            list(shape_of(index)),
-        )
+        counted = b(aten.reshape.default, b(aten.index_select.default, weight, 0, flat), list(shape_of(index)))
         counted = b(aten.where.self, keep, counted, b.scalar(0, dtype_of(counted)))
         terms = b(aten.mul.Tensor, terms, counted)
     if smoothing:
         hard = b(aten.mul.Tensor, terms, 1 - smoothing)
-        terms = b(
-            aten.add.Tensor, hard, b(aten.mul.Tensor, smooth(), smoothing / classes)
-        )
+        terms = b(aten.add.Tensor, hard, b(aten.mul.Tensor, smooth(), smoothing / classes))
     terms = b(aten.where.self, keep, terms, b.scalar(0, dtype))
     if reduction == NONE:
         return terms
@@ -146,35 +100,21 @@ def _indexed(
     return b(aten.div.Tensor, total, b(aten._to_copy.default, count, dtype=dtype))
 
 
-def _soft_cross_entropy(
-    b: Builder, x: Any, target: Any, weight: Any, reduction: int, smoothing: float
-) -> Any:
+def _soft_cross_entropy(b: Builder, x: Any, target: Any, weight: Any, reduction: int, smoothing: float) -> Any:
     """Targets are probabilities of the classes. The mean is over the batch and the other dims, not over classes."""
     last = len(shape_of(x)) - 1
     classes = shape_of(x)[-1]
     if smoothing:
-        target = b(
-            aten.add.Tensor,
-            b(aten.mul.Tensor, target, 1 - smoothing),
-            smoothing / classes,
-        )
+        target = b(aten.add.Tensor, b(aten.mul.Tensor, target, 1 - smoothing), smoothing / classes)
     scores = b(aten.mul.Tensor, b(aten.log_softmax.int, x, last), target)
     if weight is not None:
         scores = b(aten.mul.Tensor, scores, weight)
-    return reduced(
-        b, b(aten.neg.default, b(aten.sum.dim_IntList, scores, [last])), reduction
-    )
+    return reduced(b, b(aten.neg.default, b(aten.sum.dim_IntList, scores, [last])), reduction)
 
 
-def nll_forward(
-    b: Builder, x: Any, target: Any, weight: Any, reduction: int, ignore: int
-) -> Any:
+def nll_forward(b: Builder, x: Any, target: Any, weight: Any, reduction: int, ignore: int) -> Any:
     """nll_loss_forward gives (loss, total weight); the second is only for its backward."""
-    batched = (
-        x
-        if len(shape_of(x)) > 1 or not shape_of(target)
-        else b(aten.unsqueeze.default, x, 0)
-    )
+    batched = x if len(shape_of(x)) > 1 or not shape_of(target) else b(aten.unsqueeze.default, x, 0)
     return nll(b, batched, target, weight, reduction, ignore), b.scalar(0, dtype_of(x))
 
 
@@ -211,11 +151,7 @@ RULES: dict[Any, Any] = {
     aten.smooth_l1_loss.default: elementwise(aten.smooth_l1_loss.default, 2),
     aten.huber_loss.default: elementwise(aten.huber_loss.default, 2),
     aten.soft_margin_loss.default: elementwise(aten.soft_margin_loss.default, 2),
-    aten.binary_cross_entropy.default: elementwise(
-        aten.binary_cross_entropy.default, 3
-    ),
-    aten.binary_cross_entropy_with_logits.default: elementwise(
-        aten.binary_cross_entropy_with_logits.default, 4
-    ),
+    aten.binary_cross_entropy.default: elementwise(aten.binary_cross_entropy.default, 3),
+    aten.binary_cross_entropy_with_logits.default: elementwise(aten.binary_cross_entropy_with_logits.default, 4),
     aten.kl_div.default: elementwise(aten.kl_div.default, 2),
 }

@@ -29,12 +29,8 @@ class Affine:
     constant: int
 
     def bounds(self) -> tuple[int, int]:
-        steps = [
-            c * (n - 1) for c, n in zip(self.coefficients, self.shape, strict=True)
-        ]
-        return self.constant + sum(min(0, s) for s in steps), self.constant + sum(
-            max(0, s) for s in steps
-        )
+        steps = [c * (n - 1) for c, n in zip(self.coefficients, self.shape, strict=True)]
+        return self.constant + sum(min(0, s) for s in steps), self.constant + sum(max(0, s) for s in steps)
 
 
 @dataclass(frozen=True)
@@ -64,11 +60,7 @@ Truth = All | str
 
 def affine(x: Any) -> Affine | None:
     """The affine form of an integer node, or None."""
-    if (
-        not isinstance(x, fx.Node)
-        or x.op != "call_function"
-        or dtype_of_or_none(x) not in (torch.int64, torch.int32)
-    ):
+    if not isinstance(x, fx.Node) or x.op != "call_function" or dtype_of_or_none(x) not in (torch.int64, torch.int32):
         return None
     reader = AFFINE.get(x.target)
     return reader(x) if reader else None
@@ -81,11 +73,7 @@ def dtype_of_or_none(x: fx.Node) -> torch.dtype | None:
 
 def _constant(x: fx.Node, number: Any) -> Affine | None:
     shape = shape_of(x)
-    return (
-        Affine(shape, (0,) * len(shape), int(number))
-        if isinstance(number, int) and not isinstance(number, bool)
-        else None
-    )
+    return Affine(shape, (0,) * len(shape), int(number)) if isinstance(number, int) and not isinstance(number, bool) else None
 
 
 def _arange(x: fx.Node) -> Affine | None:
@@ -111,18 +99,10 @@ def _unsqueeze(x: fx.Node) -> Affine | None:
 def _reshape(x: fx.Node) -> Affine | None:
     """A reshape that only adds or drops dims of size 1."""
     inner = affine(x.args[0])
-    if inner is None or [s for s in inner.shape if s != 1] != [
-        s for s in shape_of(x) if s != 1
-    ]:
+    if inner is None or [s for s in inner.shape if s != 1] != [s for s in shape_of(x) if s != 1]:
         return None
-    kept = iter(
-        c for c, s in zip(inner.coefficients, inner.shape, strict=True) if s != 1
-    )
-    return Affine(
-        shape_of(x),
-        tuple(next(kept) if s != 1 else 0 for s in shape_of(x)),
-        inner.constant,
-    )
+    kept = iter(c for c, s in zip(inner.coefficients, inner.shape, strict=True) if s != 1)
+    return Affine(shape_of(x), tuple(next(kept) if s != 1 else 0 for s in shape_of(x)), inner.constant)
 
 
 def _expand(x: fx.Node) -> Affine | None:
@@ -145,9 +125,7 @@ def _permuted(x: fx.Node) -> Affine | None:
     else:
         a, c = arguments(x)[1:3]
         dims[a], dims[c] = dims[c], dims[a]
-    return Affine(
-        shape_of(x), tuple(inner.coefficients[d] for d in dims), inner.constant
-    )
+    return Affine(shape_of(x), tuple(inner.coefficients[d] for d in dims), inner.constant)
 
 
 def _slice(x: fx.Node) -> Affine | None:
@@ -156,11 +134,7 @@ def _slice(x: fx.Node) -> Affine | None:
         return None
     _, dim, start, _, step = arguments(x)
     c = inner.coefficients[dim]
-    coefficients = (
-        *inner.coefficients[:dim],
-        c * step if shape_of(x)[dim] > 1 else 0,
-        *inner.coefficients[dim + 1 :],
-    )
+    coefficients = (*inner.coefficients[:dim], c * step if shape_of(x)[dim] > 1 else 0, *inner.coefficients[dim + 1 :])
     return Affine(shape_of(x), coefficients, inner.constant + c * (start or 0))
 
 
@@ -175,9 +149,7 @@ def _combined(shape: Sequence[int], x: Any, y: Any, sign: int) -> Affine | None:
     a, c = _operand(x, shape), _operand(y, shape)
     if a is None or c is None:
         return None
-    coefficients = tuple(
-        p + sign * q for p, q in zip(a.coefficients, c.coefficients, strict=True)
-    )
+    coefficients = tuple(p + sign * q for p, q in zip(a.coefficients, c.coefficients, strict=True))
     return Affine(tuple(shape), coefficients, a.constant + sign * c.constant)
 
 
@@ -191,11 +163,7 @@ def _scaled(x: fx.Node, factor: Any) -> Affine | None:
     inner = affine(x.args[0])
     if inner is None or not isinstance(factor, int) or isinstance(factor, bool):
         return None
-    return Affine(
-        inner.shape,
-        tuple(c * factor for c in inner.coefficients),
-        inner.constant * factor,
-    )
+    return Affine(inner.shape, tuple(c * factor for c in inner.coefficients), inner.constant * factor)
 
 
 AFFINE: dict[Any, Callable[[fx.Node], Affine | None]] = {
@@ -220,9 +188,7 @@ AFFINE: dict[Any, Callable[[fx.Node], Affine | None]] = {
     aten._to_copy.default: lambda x: affine(x.args[0]),
 }
 
-COMPARISONS: dict[
-    Any, tuple[int, int]
-] = {  # sign of (x - y), and what to add, for "form >= 0"
+COMPARISONS: dict[Any, tuple[int, int]] = {  # sign of (x - y), and what to add, for "form >= 0"
     aten.ge.Tensor: (1, 0),
     aten.ge.Scalar: (1, 0),
     aten.gt.Tensor: (1, -1),
@@ -243,9 +209,7 @@ def truth(x: fx.Node) -> Truth:
             form = _comparison(x, args)
             if form is not None:
                 return _decided(form)
-        if x.target in CONJUNCTIONS and all(
-            isinstance(a, fx.Node) and dtype_of(a) == torch.bool for a in args[:2]
-        ):
+        if x.target in CONJUNCTIONS and all(isinstance(a, fx.Node) and dtype_of(a) == torch.bool for a in args[:2]):
             return _both(truth(args[0]), truth(args[1]))
         if x.target in (aten.full.default, aten.full_like.default):
             return All(()) if args[1] else FALSE
@@ -275,19 +239,13 @@ def _cast(x: fx.Node, inner: fx.Node) -> Truth:
 def _comparison(x: fx.Node, args: tuple[Any, ...]) -> Affine | None:
     sign, shift = COMPARISONS[x.target]
     for a in args[:2]:
-        if isinstance(a, float) or (
-            isinstance(a, fx.Node) and dtype_of(a).is_floating_point
-        ):
+        if isinstance(a, float) or (isinstance(a, fx.Node) and dtype_of(a).is_floating_point):
             return None
     left, right = args[:2]
     form = _combined(shape_of(x), left, right, -1)
     if form is None:
         return None
-    return Affine(
-        form.shape,
-        tuple(sign * c for c in form.coefficients),
-        sign * form.constant + shift,
-    )
+    return Affine(form.shape, tuple(sign * c for c in form.coefficients), sign * form.constant + shift)
 
 
 def _decided(form: Affine) -> Truth:
@@ -300,11 +258,7 @@ def _lower(x: fx.Node, args: tuple[Any, ...]) -> Truth:
     inner, shape = truth(args[0]), shape_of(x)
     if inner != All(()):
         return All((Opaque(x),))
-    coefficients = (
-        *([0] * (len(shape) - 2)),
-        1 if shape[-2] > 1 else 0,
-        -1 if shape[-1] > 1 else 0,
-    )
+    coefficients = (*([0] * (len(shape) - 2)), 1 if shape[-2] > 1 else 0, -1 if shape[-1] > 1 else 0)
     return _decided(Affine(shape, coefficients, args[1]))
 
 
@@ -324,15 +278,7 @@ def _moved(inner: All, before: tuple[int, ...], after: tuple[int, ...]) -> All |
             return None
         form = _broadcast(part.form, before)
         kept = iter(c for c, s in zip(form.coefficients, before, strict=True) if s != 1)
-        parts.append(
-            AtLeast(
-                Affine(
-                    after,
-                    tuple(next(kept) if s != 1 else 0 for s in after),
-                    form.constant,
-                )
-            )
-        )
+        parts.append(AtLeast(Affine(after, tuple(next(kept) if s != 1 else 0 for s in after), form.constant)))
     return All(tuple(parts))
 
 
@@ -359,10 +305,7 @@ def boolean_mask(b: Builder, x: fx.Node, queries: int, keys: int) -> Mask | None
         return None
     causal = any(is_causal(p, queries, keys) for p in found.parts)
     rest = [p for p in found.parts if not is_causal(p, queries, keys)]
-    return Mask(
-        causal,
-        tuple(p.node if isinstance(p, Opaque) else rebuilt(b, p.form) for p in rest),
-    )
+    return Mask(causal, tuple(p.node if isinstance(p, Opaque) else rebuilt(b, p.form) for p in rest))
 
 
 def rebuilt(b: Builder, form: Affine) -> fx.Node:
@@ -371,11 +314,7 @@ def rebuilt(b: Builder, form: Affine) -> fx.Node:
     for d, c in enumerate(form.coefficients):
         if c:
             shape = [s if k == d else 1 for k, s in enumerate(form.shape)]
-            term = b(
-                aten.reshape.default,
-                b(aten.arange.default, form.shape[d], dtype=torch.int64),
-                shape,
-            )
+            term = b(aten.reshape.default, b(aten.arange.default, form.shape[d], dtype=torch.int64), shape)
             term = term if c == 1 else b(aten.mul.Tensor, term, c)
             total = term if total is None else b(aten.add.Tensor, total, term)
     return b(aten.ge.Scalar, total, -form.constant)
@@ -395,16 +334,10 @@ def allowed_by(x: Any) -> fx.Node | None:
 
 
 def _number(x: Any) -> float | None:
-    if (
-        isinstance(x, fx.Node)
-        and x.op == "call_function"
-        and x.target in (aten.full.default, aten.full_like.default)
-    ):
+    if isinstance(x, fx.Node) and x.op == "call_function" and x.target in (aten.full.default, aten.full_like.default):
         return arguments(x)[1]
     return None
 
 
 def _lowest(number: float | None, x: fx.Node) -> bool:
-    return number is not None and (
-        number == -math.inf or number <= torch.finfo(dtype_of(x)).min / 2
-    )
+    return number is not None and (number == -math.inf or number <= torch.finfo(dtype_of(x)).min / 2)

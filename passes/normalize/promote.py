@@ -32,7 +32,5 @@ def _cast(b: Builder, x: Any, *, dtype: torch.dtype | None = None, **_: Any) -> 
     return to_copy(b, x, dtype=_wide(dtype))
 
 
-def _call(
-    b: Builder, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _call(b: Builder, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return b.emit(target, *map_leaves(args, _wide), **map_leaves(kwargs, _wide))

@@ -17,40 +17,21 @@ def _dims(x: Any, dims: Sequence[int] | int | None) -> list[int]:
     rank = len(shape_of(x))
     if dims is None or (not isinstance(dims, int) and len(dims) == 0):
         return list(range(rank))
-    return (
-        sorted({d % max(rank, 1) for d in ([dims] if isinstance(dims, int) else dims)})
-        if rank
-        else []
-    )
+    return sorted({d % max(rank, 1) for d in ([dims] if isinstance(dims, int) else dims)}) if rank else []
 
 
 def _count(x: Any, dims: Sequence[int]) -> int:
     return math.prod(shape_of(x)[d] for d in dims)
 
 
-def sum_dims(
-    b: Builder,
-    x: Any,
-    dims: Sequence[int] | None,
-    keepdim: bool,
-    *,
-    dtype: torch.dtype | None = None,
-) -> Any:
+def sum_dims(b: Builder, x: Any, dims: Sequence[int] | None, keepdim: bool, *, dtype: torch.dtype | None = None) -> Any:
     found = _dims(x, dims)
     if dtype is not None and dtype != dtype_of(x):
         x = b(aten._to_copy.default, x, dtype=dtype)
     if not found:
-        return (
-            x
-            if dtype_of(x).is_floating_point
-            else b(aten._to_copy.default, x, dtype=dtype or torch.int64)
-        )
+        return x if dtype_of(x).is_floating_point else b(aten._to_copy.default, x, dtype=dtype or torch.int64)
     return b.emit(
-        aten.sum.dim_IntList,
-        x,
-        found,
-        keepdim,
-        dtype=dtype if dtype is not None and not dtype.is_floating_point else None,
+        aten.sum.dim_IntList, x, found, keepdim, dtype=dtype if dtype is not None and not dtype.is_floating_point else None
     )
 
 
@@ -58,90 +39,42 @@ def sum_all(b: Builder, x: Any, *, dtype: torch.dtype | None = None) -> Any:
     return b(aten.sum.dim_IntList, x, None, False, dtype=dtype)
 
 
-def mean_dims(
-    b: Builder,
-    x: Any,
-    dims: Sequence[int] | None,
-    keepdim: bool,
-    *,
-    dtype: torch.dtype | None = None,
-) -> Any:
+def mean_dims(b: Builder, x: Any, dims: Sequence[int] | None, keepdim: bool, *, dtype: torch.dtype | None = None) -> Any:
     found = _dims(x, dims)
-    return b(
-        aten.div.Tensor,
-        b(aten.sum.dim_IntList, x, found, keepdim, dtype=dtype),
-        _count(x, found),
-    )
+    return b(aten.div.Tensor, b(aten.sum.dim_IntList, x, found, keepdim, dtype=dtype), _count(x, found))
 
 
 def mean_all(b: Builder, x: Any, *, dtype: torch.dtype | None = None) -> Any:
     return b(aten.mean.dim, x, None, False, dtype=dtype)
 
 
-def _moments(
-    b: Builder,
-    x: Any,
-    dims: Sequence[int] | None,
-    correction: float | None,
-    keepdim: bool,
-) -> tuple[Any, Any]:
+def _moments(b: Builder, x: Any, dims: Sequence[int] | None, correction: float | None, keepdim: bool) -> tuple[Any, Any]:
     found = _dims(x, dims)
     mean = b(aten.mean.dim, x, found, True)
     centered = b(aten.sub.Tensor, x, mean)
-    total = b(
-        aten.sum.dim_IntList, b(aten.mul.Tensor, centered, centered), found, keepdim
-    )
-    variance = b(
-        aten.div.Tensor,
-        total,
-        max(0, _count(x, found) - (1 if correction is None else correction)),
-    )
+    total = b(aten.sum.dim_IntList, b(aten.mul.Tensor, centered, centered), found, keepdim)
+    variance = b(aten.div.Tensor, total, max(0, _count(x, found) - (1 if correction is None else correction)))
     kept = [s for d, s in enumerate(shape_of(x)) if d not in found]
     return variance, mean if keepdim else b(aten.reshape.default, mean, kept)
 
 
-def var(
-    b: Builder,
-    x: Any,
-    dims: Sequence[int] | None,
-    *,
-    correction: float | None = None,
-    keepdim: bool = False,
-) -> Any:
+def var(b: Builder, x: Any, dims: Sequence[int] | None, *, correction: float | None = None, keepdim: bool = False) -> Any:
     return _moments(b, x, dims, correction, keepdim)[0]
 
 
-def std(
-    b: Builder,
-    x: Any,
-    dims: Sequence[int] | None,
-    *,
-    correction: float | None = None,
-    keepdim: bool = False,
-) -> Any:
+def std(b: Builder, x: Any, dims: Sequence[int] | None, *, correction: float | None = None, keepdim: bool = False) -> Any:
     return b(aten.sqrt.default, var(b, x, dims, correction=correction, keepdim=keepdim))
 
 
-def var_mean(
-    b: Builder,
-    x: Any,
-    dims: Sequence[int] | None,
-    *,
-    correction: float | None = None,
-    keepdim: bool = False,
-) -> Any:
+def var_mean(b: Builder, x: Any, dims: Sequence[int] | None, *, correction: float | None = None, keepdim: bool = False) -> Any:
     return _moments(b, x, dims, correction, keepdim)
 
 
-def var_dim(
-    b: Builder, x: Any, dims: Sequence[int] | None, unbiased: bool, keepdim: bool
-) -> Any:
+def var_dim(b: Builder, x: Any, dims: Sequence[int] | None, unbiased: bool, keepdim: bool) -> Any:
     return var(b, x, dims, correction=int(unbiased), keepdim=keepdim)
 
 
-def std_dim(
-    b: Builder, x: Any, dims: Sequence[int] | None, unbiased: bool, keepdim: bool
-) -> Any:
+def std_dim(b: Builder, x: Any, dims: Sequence[int] | None, unbiased: bool, keepdim: bool) -> Any:
     return std(b, x, dims, correction=int(unbiased), keepdim=keepdim)
 
 
@@ -165,9 +98,7 @@ RULES: dict[Any, Any] = {
     aten.std.default: lambda b, x, unbiased: std(b, x, None, correction=int(unbiased)),
     aten.std.dim: std_dim,
     aten.var_mean.correction: var_mean,
-    aten.var_mean.dim: lambda b, x, dims, unbiased, keepdim: var_mean(
-        b, x, dims, correction=int(unbiased), keepdim=keepdim
-    ),
+    aten.var_mean.dim: lambda b, x, dims, unbiased, keepdim: var_mean(b, x, dims, correction=int(unbiased), keepdim=keepdim),
     aten.adaptive_avg_pool1d.default: global_average_pool,
     aten.adaptive_avg_pool2d.default: global_average_pool,
     aten._adaptive_avg_pool2d.default: global_average_pool,

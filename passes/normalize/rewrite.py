@@ -54,11 +54,7 @@ class Builder:
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Any:
         """The call `target(*args, **kwargs)` in normal form: what its rule makes of it, or the call itself."""
         if target is operator.getitem:
-            return (
-                args[0][args[1]]
-                if isinstance(args[0], tuple | list)
-                else self.emit(target, *args)
-            )
+            return args[0][args[1]] if isinstance(args[0], tuple | list) else self.emit(target, *args)
         full_args, full_kwargs = bind(target, args, kwargs)
         full_args = wrap_dims(target, full_args)
         if any(isinstance(a, Lazy) for a in leaves((full_args, full_kwargs))):
@@ -69,36 +65,22 @@ class Builder:
         rule = self.rules.get(target)
         if rule is None:
             rule = self.rules.get(None)
-            result = (
-                rule(self, target, full_args, full_kwargs) if rule else NotImplemented
-            )
+            result = rule(self, target, full_args, full_kwargs) if rule else NotImplemented
         else:
             result = rule(self, *full_args, **full_kwargs)
-        return (
-            self.emit(target, *full_args, **full_kwargs)
-            if result is NotImplemented
-            else result
-        )
+        return self.emit(target, *full_args, **full_kwargs) if result is NotImplemented else result
 
     def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """The call itself, trailing default arguments left out, as a new node with its value."""
         args, kwargs = trim(target, args, kwargs)
         args = map_leaves(args, self.plain)
         kwargs = {k: map_leaves(v, self.plain) for k, v in kwargs.items()}
-        name = (
-            target._schema.name.split("::")[1]
-            if isinstance(target, OpOverload)
-            else None
-        )
+        name = target._schema.name.split("::")[1] if isinstance(target, OpOverload) else None
         node = self.graph.create_node("call_function", target, args, kwargs, name)
         node.meta["val"] = self._value(target, node)
         if self.origin is not None:
-            node.meta.update(
-                {k: self.origin.meta[k] for k in FACTS if k in self.origin.meta}
-            )
-        depends = target not in CUTS and any(
-            n.meta.get("grad") for n in node.all_input_nodes
-        )
+            node.meta.update({k: self.origin.meta[k] for k in FACTS if k in self.origin.meta})
+        depends = target not in CUTS and any(n.meta.get("grad") for n in node.all_input_nodes)
         node.meta["grad"] = depends and is_floating(node.meta["val"])
         return node
 
@@ -115,17 +97,12 @@ class Builder:
             return node.args[0].meta["val"][node.args[1]]  # type: ignore[union-attr]
         key = (target, _describe(node.args), _describe(node.kwargs))
         if key not in self._values:
-            args, kwargs = map_leaves(
-                (node.args, node.kwargs),
-                lambda n: n.meta["val"] if isinstance(n, fx.Node) else n,
-            )
+            args, kwargs = map_leaves((node.args, node.kwargs), lambda n: n.meta["val"] if isinstance(n, fx.Node) else n)
             if self.mode is None:
                 raise RuntimeError("a graph without inputs cannot be normalized")
             with self.mode, torch.no_grad():
                 result = target(*args, **kwargs)
-            self._values[key] = (
-                tuple(result) if isinstance(result, tuple | list) else result
-            )
+            self._values[key] = tuple(result) if isinstance(result, tuple | list) else result
         return self._values[key]
 
     def placeholder(self, node: fx.Node) -> fx.Node:
@@ -144,11 +121,7 @@ class Builder:
             first = next(n for n in self.graph.nodes if n.op != "placeholder")
             with self.graph.inserting_before(first), self.mode:
                 self._seed = self.graph.placeholder("seed")
-                self._seed.meta = {
-                    "key": "seed",
-                    "val": torch.empty((), dtype=torch.int64),
-                    "grad": False,
-                }
+                self._seed.meta = {"key": "seed", "val": torch.empty((), dtype=torch.int64), "grad": False}
         return self._seed
 
     def site(self) -> int:
@@ -173,22 +146,12 @@ def rewrite(gm: fx.GraphModule, rules: Rules) -> fx.GraphModule:
         if node.op == "placeholder":
             env[node] = b.placeholder(node)
         elif node.op == "output":
-            b.graph.output(
-                map_leaves(
-                    node.args[0],
-                    lambda n: b.plain(env[n]) if isinstance(n, fx.Node) else n,
-                )
-            )
+            b.graph.output(map_leaves(node.args[0], lambda n: b.plain(env[n]) if isinstance(n, fx.Node) else n))
         elif node.op == "call_function":
-            args, kwargs = map_leaves(
-                (node.args, node.kwargs),
-                lambda n: env[n] if isinstance(n, fx.Node) else n,
-            )
+            args, kwargs = map_leaves((node.args, node.kwargs), lambda n: env[n] if isinstance(n, fx.Node) else n)
             env[node] = b(node.target, *args, **kwargs)
         else:
-            raise RuntimeError(
-                f"a captured graph has calls of functions alone, not {node.op} ({node.name})"
-            )
+            raise RuntimeError(f"a captured graph has calls of functions alone, not {node.op} ({node.name})")
     b.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
     for node in b.graph.find_nodes(op="placeholder"):
         if not node.users and str(node.meta.get("key")).startswith("const."):
@@ -196,9 +159,7 @@ def rewrite(gm: fx.GraphModule, rules: Rules) -> fx.GraphModule:
     return fx.GraphModule(torch.nn.Module(), b.graph)
 
 
-def bind(
-    target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def bind(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """All arguments of the op's schema in order, and its keyword-only ones, defaults filled in."""
     if not isinstance(target, OpOverload):
         return tuple(args), dict(kwargs)
@@ -217,28 +178,16 @@ def bind(
     return tuple(positional), named
 
 
-def trim(
-    target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def trim(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The inverse of `bind`: trailing positional defaults, and keywords at their default, left out."""
     if not isinstance(target, OpOverload):
         return tuple(args), dict(kwargs)
     arguments = [a for a in target._schema.arguments if not a.kwarg_only]
     args = list(args)
-    while (
-        args
-        and arguments[len(args) - 1].has_default_value()
-        and _same(args[-1], arguments[len(args) - 1].default_value)
-    ):
+    while args and arguments[len(args) - 1].has_default_value() and _same(args[-1], arguments[len(args) - 1].default_value):
         args.pop()
-    defaults = {
-        a.name: a.default_value
-        for a in target._schema.arguments
-        if a.kwarg_only and a.has_default_value()
-    }
-    return tuple(args), {
-        k: v for k, v in kwargs.items() if not (k in defaults and _same(v, defaults[k]))
-    }
+    defaults = {a.name: a.default_value for a in target._schema.arguments if a.kwarg_only and a.has_default_value()}
+    return tuple(args), {k: v for k, v in kwargs.items() if not (k in defaults and _same(v, defaults[k]))}
 
 
 def wrap_dims(target: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -251,16 +200,7 @@ def wrap_dims(target: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     extra = 1 if target in (aten.unsqueeze.default, aten.stack.default) else 0
     result = list(args)
     for k, argument in enumerate(target._schema.arguments[: len(args)]):
-        if argument.name in (
-            "dim",
-            "dims",
-            "dim0",
-            "dim1",
-            "start_dim",
-            "end_dim",
-            "axis0",
-            "axis1",
-        ):
+        if argument.name in ("dim", "dims", "dim0", "dim1", "start_dim", "end_dim", "axis0", "axis1"):
             result[k] = _wrap(args[k], max(rank + extra, 1))
     return tuple(result)
 
@@ -297,9 +237,7 @@ def dtype_of(x: Any) -> torch.dtype:
 def is_floating(value: Any) -> bool:
     if isinstance(value, tuple | list):
         return any(is_floating(v) for v in value)
-    return isinstance(value, Tensor) and (
-        value.is_floating_point() or value.is_complex()
-    )
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def made_by(x: Any, *targets: Any) -> bool:
@@ -314,11 +252,7 @@ def arguments(x: fx.Node) -> tuple[Any, ...]:
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, fx.Node | Lazy) or type(a) is not type(b):
-        return (
-            isinstance(a, tuple | list)
-            and isinstance(b, tuple | list)
-            and len(a) == len(b) == 0
-        )
+        return isinstance(a, tuple | list) and isinstance(b, tuple | list) and len(a) == len(b) == 0
     return a == b
 
 

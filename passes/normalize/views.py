@@ -36,20 +36,12 @@ def flatten(b: Builder, x: Any, start: int, end: int) -> Any:
     shape = shape_of(x)
     if not shape:
         return b(aten.reshape.default, x, [1])
-    return b(
-        aten.reshape.default,
-        x,
-        [*shape[:start], math.prod(shape[start : end + 1]), *shape[end + 1 :]],
-    )
+    return b(aten.reshape.default, x, [*shape[:start], math.prod(shape[start : end + 1]), *shape[end + 1 :]])
 
 
 def unflatten(b: Builder, x: Any, dim: int, sizes: Sequence[int]) -> Any:
     shape = shape_of(x)
-    return b(
-        aten.reshape.default,
-        x,
-        [*shape[:dim], *explicit_sizes([shape[dim]], sizes), *shape[dim + 1 :]],
-    )
+    return b(aten.reshape.default, x, [*shape[:dim], *explicit_sizes([shape[dim]], sizes), *shape[dim + 1 :]])
 
 
 def expand(b: Builder, x: Any, sizes: Sequence[int], *, implicit: bool = False) -> Any:
@@ -72,9 +64,7 @@ def broadcast_to(b: Builder, x: Any, sizes: Sequence[int]) -> Any:
     return b(aten.expand.default, x, sizes)
 
 
-def slice_(
-    b: Builder, x: Any, dim: int, start: int | None, end: int | None, step: int
-) -> Any:
+def slice_(b: Builder, x: Any, dim: int, start: int | None, end: int | None, step: int) -> Any:
     size = shape_of(x)[dim]
     low = _clamp(0 if start is None else start, size)
     high = max(low, _clamp(size if end is None else end, size))
@@ -95,11 +85,7 @@ def narrow(b: Builder, x: Any, dim: int, start: Any, length: int) -> Any:
 
 
 def select(b: Builder, x: Any, dim: int, index: Any) -> Any:
-    return (
-        b.emit(aten.select.int, x, dim, index % shape_of(x)[dim])
-        if isinstance(index, int) and index < 0
-        else NotImplemented
-    )
+    return b.emit(aten.select.int, x, dim, index % shape_of(x)[dim]) if isinstance(index, int) and index < 0 else NotImplemented
 
 
 def transpose(b: Builder, x: Any, dim0: int, dim1: int) -> Any:
@@ -134,28 +120,15 @@ def permute(b: Builder, x: Any, dims: Sequence[int]) -> Any:
 def movedim(b: Builder, x: Any, source: Any, destination: Any) -> Any:
     rank = len(shape_of(x))
     sources = [s % rank for s in ([source] if isinstance(source, int) else source)]
-    destinations = [
-        d % rank
-        for d in ([destination] if isinstance(destination, int) else destination)
-    ]
+    destinations = [d % rank for d in ([destination] if isinstance(destination, int) else destination)]
     rest = iter(d for d in range(rank) if d not in sources)
     placed = dict(zip(destinations, sources, strict=True))
-    return b(
-        aten.permute.default,
-        x,
-        [placed[d] if d in placed else next(rest) for d in range(rank)],
-    )
+    return b(aten.permute.default, x, [placed[d] if d in placed else next(rest) for d in range(rank)])
 
 
 def squeeze(b: Builder, x: Any, *dims: Any) -> Any:
     shape = shape_of(x)
-    chosen = (
-        range(len(shape))
-        if not dims
-        else dims[0]
-        if isinstance(dims[0], tuple | list)
-        else [dims[0]]
-    )
+    chosen = range(len(shape)) if not dims else dims[0] if isinstance(dims[0], tuple | list) else [dims[0]]
     gone = {d for d in chosen if d < len(shape) and shape[d] == 1}
     if len(gone) == 1:
         return b.emit(aten.squeeze.dim, x, gone.pop())
@@ -163,11 +136,7 @@ def squeeze(b: Builder, x: Any, *dims: Any) -> Any:
 
 
 def unsqueeze(b: Builder, x: Any, dim: int) -> Any:
-    return (
-        x.args[0]
-        if made_by(x, aten.squeeze.dim) and x.args[1] == dim
-        else NotImplemented
-    )
+    return x.args[0] if made_by(x, aten.squeeze.dim) and x.args[1] == dim else NotImplemented
 
 
 def split(b: Builder, x: Any, size: int, dim: int) -> Any:
@@ -194,11 +163,7 @@ def repeat(b: Builder, x: Any, repeats: Sequence[int]) -> Any:
     ones = [n for size in shape for n in (1, size)]
     whole = [n for r, size in zip(repeats, shape, strict=True) for n in (r, size)]
     spread = b(aten.expand.default, b(aten.reshape.default, x, ones), whole)
-    return b(
-        aten.reshape.default,
-        spread,
-        [r * size for r, size in zip(repeats, shape, strict=True)],
-    )
+    return b(aten.reshape.default, spread, [r * size for r, size in zip(repeats, shape, strict=True)])
 
 
 def tile(b: Builder, x: Any, repeats: Sequence[int]) -> Any:
@@ -206,33 +171,15 @@ def tile(b: Builder, x: Any, repeats: Sequence[int]) -> Any:
     return b(aten.repeat.default, x, [1] * (rank - len(repeats)) + list(repeats))
 
 
-def repeat_interleave(
-    b: Builder, x: Any, repeats: int, dim: int | None, *, output_size: int | None = None
-) -> Any:
+def repeat_interleave(b: Builder, x: Any, repeats: int, dim: int | None, *, output_size: int | None = None) -> Any:
     if dim is None:
         x, dim = b(aten.reshape.default, x, [-1]), 0
     shape = shape_of(x)
-    spread = b(
-        aten.expand.default,
-        b(aten.unsqueeze.default, x, dim + 1),
-        [*shape[: dim + 1], repeats, *shape[dim + 1 :]],
-    )
-    return b(
-        aten.reshape.default,
-        spread,
-        [*shape[:dim], shape[dim] * repeats, *shape[dim + 1 :]],
-    )
+    spread = b(aten.expand.default, b(aten.unsqueeze.default, x, dim + 1), [*shape[: dim + 1], repeats, *shape[dim + 1 :]])
+    return b(aten.reshape.default, spread, [*shape[:dim], shape[dim] * repeats, *shape[dim + 1 :]])
 
 
-def slice_scatter(
-    b: Builder,
-    x: Any,
-    src: Any,
-    dim: int,
-    start: int | None,
-    end: int | None,
-    step: int,
-) -> Any:
+def slice_scatter(b: Builder, x: Any, src: Any, dim: int, start: int | None, end: int | None, step: int) -> Any:
     """x with x[start:end] replaced: what stands before it, src, what stands after it."""
     if step != 1:
         return NotImplemented
@@ -248,24 +195,12 @@ def slice_scatter(
 
 def select_scatter(b: Builder, x: Any, src: Any, dim: int, index: int) -> Any:
     index %= shape_of(x)[dim]
-    return b(
-        aten.slice_scatter.default,
-        x,
-        b(aten.unsqueeze.default, src, dim),
-        dim,
-        index,
-        index + 1,
-        1,
-    )
+    return b(aten.slice_scatter.default, x, b(aten.unsqueeze.default, src, dim), dim, index, index + 1, 1)
 
 
 def copy(b: Builder, x: Any, src: Any, *_: Any) -> Any:
     """x overwritten with src: its shape and dtype, src's values."""
-    return b(
-        aten.expand.default,
-        b(aten._to_copy.default, src, dtype=dtype_of(x)),
-        list(shape_of(x)),
-    )
+    return b(aten.expand.default, b(aten._to_copy.default, src, dtype=dtype_of(x)), list(shape_of(x)))
 
 
 def fill(b: Builder, x: Any, number: Any) -> Any:
@@ -278,15 +213,9 @@ RULES: dict[Any, Any] = {
     aten.reshape.default: reshape,
     aten.view.default: as_reshape,
     aten._unsafe_view.default: as_reshape,
-    aten._reshape_alias.default: lambda b, x, sizes, strides: b(
-        aten.reshape.default, x, sizes
-    ),
-    aten.view_as.default: lambda b, x, other: b(
-        aten.reshape.default, x, list(shape_of(other))
-    ),
-    aten.reshape_as.default: lambda b, x, other: b(
-        aten.reshape.default, x, list(shape_of(other))
-    ),
+    aten._reshape_alias.default: lambda b, x, sizes, strides: b(aten.reshape.default, x, sizes),
+    aten.view_as.default: lambda b, x, other: b(aten.reshape.default, x, list(shape_of(other))),
+    aten.reshape_as.default: lambda b, x, other: b(aten.reshape.default, x, list(shape_of(other))),
     aten.flatten.using_ints: flatten,
     aten.ravel.default: lambda b, x: b(aten.reshape.default, x, [-1]),
     aten.unflatten.int: unflatten,

@@ -1,0 +1,52 @@
+"""From a captured graph to the one that plans are made for: normalized, blocks found, gradients only where the loss needs them."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ..passes.blocks import mark_blocks
+from ..passes.graph_tools import named_results
+from ..passes.normalize import normalize
+from .capture import Captured
+
+
+def prepare(captured: Captured, *, float64: bool = False) -> fx.GraphModule:
+    """The normalized graph. `float64`: the casts to float32 in it are promoted, for checks.
+
+    gm.meta["outputs"] are the output keys; gm.meta["twins"] maps the name of each node in a repeated block to the name of the
+    node at its place in the first block of its run.
+    """
+    gm = normalize(captured.graph)
+    if float64:
+        from ..passes.normalize.promote import promote_casts
+
+        gm = promote_casts(gm)
+    gm.meta["outputs"] = captured.outputs
+    keep_gradients(gm, captured.loss)
+    mark_twins(gm)
+    return gm
+
+
+def keep_gradients(gm: fx.GraphModule, loss: str | None) -> None:
+    """meta["grad"] stays on what the loss depends on: other outputs carry no gradient."""
+    reached: set[fx.Node] = set()
+    stack = [n for key, n in named_results(gm) if key == loss]
+    while stack:
+        node = stack.pop()
+        if node not in reached and node.meta.get("grad"):
+            reached.add(node)
+            stack.extend(node.all_input_nodes)
+    for node in gm.graph.nodes:
+        node.meta["grad"] = node in reached
+
+
+def mark_twins(gm: fx.GraphModule) -> None:
+    """Find repeated blocks; set meta["block"] and gm.meta["twins"]."""
+    blocks = mark_blocks(gm)
+    twins: dict[str, str] = {}
+    for run in blocks.runs:
+        for nodes, leaves in zip(run.instances, run.leaves, strict=True):
+            for own, first in (*zip(nodes, run.instances[0], strict=True), *zip(leaves, run.leaves[0], strict=True)):
+                if own is not first:
+                    twins.setdefault(own.name, first.name)
+    gm.meta["twins"] = twins
