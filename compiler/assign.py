@@ -6,10 +6,10 @@ fixes, and each use needs it in a type that the consumer's strategy fixes. Conve
 
 The way to the optimum:
 
-1. Presolve, exact (`assign_presolve.Network`): strategies that cannot be part of any solution, or that another one dominates, are dropped;
-   nodes with at most two neighbours are eliminated by a min-plus product, which leaves their best strategy as a table.
-2. The linear relaxation of the mixed-integer program (`_Program`), over x[v, s] (strategy taken), f[u, p, t] (use u converts p to t)
-   and c[value, p, t] (the conversion is paid):
+1. Presolve, exact (`assign_presolve.Network`): strategies that cannot be part of any solution, or that another one dominates, are
+   dropped; nodes with at most two neighbours are eliminated by a min-plus product, which leaves their best strategy as a table.
+2. The linear relaxation of the mixed-integer program (`_Program`), over x[v, s] (strategy taken), f[u, p, t] (use u converts p
+   to t) and c[value, p, t] (the conversion is paid):
 
        minimize    sum cost[v, s] x[v, s] + sum conversion[p, t] c[value, p, t]
        (one)       sum_s x[v, s] = 1
@@ -67,7 +67,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Problem:
-    """`node_cost[v]`: float [strategies of v], inf for a strategy that may not be taken. `node_weight`: the same shape, with `budget`."""
+    """`node_cost[v]`: float [strategies of v], inf for a strategy that may not be taken. `node_weight`: likewise, with `budget`."""
 
     node_cost: tuple[np.ndarray, ...]
     values: tuple[Value, ...]
@@ -90,7 +90,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Solution:
-    """`choice[v]` is the strategy taken; `cost` its cost; no choice costs less than `bound` (equal to `cost` where proven optimal)."""
+    """`choice[v]` is the strategy taken, `cost` its cost. No choice costs less than `bound`: the same where proven optimal."""
 
     choice: tuple[int, ...]
     cost: float

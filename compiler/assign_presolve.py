@@ -132,7 +132,7 @@ class Network:
         if len(self.alive[v]) > 1:
             beats = self._beats(v)
             mutual = beats & beats.T
-            keep = ~(beats & ~mutual).any(0) & ~np.triu(mutual, 1).any(0)
+            keep = np.asarray(~(beats & ~mutual).any(0) & ~np.triu(mutual, 1).any(0))
             if not keep.all():
                 self._restrict(v, keep)
         return len(self.alive[v]) < before
@@ -212,7 +212,7 @@ class Network:
         elif len(neighbours) == 1:
             self.unary[neighbours[0]] = self.unary[neighbours[0]] + best
         else:
-            self._add_pair(*neighbours, best)
+            self._add_pair(neighbours[0], neighbours[1], best)
         return True
 
     def least_weight(self) -> float:

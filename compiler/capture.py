@@ -91,8 +91,8 @@ def capture(
     requires_grad = {key for key, t in tensors.items() if t.requires_grad}
     trainable = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
     mark_gradients(captured_graph.graph, {f"param.{n}" for n in trainable} | requires_grad)
-    structure = CallStructure(tree, tuple(tensors), signature(args, kwargs), traced.output)
-    loss = traced.loss or _first_scalar(captured_graph, outputs)
+    structure = CallStructure(tree, tuple(tensors), signature(args, kwargs), traced.output.tree)
+    loss = traced.output.loss or _first_scalar(captured_graph, outputs)
     aliases = {n: tuple(others) for n, others in _aliases(names).items()}
     return Captured(captured_graph, outputs, loss, structure, aliases, constants, trainable, is_training)
 
@@ -107,16 +107,23 @@ def _check_autocast() -> None:
             )
 
 
+@dataclass
+class _Output:
+    """What a trace finds out about the model's output."""
+
+    tree: Tree = Slot("out.0")
+    loss: str | None = None
+
+
 class _Traced(nn.Module):
-    """The model with flat tensors in and out; remembers the structure of its output."""
+    """The model with flat tensors in and out. `output` is filled in when it is called."""
 
     def __init__(self, model: nn.Module, loss_fn: LossFunction | None, tree: Tree, keys: tuple[str, ...]) -> None:
         super().__init__()
         self.model = model
         self.loss_fn = (loss_fn,)
         self.tree, self.keys = tree, keys
-        self.output: Tree = Slot("")
-        self.loss: str | None = None
+        self.output = _Output()
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         args, kwargs = build(self.tree, dict(zip(self.keys, tensors, strict=True)))
@@ -128,19 +135,19 @@ class _Traced(nn.Module):
                 args, kwargs, target = split_target(args, kwargs)
                 result = self.model(*args, **kwargs)
                 loss = loss_fn(result, target)
-        self.output, found = describe_output(result)
+        self.output.tree, found = describe_output(result)
         if loss_fn is None:
-            self.loss = _find_loss(self.output, result, found)
+            self.output.loss = _find_loss(self.output.tree, result)
         else:
             if not isinstance(loss, Tensor) or loss.dim() != 0:
                 raise CaptureError("loss_fn did not return a 0-dim tensor", None, "reduce the loss to one number, as with .mean()")
-            self.loss = f"out.{len(found)}"
+            self.output.loss = f"out.{len(found)}"
             found.append(loss)
         fidelity.check_autograd_graph(found)
         return tuple(found)
 
 
-def _find_loss(tree: Tree, result: Any, found: list[Tensor]) -> str | None:
+def _find_loss(tree: Tree, result: Any) -> str | None:
     if isinstance(tree, Branch) and "loss" in tree.names:
         child = tree.children[tree.names.index("loss")]
         return child.key if isinstance(child, Slot) else None
@@ -313,7 +320,7 @@ def _readable(
             copy = placeholders[key] = graph.placeholder(key.replace(".", "_"))
             copy.meta = {"val": node.meta["val"], "key": key}
             if key.startswith("const."):
-                constants[key] = program.constants[constant_targets[node.name]]
+                constants[key] = _constant(program.constants[constant_targets[node.name]], node)
         elif node.op == "output":
             graph.output(tuple(copies[n] for n in node.args[0]))
             continue
@@ -325,6 +332,17 @@ def _readable(
         copies[node] = copy
     result = fx.GraphModule(nn.Module(), graph)
     return result, _output_keys(program.graph_signature, names, result), constants
+
+
+def _constant(value: Any, node: fx.Node) -> Tensor:
+    if isinstance(value, torch_compat.FakeTensor):
+        user = next(iter(node.users), node)
+        raise CaptureError(
+            "a tensor computed in the forward left the trace and came back as a constant",
+            line_of_stack_trace(user.meta.get("stack_trace")),
+            "keep the computation in torch operations (no .numpy(), no storage tricks)",
+        )
+    return value
 
 
 def _placeholder_keys(signature_: ExportGraphSignature, names: Mapping[str, str], inputs: tuple[str, ...]) -> dict[str, str]:

@@ -7,7 +7,7 @@ achieved rate and its memory traffic at the achieved bandwidth, plus a launch. C
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -229,8 +229,8 @@ class GraphCost:
 def graph_cost(gm: fx.GraphModule, topology: Topology, mesh: Mesh) -> GraphCost:
     """The cost of an emitted graph, its collectives included. Requires `meta["val"]` on every node."""
     compute = flops = 0.0
-    communication: Counter[str] = Counter()
-    received: Counter[str] = Counter()
+    communication: defaultdict[str, float] = defaultdict(float)
+    received: defaultdict[str, float] = defaultdict(float)
     spans: dict[str, Span] = {}
     known: dict[Any, tuple[float, float]] = {}
     for node in gm.graph.nodes:
@@ -253,7 +253,7 @@ def graph_cost(gm: fx.GraphModule, topology: Topology, mesh: Mesh) -> GraphCost:
 def communication_of(node: fx.Node) -> tuple[str, CollectiveKind, float]:
     """(axis, kind, bytes as `collective_seconds` counts them) of a communication op."""
     kind = op_name(node.target).removesuffix("_bucket")
-    value = node.meta["val"] if kind == "all_gather" else fx.node.map_arg(node.args[0], lambda n: n.meta["val"])
+    value = node.meta["val"] if kind == "all_gather" else map_operands(node.args[0], lambda n: n.meta["val"])
     size = sum(t.numel() * t.element_size() for t in _tensors(value))
     return str(node.args[1]), cast(CollectiveKind, kind), float(size)
 

@@ -54,6 +54,7 @@ class Problem:
     local_batches   samples of each data rank; their sum is the graph's batch
     aliases         tied names: canonical -> others
     persistent      names of buffers that are in the state dict
+    trainable       names of parameters with requires_grad; None: those that the loss depends on
     """
 
     graph: fx.GraphModule
@@ -64,6 +65,7 @@ class Problem:
     constants: Mapping[str, torch.Tensor]
     training: bool = True
     persistent: frozenset[str] = frozenset()
+    trainable: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,7 @@ class _Emission:
                 variants[size] = "" if not variants else f"_{size}"
                 self.emit_microbatch(k, variants[size], sizes)
         names = [variants[size] for size in sizes]
-        stage_graph = self.stages[self.stage]
-        parameters = tuple(s for n in stage_graph.graph.nodes if n.op == "placeholder" for s in self._spec(n, "param."))
+        parameters = tuple(s for n in self.parameter_nodes() for s in self._spec(n, "param."))
         buffers = tuple(s for n in self.problem.graph.graph.nodes if n.op == "placeholder" for s in self._spec(n, "buffer."))
         outputs = self.outputs()
         return RankProgram(
@@ -160,6 +161,18 @@ class _Emission:
             constants={k: v for k, v in self.problem.constants.items()},
             training=self.problem.training,
         )
+
+    def parameter_nodes(self) -> list[fx.Node]:
+        """Placeholders of the parameters this stage stores: those its graph uses, and unused ones that are assigned to it."""
+        used = {n.meta["key"] for gm in self.stages for n in gm.graph.nodes if n.op == "placeholder"}
+        here = {n.meta["key"]: n for n in self.stages[self.stage].graph.nodes if n.op == "placeholder"}
+        found = []
+        for node in self.lowered.graph.graph.nodes:
+            if node.op == "placeholder" and node.meta["key"].startswith("param."):
+                key = node.meta["key"]
+                if key in here or (key not in used and node.meta.get("stage", 0) == self.stage):
+                    found.append(here.get(key, node))
+        return found
 
     def emit_microbatch(self, microbatch: int, suffix: str, sizes: Sequence[int]) -> None:
         """The graphs of one micro-batch (all of one size share them)."""
@@ -292,7 +305,7 @@ class _Emission:
             gathered=gathered,
             replicated=tuple(a for a in self.plan.mesh.axes if a not in cut_axes and a != "pp"),
             aliases=self.problem.aliases.get(name, ()),
-            trainable=bool(node.meta.get("grad")),
+            trainable=bool(node.meta.get("grad")) if self.problem.trainable is None else name in self.problem.trainable,
             persistent=parameter or name in self.problem.persistent,
         )
 

@@ -67,7 +67,7 @@ def trampoline(filename: str, line: int) -> Callable[..., Any]:
     any other function would be lost.
     """
     code = _forward.__code__.replace(co_filename=filename, co_firstlineno=line, co_name="forward")
-    return FunctionType(code, {})
+    return FunctionType(code, globals())
 
 
 def line_of_traceback(traceback: TracebackType | None) -> str | None:
@@ -97,12 +97,17 @@ def line_of_stack_trace(stack_trace: str | None) -> str | None:
 
 
 IN_PLACE_ALLOWED_NAMES = frozenset({"requires_grad_", "retain_grad"})
+DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 HOOKS = frozenset({Tensor.register_hook, Tensor.register_post_accumulate_grad_hook})
 GRADIENT_CALLS = frozenset({torch.autograd.grad, torch.autograd.backward, Tensor.backward})
 
 
 class Watch(TorchFunctionMode):
     """Active around the model while it is traced: raises CaptureError, with the user's line, for what a trace would lose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.detached: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -117,10 +122,20 @@ class Watch(TorchFunctionMode):
             raise CaptureError(
                 "the forward computes gradients itself", calling_line(), "derivatives inside the forward cannot be captured; give their formula"
             )
+        if func is DATA:  # a trace would take it for a constant
+            func, kwargs = Tensor.detach, {}
         name = getattr(func, "__name__", "")
         if args and isinstance(args[0], Tensor) and _writes(name, args[0]):
             _check_write(args[0], name)
-        caller = user_frame(sys._getframe(1))
+            if any(args[0] is d for d in self.detached):
+                raise hidden_write(name)
+        result = self._call(func, args, kwargs)
+        if func is Tensor.detach and args[0].requires_grad:
+            self.detached.append(result)
+        return result
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        caller = user_frame(sys._getframe(2))
         if caller is None:
             return func(*args, **kwargs)
         return trampoline(caller.f_code.co_filename, caller.f_lineno)(func, args, kwargs)
@@ -161,11 +176,15 @@ def _check_write(tensor: Tensor, name: str) -> None:
             "keep state that the forward updates in a buffer, or update the parameter outside the forward",
         )
     if tensor.requires_grad and not torch.is_grad_enabled() and name != "__set__":
-        raise CaptureError(
-            f"a tensor that carries a gradient is changed in place under no_grad ({name})",
-            calling_line(),
-            "its gradient would be cut in the captured graph; compute a new tensor instead",
-        )
+        raise hidden_write(name)
+
+
+def hidden_write(name: str) -> CaptureError:
+    return CaptureError(
+        f"a tensor that carries a gradient is changed in place behind autograd's back ({name})",
+        calling_line(),
+        "the captured graph would cut its gradient; compute a new tensor instead",
+    )
 
 
 def check_model(model: nn.Module) -> None:

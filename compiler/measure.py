@@ -97,7 +97,8 @@ def _measure_levels(device: torch.device, seconds: float, world: int) -> tuple[L
     if not 1 < inside < world or world % inside:
         return (_level("node" if inside == world else "network", world, None, device, seconds),)
     groups = [dist.new_group(list(range(start, start + inside))) for start in range(0, world, inside)]
-    node = _level("node", inside, groups[dist.get_rank() // inside], device, seconds / 2)
+    mine = groups[dist.get_rank() // inside]
+    node = _level("node", inside, mine if isinstance(mine, dist.ProcessGroup) else None, device, seconds / 2)
     across = _level("network", world, None, device, seconds / 2)
     # A ring over all ranks leaves a node once for all of its members: see topology.collective_seconds.
     outer = Level("network", world, min(across.bandwidth / inside, node.bandwidth), max(across.latency, node.latency))

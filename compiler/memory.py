@@ -25,8 +25,8 @@ ZERO_FORMULAS: dict[int, tuple[sympy.Expr, sympy.Expr, sympy.Expr]] = {
     2: (_P + _P / _N, _P / _N, _M * _P / _N),
     3: (_P / _N, _P / _N, _M * _P / _N),
 }
-"""Bytes of (parameters, gradients, optimizer state) by ZeRO level, for `parameters` bytes over `shards` ranks and `moments` tensors of
-optimizer state per parameter (Rajbhandari et al. 2020, "ZeRO", section 5 and figure 1). Levels 1 and 2 hold the shard that the
+"""Bytes of (parameters, gradients, optimizer state) by ZeRO level, for `parameters` bytes over `shards` ranks and `moments` tensors
+of optimizer state per parameter (Rajbhandari et al. 2020, "ZeRO", section 5 and figure 1). Levels 1 and 2 hold the shard that the
 optimizer updates beside the whole that the graphs use; the paper counts that shard with the optimizer state."""
 
 
@@ -107,26 +107,27 @@ def memory_over_time(program: RankProgram) -> list[Usage]:
     Values die at their last use, as in the executor; gradients live to the end of the step.
     """
     sizes = _key_sizes(program)
-    reads, writes = zip(*(_keys_of(program, i) for i in program.schedule), strict=True) if program.schedule else ((), ())
+    keys = [_keys_of(program, instruction) for instruction in program.schedule]
     last: dict[tuple[Key, int], int] = {}
-    for i, keys in enumerate(reads):
-        last.update((key, i) for key in keys)
+    for i, (reads, _) in enumerate(keys):
+        last.update((key, i) for key in reads)
     inputs = sum(_cut_bytes(program, s.shape, s.dtype, s.cuts) for s in program.inputs)
     temporaries = {name: temporary_bytes(spec.graph) for name, spec in program.graphs.items()}
     held: dict[tuple[Key, int], float] = {}
     gradients: dict[Key, float] = {}
     found = []
     for i, instruction in enumerate(program.schedule):
-        for key, microbatch in writes[i]:
+        reads, writes = keys[i]
+        for key, microbatch in writes:
             if key.startswith("grad.param."):
                 gradients.setdefault(key, sizes[key])
             elif not key.startswith(("param.", "buffer.")):
                 held[key, microbatch] = sizes.get(key, 0.0)
         inside = temporaries[instruction.graph] if instruction.kind == "run" else 0.0
         found.append(Usage(sum(gradients.values()), inputs + sum(held.values()), inside))
-        for key in (*reads[i], *writes[i]):
-            if last.get(key, i) == i and not key[0].startswith("out."):
-                held.pop(key, None)
+        for made in (*reads, *writes):
+            if last.get(made, i) == i and not made[0].startswith("out."):
+                held.pop(made, None)
     return found
 
 

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import cast
 
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -19,7 +20,7 @@ from ..runtime.errors import DeadlockError
 from ..runtime.program import Instruction, RankProgram
 from .cost import graph_cost
 from .memory import memory_over_time, tensor_bytes, working_bytes
-from .topology import Topology, collective_seconds
+from .topology import CollectiveKind, Topology, collective_seconds
 
 Duration = Callable[[RankProgram, Instruction], float]
 COLLECTIVES = ("gather", "all_reduce", "reduce_scatter", "broadcast")
@@ -235,5 +236,5 @@ class Durations:
                 size += self._transfer_bytes(program, key, instruction.microbatch)
             else:
                 size += tensor_bytes(program, spec) if instruction.kind == "all_reduce" else working_bytes(program, spec)
-        kind = "all_gather" if instruction.kind == "gather" else instruction.kind
+        kind = cast(CollectiveKind, "all_gather" if instruction.kind == "gather" else instruction.kind)
         return self.topology.device.launch + collective_seconds(kind, size, self.topology.span(program.mesh, instruction.axis))

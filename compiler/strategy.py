@@ -156,22 +156,22 @@ def resolve(mesh: Any, strategy: Strategy | Literal["auto"] | None, world_size: 
 
 def _axes_of(mesh: Any) -> tuple[Sequence[str] | None, tuple[int, ...] | None]:
     """(axis names or None, sizes or None) of whatever the user gave."""
-    if mesh is None or mesh == "auto":
+    if mesh is None or (isinstance(mesh, str) and mesh == "auto"):
         return None, None
-    if isinstance(mesh, int) and not isinstance(mesh, bool):
-        mesh = (mesh,)
-    if isinstance(mesh, (tuple, list)):
-        if not mesh or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in mesh):
+    sizes = (mesh,) if isinstance(mesh, int) else mesh
+    if isinstance(sizes, (tuple, list)):
+        if not sizes or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sizes):
             raise StrategyError(f"a mesh of sizes must hold positive whole numbers, not {mesh!r}")
-        return None, tuple(mesh)
+        return None, tuple(sizes)
     if isinstance(mesh, Mesh):
         return mesh.axes, mesh.sizes
     ranks = getattr(mesh, "mesh", None)
-    if ranks is None or not hasattr(mesh, "mesh_dim_names"):
+    names = getattr(mesh, "mesh_dim_names", ())
+    if ranks is None or names == ():
         raise StrategyError(f"mesh must be 'auto', a tuple of sizes, or a DeviceMesh, not {mesh!r}")
     if ranks.flatten().tolist() != list(range(ranks.numel())):
         raise StrategyError(f"the mesh must hold the ranks 0 to {ranks.numel() - 1} in order, not {ranks.tolist()}")
-    return mesh.mesh_dim_names, tuple(ranks.shape)
+    return names, tuple(ranks.shape)
 
 
 def _with_roles(names: Sequence[str], sizes: Sequence[int], pins: Strategy) -> Request:

@@ -99,7 +99,7 @@ class Topology:
     @classmethod
     def preset(cls, name: str, nodes: int = 1, devices: int | None = None) -> Topology:
         """A profile shipped with the package, for `nodes` nodes, or for `devices` devices in all."""
-        folder = resources.files(__package__) / "profiles"
+        folder = resources.files(__package__ or __name__.rpartition(".")[0]) / "profiles"
         known = sorted(p.name.removesuffix(".json") for p in folder.iterdir() if p.name.endswith(".json"))
         if name not in known:
             raise ValueError(f"there is no topology {name!r}; known are {', '.join(known)}")
@@ -169,13 +169,13 @@ class Topology:
 def collective_seconds(kind: CollectiveKind, size: float, span: Span) -> float:
     """Seconds of a collective: ring or tree latency plus bytes over bandwidth.
 
-    size    bytes of the whole value: the result of an all-gather, the operand of a reduce-scatter, an all-reduce or a broadcast, all
-            that one rank holds before an all-to-all, the message of a send
+    size    bytes of the whole value: the result of an all-gather, the operand of a reduce-scatter, an all-reduce or a broadcast,
+            all that one rank holds before an all-to-all, the message of a send
 
-    Ring algorithms (Thakur, Rabenseifner, Gropp 2005, sections 4.1 and 4.4): n - 1 steps, (n - 1)/n of the whole per rank; an all-reduce
-    is a reduce-scatter and an all-gather, or, where that has less latency, a tree (NCCL, src/graph/tuning.cc, chooses so too).
-    A ring that leaves a unit does so once for all its members there, whose links add up: at each level the bytes pass at
-    `bandwidth` x members inside, and the slowest level decides.
+    Ring algorithms (Thakur, Rabenseifner, Gropp 2005, sections 4.1 and 4.4): n - 1 steps, (n - 1)/n of the whole per rank; an
+    all-reduce is a reduce-scatter and an all-gather, or, where that has less latency, a tree (NCCL, src/graph/tuning.cc, chooses
+    so too). A ring that leaves a unit does so once for all its members there, whose links add up: at each level the bytes pass
+    at `bandwidth` x members inside, and the slowest level decides.
     """
     if not span:
         return 0.0

@@ -257,7 +257,7 @@ def _is_chained(local: np.ndarray, internal: np.ndarray, carried: np.ndarray, en
 
     `local` [period, operands] are positions in the instance where `internal`; `entries` the positions handed on.
     """
-    depends = carried.any(1)
+    depends = np.asarray(carried.any(1))
     for i in np.flatnonzero(internal.any(1)):
         depends[i] |= depends[local[i][internal[i]]].any()
     return any(depends[position] for position in entries)
@@ -266,7 +266,7 @@ def _is_chained(local: np.ndarray, internal: np.ndarray, carried: np.ndarray, en
 def _describe(table: _Table, start: int, period: int, count: int) -> Run:
     instances = [tuple(table.nodes[start + j * period : start + (j + 1) * period]) for j in range(count)]
     last_use = table.last_use[start : start + period * count].reshape(count, period)
-    leaving = (last_use >= start + period * np.arange(1, count + 1)[:, None]).any(0)
+    leaving = np.asarray((last_use >= start + period * np.arange(1, count + 1)[:, None]).any(0))
     leaves, inputs = [], []
     for j in range(count):
         refs = table.refs[start + j * period : start + (j + 1) * period].reshape(-1)

@@ -18,6 +18,7 @@ from torch import fx
 
 from ..runtime.errors import DeadlockError, MismatchError
 from ..runtime.program import GraphSpec, Instruction, Key, Mesh, RankProgram
+from .graph_tools import map_operands
 from .ops.collectives import COMMUNICATION, ops
 
 _STEPWISE = ("param.", "buffer.", "const.", "prologue.", "grad.param.", "out.")
@@ -112,8 +113,8 @@ class _Rank:
 
     def here(self) -> str:
         """The instruction it is at, and the op inside its graph."""
-        inside = isinstance(self.waiting, _Collective) and self.waiting.inside
-        return f"'{self.at}'" + (f", {self.waiting.inside}" if inside else "")
+        inside = self.waiting.inside if isinstance(self.waiting, _Collective) else ""
+        return f"'{self.at}'" + (f", {inside}" if inside else "")
 
     def group(self, axis: str) -> tuple[int, ...]:
         if axis not in self._groups:
@@ -331,7 +332,7 @@ def _graph_collectives(gm: fx.GraphModule) -> Iterator[_Collective]:
 def _payload(node: fx.Node) -> Hashable:
     """The shapes, whole along the axis, and dtypes that all ranks must agree on; local lengths of uneven shards may differ."""
     gathers = node.target in (ops.all_gather.default, ops.all_gather_bucket.default)
-    value = node.meta.get("val") if gathers else fx.node.map_arg(node.args[0], lambda n: n.meta.get("val"))
+    value = node.meta.get("val") if gathers else map_operands(node.args[0], lambda n: n.meta.get("val"))
     free = node.args[2] if node.target is ops.all_to_all.default else None
     items = value if isinstance(value, (list, tuple)) else (value,)
     return tuple(

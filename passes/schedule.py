@@ -19,13 +19,13 @@ Action = tuple[Phase, int]
 def forward_only(stages: int, microbatches: int, stage: int) -> list[Action]:
     """Every micro-batch forward: evaluation."""
     _check(stages, microbatches, stage)
-    return [("forward", m) for m in range(microbatches)]
+    return _run("forward", range(microbatches))
 
 
 def gpipe(stages: int, microbatches: int, stage: int) -> list[Action]:
     """All forward, then all backward (Huang et al. 2019, section 2.3). Keeps the activations of every micro-batch."""
     _check(stages, microbatches, stage)
-    return [("forward", m) for m in range(microbatches)] + [("backward", m) for m in range(microbatches)]
+    return _run("forward", range(microbatches)) + _run("backward", range(microbatches))
 
 
 def one_f_one_b(stages: int, microbatches: int, stage: int) -> list[Action]:
@@ -35,10 +35,14 @@ def one_f_one_b(stages: int, microbatches: int, stage: int) -> list[Action]:
     """
     _check(stages, microbatches, stage)
     warmup = min(stages - stage - 1, microbatches)
-    order: list[Action] = [("forward", m) for m in range(warmup)]
+    order = _run("forward", range(warmup))
     for m in range(microbatches - warmup):
         order += [("forward", warmup + m), ("backward", m)]
-    return order + [("backward", m) for m in range(microbatches - warmup, microbatches)]
+    return order + _run("backward", range(microbatches - warmup, microbatches))
+
+
+def _run(phase: Phase, microbatches: Iterable[int]) -> list[Action]:
+    return [(phase, m) for m in microbatches]
 
 
 ORDERS = {"gpipe": gpipe, "1f1b": one_f_one_b}

@@ -362,6 +362,12 @@ def _hidden_write(self: Small, x: Tensor) -> Tensor:
     return y
 
 
+def _data_write(self: Small, x: Tensor) -> Tensor:
+    y = self.linear(x)
+    y.data.mul_(2)
+    return y
+
+
 REFUSED = {
     "custom function": (lambda self, x: Backwards.apply(self.linear(x)), "Backwards", "Backwards.apply(self.linear(x))"),
     "custom function without arithmetic": (lambda self, x: Silent.apply(self.linear(x)), "Silent", "Silent.apply"),
@@ -376,7 +382,8 @@ REFUSED = {
     "boolean index": (lambda self, x: self.linear(x)[x > 0], "depends on the values", "[x > 0]"),
     "parameter in place": (_in_place, "parameter in place", "self.linear.weight.mul_(0.9)"),
     "parameter data": (_data, "parameter in place", "self.linear.weight.data ="),
-    "write under no_grad": (_hidden_write, "changed in place under no_grad", "y.mul_(2)"),
+    "write under no_grad": (_hidden_write, "behind autograd's back", "y.mul_(2)"),
+    "write to data": (_data_write, "behind autograd's back", "y.data.mul_(2)"),
     "gradient in forward": (
         lambda self, x: torch.autograd.grad(self.linear(x).sum(), self.linear.weight)[0],
         "gradients itself",

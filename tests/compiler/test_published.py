@@ -11,7 +11,6 @@ import statistics
 import pytest
 
 from shardwright.compiler.topology import Topology
-
 from tests.compiler.transformer import Run, step_seconds
 
 # (profile, devices, seconds a step, run)

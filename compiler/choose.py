@@ -1,0 +1,322 @@
+"""Choose a plan: every factorization of the devices that the request allows, priced by the cost and memory model.
+
+A step of a candidate takes
+
+    seconds = (compute + tensor traffic) / stages x (micro-batches + stages - 1) / micro-batches
+              + (1 - overlap) x (gradient and parameter traffic over the data axes) + stage transfers + optimizer
+
+with compute and traffic summed over the placement that the passes would make. Data-parallel candidates with a local batch
+differ in the samples they train on: what is compared is seconds per sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+
+from ..passes.convert import is_free
+from ..passes.graph_tools import is_getitem, metas, op_call
+from ..passes.partition import VIEWS
+from ..passes.rules.base import Axis, TensorMeta
+from ..passes.rules.base import Strategy as NodeStrategy
+from ..passes.types import I, Type
+from ..runtime.program import Mesh
+from .cost import Seconds
+from .emit import Problem
+from .memory import state_memory
+from .place import Placement, Policy, place
+from .plan import Alternative, Plan, Prediction
+from .prices import Volume, held, size_of
+from .strategy import Limits, Request, Strategy, StrategyError
+from .topology import Topology, collective_seconds
+
+NOTHING = NodeStrategy("whole", (), ())
+
+
+class DoesNotFit(ValueError):
+    """No plan fits the memory limit: says by how much the smallest misses, and what would fit."""
+
+
+@dataclass(frozen=True)
+class TensorCost:
+    """A graph on one tensor-parallel rank, for one data rank's whole batch. Seconds and bytes, forward and backward."""
+
+    compute: float
+    traffic: float
+    activations: float
+    parameters: float
+    ops: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    plan: Plan
+    samples: int
+    predicted: Prediction
+
+    @property
+    def per_sample(self) -> float:
+        return self.predicted.step_seconds / self.samples
+
+
+def choose(
+    problem: Problem, request: Request, topology: Topology, *, memory_limit: float | None, batch: str, microbatches: int | None = None
+) -> Plan:
+    """The cheapest plan that fits. `problem` is captured at one data rank's batch (batch="local") or at the whole batch.
+
+    memory_limit    bytes per rank; the device's memory when None
+    Raises StrategyError for a request that no mesh meets, DoesNotFit where every plan needs more memory.
+    """
+    search = _Search(problem, request, topology, batch, microbatches)
+    candidates = sorted(search.candidates(), key=lambda c: (c.per_sample, c.plan.mesh.axes, c.plan.zero))
+    limit = topology.device.memory if memory_limit is None else float(memory_limit)
+    fitting = [c for c in candidates if c.predicted.peak_bytes <= limit]
+    if not fitting:
+        raise DoesNotFit(_why_nothing_fits(candidates, limit))
+    best = fitting[0]
+    others = [_alternative(c, best, limit) for c in candidates if c is not best]
+    return replace(best.plan, predicted=best.predicted, alternatives=tuple(others[:12]), reasons=_reasons(best, fitting, candidates))
+
+
+class _Search:
+    def __init__(self, problem: Problem, request: Request, topology: Topology, batch: str, microbatches: int | None) -> None:
+        self.problem, self.request, self.topology, self.batch = problem, request, topology, batch
+        self.microbatches = microbatches if microbatches is not None else request.strategy.microbatches
+        self.rows = sum(problem.local_batches)
+        self.tensor: dict[tuple[int, bool, Mesh], TensorCost] = {}
+
+    def candidates(self) -> Iterable[Candidate]:
+        pins = self.request.strategy
+        stages = sum(1 for n in self.problem.graph.graph.nodes if n.op == "placeholder" and n.meta["key"].startswith("param."))
+        limits = Limits(
+            tensor=min(self.topology.node_size, 64), stages=max(1, stages), batch=self.rows if self.batch == "global" else None, hybrid=True
+        )
+        failures: list[str] = []
+        found = False
+        for mesh in self.request.meshes(limits):
+            for plan in self.variants(mesh, pins):
+                found = True
+                yield self.price(plan)
+        if not found:
+            raise StrategyError("; ".join(failures) or "no plan agrees with the request")
+
+    def variants(self, mesh: Mesh, pins: Strategy) -> Iterable[Plan]:
+        """Plans over one mesh: ZeRO level, sequence parallelism, micro-batches."""
+        shard = mesh.size("dp_shard") > 1
+        levels = [pins.zero] if pins.zero is not None else ([1, 2, 3] if shard else [0])
+        sequence = [pins.sequence_parallel] if pins.sequence_parallel is not None else ([False, True] if mesh.size("tp") > 1 else [False])
+        data = mesh.size("dp_replicate") * mesh.size("dp_shard")
+        local = self.rows if self.batch == "local" else self.rows // data
+        counts = [self.microbatches] if self.microbatches is not None else microbatch_counts(mesh.size("pp"), local)
+        for zero in levels:
+            for sp in sequence:
+                for count in counts:
+                    yield Plan(
+                        mesh=mesh,
+                        zero=int(zero if shard else 0),
+                        sequence_parallel=bool(sp) and mesh.size("tp") > 1,
+                        schedule=pins.schedule or "1f1b",
+                        microbatches=max(1, min(int(count), max(1, local))),
+                    )
+
+    def tensor_cost(self, mesh: Mesh, sequence: bool) -> TensorCost:
+        """Costs of the graph over the mesh's tp axis; depends on the other axes only through where tp lies."""
+        n = mesh.size("tp")
+        only = Mesh(("tp",), (n,)) if n > 1 else Mesh((), ())
+        key = (n, sequence, only)
+        if key not in self.tensor:
+            self.tensor[key] = graph_on_tensor_axis(self.problem, only, sequence, self.topology)
+        return self.tensor[key]
+
+    def price(self, plan: Plan) -> Candidate:
+        mesh, top = plan.mesh, self.topology
+        cost = self.tensor_cost(mesh, plan.sequence_parallel)
+        data, stages, m = plan.data_size, plan.stages, plan.microbatches
+        share = 1.0 if self.batch == "local" else max(self.rows / data, 1.0) / self.rows
+        launches = top.device.launch * cost.ops * (m - 1)
+        work = (cost.compute + cost.traffic) * share + launches
+        bubble = (m + stages - 1) / m
+        pipelined = work / stages * bubble
+        bytes_held = cost.parameters / stages
+        parts = {
+            "compute": cost.compute * share / stages * bubble + launches / stages,
+            "tensor": cost.traffic * share / stages * bubble,
+            "data": self._data_seconds(plan, bytes_held),
+            "pipeline": self._pipeline_seconds(plan, share),
+            "optimizer": self._optimizer_seconds(plan, bytes_held),
+        }
+        seconds = pipelined + parts["data"] + parts["pipeline"] + parts["optimizer"]
+        state = state_memory(bytes_held, plan.zero, max(1, mesh.size("dp_shard")))
+        flying = min(stages, m) if plan.schedule == "1f1b" else m
+        activations = cost.activations * share / stages * flying / m
+        peak = state.total + activations
+        samples = self.rows * data if self.batch == "local" else self.rows
+        return Candidate(plan, samples, Prediction(seconds, peak, parts={**parts, "state bytes": state.total, "activation bytes": activations}))
+
+    def _data_seconds(self, plan: Plan, size: float) -> float:
+        """Gradients summed (and parameters gathered) over the data axes, less what is hidden behind compute."""
+        if plan.data_size == 1:
+            return 0.0
+        total = 0.0
+        for axis in plan.data_axes:
+            span = self.topology.span(plan.mesh, axis)
+            if axis == "dp_shard" and plan.zero:
+                gathers = 2 * plan.microbatches if plan.zero == 3 else 1
+                reduces = plan.microbatches if plan.zero == 3 else 1
+                total += gathers * collective_seconds("all_gather", size, span)
+                total += reduces * collective_seconds("reduce_scatter", size, span)
+                size /= plan.mesh.size(axis)
+            else:
+                total += collective_seconds("all_reduce", size, span)
+        return total
+
+    def _pipeline_seconds(self, plan: Plan, share: float) -> float:
+        if plan.stages == 1:
+            return 0.0
+        border = least_crossing(self.problem.graph) * share / plan.microbatches / (plan.mesh.size("tp") if plan.sequence_parallel else 1)
+        span = self.topology.span(plan.mesh, "pp")
+        return 2 * (plan.microbatches + plan.stages - 2) * collective_seconds("send", border, span)
+
+    def _optimizer_seconds(self, plan: Plan, size: float) -> float:
+        """Read parameter, gradient and two moments, write three of them (AdamW)."""
+        shards = plan.mesh.size("dp_shard") if plan.zero else 1
+        device = self.topology.device
+        return 7 * size / max(1, shards) / (device.bandwidth * device.memory_efficiency)
+
+
+def microbatch_counts(stages: int, rows: int) -> list[int]:
+    """Counts worth trying: none without a pipeline, else 1 to 8 for each stage, as far as there are samples."""
+    if stages == 1:
+        return [1]
+    counts = {min(rows, stages * k) for k in (1, 2, 4, 8)}
+    return sorted(c for c in counts if c >= 1)
+
+
+def graph_on_tensor_axis(problem: Problem, mesh: Mesh, sequence: bool, topology: Topology) -> TensorCost:
+    """Place the graph over tp as emission would, and add up what every rank then does."""
+    gm = problem.graph
+    n = mesh.size("tp")
+    axis = Axis("tp", n)
+    placement: Placement | None = None
+    if n > 1:
+        prices = Volume(parameters=True, activations=0.05 if sequence else 0.0)
+        placement = place(gm, axis, Policy("tensor", {}, problem.loss, scatter=sequence), prices)
+    seconds = Seconds(topology, mesh)
+    compute = traffic = activations = parameters = 0.0
+    ops = 0
+    known: dict[Any, float] = {}
+    converted: set[tuple[fx.Node, int, Type]] = set()
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" and node.meta["key"].startswith("param."):
+            type_ = placement.placeholders[node.meta["key"]] if placement else I
+            parameters += size_of(metas(node)[0]) * held(type_, axis)
+            if placement:
+                traffic += seconds.placeholder(type_, metas(node)[0], axis)
+        if node.op != "call_function" or is_getitem(node):
+            continue
+        call, sources = op_call(node)
+        strategy = placement.choice[node.name] if placement else replace(NOTHING, ins=(I,) * len(sources), outs=(I,) * len(call.results))
+        key = (call.target, call.operands, call.results, strategy.ins, strategy.outs)
+        if key not in known:
+            known[key] = seconds.node(call, strategy, axis, ())
+        compute += known[key]
+        ops += 1
+        if node.target not in VIEWS:
+            activations += sum(size_of(m) * held(t, axis) for m, t in zip(call.results, strategy.outs, strict=True) if m.grad)
+        if placement:
+            traffic += _conversions(node, sources, strategy, placement, seconds, axis, converted)
+    return TensorCost(compute, traffic, activations, parameters, 3 * ops)
+
+
+def _conversions(
+    node: fx.Node,
+    sources: Sequence[fx.Node],
+    strategy: NodeStrategy,
+    placement: Placement,
+    seconds: Seconds,
+    axis: Axis,
+    converted: set[tuple[fx.Node, int, Type]],
+) -> float:
+    """Seconds of the conversions that a node's operands need and no earlier node paid for."""
+    total = 0.0
+    for source, needed in zip(sources, strategy.ins, strict=True):
+        have, value, k = _produced(source, placement)
+        if is_free(have, needed, value.grad) or (source, k, needed) in converted:
+            continue
+        converted.add((source, k, needed))
+        total += seconds.conversion(have, needed, value, axis)
+    return total
+
+
+def _produced(node: fx.Node, placement: Placement) -> tuple[Type, TensorMeta, int]:
+    k = 0
+    meta = metas(node)[0]
+    if is_getitem(node):
+        node, k = node.args  # type: ignore[assignment]
+    if node.op == "placeholder":
+        return placement.placeholders[node.meta["key"]], meta, k
+    return placement.choice[node.name].outs[k], meta, k
+
+
+def least_crossing(gm: fx.GraphModule) -> float:
+    """Bytes of the residual stream: the most common size among differentiable values with the batch in them."""
+    sizes = [size_of(metas(n)[0]) for n in gm.graph.nodes if n.op == "call_function" and n.meta.get("grad") and len(metas(n)) == 1]
+    return float(max(set(sizes), key=sizes.count)) if sizes else 0.0
+
+
+def name_of(plan: Plan) -> str:
+    """`dp_shard=4 (zero 3) x tp=2, pp=2 (1f1b, 8 micro-batches)`."""
+    parts = []
+    for axis, size in zip(plan.mesh.axes, plan.mesh.sizes, strict=True):
+        extra = ""
+        if axis == "dp_shard" and plan.zero:
+            extra = f" (zero {plan.zero})"
+        if axis == "tp" and plan.sequence_parallel:
+            extra = " (sequence parallel)"
+        if axis == "pp":
+            extra = f" ({plan.schedule}, {plan.microbatches} micro-batches)"
+        parts.append(f"{axis}={size}{extra}")
+    return " x ".join(parts) or "one device"
+
+
+def _alternative(c: Candidate, best: Candidate, limit: float) -> Alternative:
+    if c.predicted.peak_bytes > limit:
+        reason = f"needs {_gib(c.predicted.peak_bytes - limit)} more than the limit"
+    else:
+        reason = f"{c.per_sample / best.per_sample:.2f} x the time per sample"
+        worse = max(("data", "tensor", "pipeline", "compute", "optimizer"), key=lambda k: _per(c, k) - _per(best, k))
+        reason += f", mostly {worse}"
+    return Alternative(name_of(c.plan), c.predicted.step_seconds, c.predicted.peak_bytes, reason)
+
+
+def _per(c: Candidate, part: str) -> float:
+    return c.predicted.parts[part] / c.samples
+
+
+def _reasons(best: Candidate, fitting: Sequence[Candidate], all_: Sequence[Candidate]) -> tuple[str, ...]:
+    found = [f"{len(all_)} plans were priced, {len(fitting)} fit in memory; this one takes the least time per sample."]
+    parts = {k: v for k, v in best.predicted.parts.items() if not k.endswith("bytes") and v > 0}
+    total = sum(parts.values()) or 1.0
+    found.append("Its step: " + ", ".join(f"{k} {v / total:.0%}" for k, v in sorted(parts.items(), key=lambda i: -i[1]) if v / total >= 0.005) + ".")
+    return tuple(found)
+
+
+def _why_nothing_fits(candidates: Sequence[Candidate], limit: float) -> str:
+    least = min(candidates, key=lambda c: c.predicted.peak_bytes)
+    over = least.predicted.peak_bytes - limit
+    state, kept = least.predicted.parts["state bytes"], least.predicted.parts["activation bytes"]
+    advice = "a smaller batch" if kept > over else "more devices, or tensors of a smaller dtype"
+    factor = math.ceil(least.predicted.peak_bytes / limit)
+    return (
+        f"no plan fits {_gib(limit)} per rank: the smallest, {name_of(least.plan)}, needs {_gib(least.predicted.peak_bytes)} "
+        f"({_gib(state)} of parameters, gradients and optimizer state, {_gib(kept)} of activations), {_gib(over)} too much. "
+        f"{advice.capitalize()} would fit; about {factor} x the devices, or memory_limit={least.predicted.peak_bytes:.3g}"
+    )
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"
