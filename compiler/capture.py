@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch.export.graph_signature import ExportGraphSignature, InputKind, OutputKind
 
 from ..passes.normalize.gradients import mark_gradients
@@ -289,15 +290,30 @@ def _first_source(graph: fx.GraphModule) -> str | None:
 
 
 def _detach_inputs(region: fx.GraphModule) -> None:
-    last = [n for n in region.graph.nodes if n.op == "placeholder"]
-    for placeholder in last:
+    placeholders = [n for n in region.graph.nodes if n.op == "placeholder"]
+    written = _written(region.graph)
+    for placeholder in placeholders:
         value = placeholder.meta.get("val")
-        if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()) and placeholder.users:
-            with region.graph.inserting_after(last[-1]):
+        floating = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+        if floating and placeholder.users and placeholder not in written:
+            with region.graph.inserting_after(placeholders[-1]):
                 cut = region.graph.call_function(aten.detach.default, (placeholder,))
             cut.meta = dict(placeholder.meta)
             placeholder.replace_all_uses_with(cut, delete_user_cb=lambda user, cut=cut: user is not cut)
     region.recompile()
+
+
+def _written(graph: fx.Graph) -> set[fx.Node]:
+    """Placeholders that the region writes to, directly or through views. `fidelity.Watch` saw that they carry no gradient."""
+    found = set()
+    for node in graph.nodes:
+        if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
+            root = node.args[0]
+            while isinstance(root, fx.Node) and root.op == "call_function" and root.args:
+                root = root.args[0]
+            if isinstance(root, fx.Node):
+                found.add(root)
+    return found
 
 
 def _readable(

@@ -64,7 +64,13 @@ class Candidate:
 
 
 def choose(
-    problem: Problem, request: Request, topology: Topology, *, memory_limit: float | None, batch: str, microbatches: int | None = None
+    problem: Problem,
+    request: Request,
+    topology: Topology,
+    *,
+    memory_limit: float | None,
+    batch: str,
+    microbatches: int | None = None,
 ) -> Plan:
     """The cheapest plan that fits. `problem` is captured at one data rank's batch (batch="local") or at the whole batch.
 
@@ -79,7 +85,9 @@ def choose(
         raise DoesNotFit(_why_nothing_fits(candidates, limit))
     best = fitting[0]
     others = [_alternative(c, best, limit) for c in candidates if c is not best]
-    return replace(best.plan, predicted=best.predicted, alternatives=tuple(others[:12]), reasons=_reasons(best, fitting, candidates))
+    return replace(
+        best.plan, predicted=best.predicted, alternatives=tuple(others[:12]), reasons=_reasons(best, fitting, candidates)
+    )
 
 
 class _Search:
@@ -93,7 +101,10 @@ class _Search:
         pins = self.request.strategy
         stages = sum(1 for n in self.problem.graph.graph.nodes if n.op == "placeholder" and n.meta["key"].startswith("param."))
         limits = Limits(
-            tensor=min(self.topology.node_size, 64), stages=max(1, stages), batch=self.rows if self.batch == "global" else None, hybrid=True
+            tensor=min(self.topology.node_size, 64),
+            stages=max(1, stages),
+            batch=self.rows if self.batch == "global" else None,
+            hybrid=True,
         )
         failures: list[str] = []
         found = False
@@ -108,7 +119,9 @@ class _Search:
         """Plans over one mesh: ZeRO level, sequence parallelism, micro-batches."""
         shard = mesh.size("dp_shard") > 1
         levels = [pins.zero] if pins.zero is not None else ([1, 2, 3] if shard else [0])
-        sequence = [pins.sequence_parallel] if pins.sequence_parallel is not None else ([False, True] if mesh.size("tp") > 1 else [False])
+        sequence = (
+            [pins.sequence_parallel] if pins.sequence_parallel is not None else ([False, True] if mesh.size("tp") > 1 else [False])
+        )
         data = mesh.size("dp_replicate") * mesh.size("dp_shard")
         local = self.rows if self.batch == "local" else self.rows // data
         counts = [self.microbatches] if self.microbatches is not None else microbatch_counts(mesh.size("pp"), local)
@@ -155,7 +168,9 @@ class _Search:
         activations = cost.activations * share / stages * flying / m
         peak = state.total + activations
         samples = self.rows * data if self.batch == "local" else self.rows
-        return Candidate(plan, samples, Prediction(seconds, peak, parts={**parts, "state bytes": state.total, "activation bytes": activations}))
+        return Candidate(
+            plan, samples, Prediction(seconds, peak, parts={**parts, "state bytes": state.total, "activation bytes": activations})
+        )
 
     def _data_seconds(self, plan: Plan, size: float) -> float:
         """Gradients summed (and parameters gathered) over the data axes, less what is hidden behind compute."""
@@ -177,7 +192,9 @@ class _Search:
     def _pipeline_seconds(self, plan: Plan, share: float) -> float:
         if plan.stages == 1:
             return 0.0
-        border = least_crossing(self.problem.graph) * share / plan.microbatches / (plan.mesh.size("tp") if plan.sequence_parallel else 1)
+        border = (
+            least_crossing(self.problem.graph) * share / plan.microbatches / (plan.mesh.size("tp") if plan.sequence_parallel else 1)
+        )
         span = self.topology.span(plan.mesh, "pp")
         return 2 * (plan.microbatches + plan.stages - 2) * collective_seconds("send", border, span)
 
@@ -219,7 +236,9 @@ def graph_on_tensor_axis(problem: Problem, mesh: Mesh, sequence: bool, topology:
         if node.op != "call_function" or is_getitem(node):
             continue
         call, sources = op_call(node)
-        strategy = placement.choice[node.name] if placement else replace(NOTHING, ins=(I,) * len(sources), outs=(I,) * len(call.results))
+        strategy = (
+            placement.choice[node.name] if placement else replace(NOTHING, ins=(I,) * len(sources), outs=(I,) * len(call.results))
+        )
         key = (call.target, call.operands, call.results, strategy.ins, strategy.outs)
         if key not in known:
             known[key] = seconds.node(call, strategy, axis, ())
@@ -301,7 +320,11 @@ def _reasons(best: Candidate, fitting: Sequence[Candidate], all_: Sequence[Candi
     found = [f"{len(all_)} plans were priced, {len(fitting)} fit in memory; this one takes the least time per sample."]
     parts = {k: v for k, v in best.predicted.parts.items() if not k.endswith("bytes") and v > 0}
     total = sum(parts.values()) or 1.0
-    found.append("Its step: " + ", ".join(f"{k} {v / total:.0%}" for k, v in sorted(parts.items(), key=lambda i: -i[1]) if v / total >= 0.005) + ".")
+    found.append(
+        "Its step: "
+        + ", ".join(f"{k} {v / total:.0%}" for k, v in sorted(parts.items(), key=lambda i: -i[1]) if v / total >= 0.005)
+        + "."
+    )
     return tuple(found)
 
 

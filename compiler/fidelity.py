@@ -120,9 +120,11 @@ class Watch(TorchFunctionMode):
             )
         if func in GRADIENT_CALLS:
             raise CaptureError(
-                "the forward computes gradients itself", calling_line(), "derivatives inside the forward cannot be captured; give their formula"
+                "the forward computes gradients itself",
+                calling_line(),
+                "derivatives inside the forward cannot be captured; give their formula",
             )
-        if func is DATA:  # a trace would take it for a constant
+        if func == DATA:  # a trace would take it for a constant
             func, kwargs = Tensor.detach, {}
         name = getattr(func, "__name__", "")
         if args and isinstance(args[0], Tensor) and _writes(name, args[0]):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from .topology import Device, Level, Topology
 
@@ -65,9 +66,8 @@ def _wait(device: torch.device) -> None:
 
 def _measure_device(device: torch.device, seconds: float, world: int) -> Device:
     flops: dict[str, float] = {}
-    launch = 0.0
     dtypes = (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,)
-    share = seconds / (len(dtypes) + 1)
+    share = seconds / (len(dtypes) + 2)
     for dtype in dtypes:
         work, times = [], []
         for n in _PRODUCT_SIZES:
@@ -76,10 +76,13 @@ def _measure_device(device: torch.device, seconds: float, world: int) -> Device:
             work.append(2.0 * n**3)
             if times[-1] > share / 12:
                 break
-        launch, slope = fit_line(work, times)
-        flops[str(dtype).removeprefix("torch.")] = 1 / slope
+        flops[str(dtype).removeprefix("torch.")] = 1 / fit_line(work, times)[1]
+    one = torch.ones(1, device=device)
     x = torch.ones(1 << (28 if device.type == "cuda" else 24), dtype=torch.uint8, device=device)
     copy = _time(lambda: x.clone(), device, share / 4)
+    q = torch.ones(1, 8, 512, 64, dtype=dtypes[-1], device=device)
+    attention = _time(lambda: F.scaled_dot_product_attention(q, q, q), device, share / 4)
+    peak = flops[str(dtypes[-1]).removeprefix("torch.")]
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name, memory = properties.name, float(properties.total_memory)
@@ -88,7 +91,14 @@ def _measure_device(device: torch.device, seconds: float, world: int) -> Device:
             "cpu",
             os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", world)),
         )
-    return Device(name, flops, memory, 2 * x.numel() / copy, launch=launch)
+    return Device(
+        name,
+        flops,
+        memory,
+        bandwidth=2 * x.numel() / copy,
+        attention_efficiency=min(1.0, 4 * q.numel() * q.shape[2] / attention / peak),
+        launch=_time(lambda: one + one, device, share / 4),
+    )
 
 
 def _measure_levels(device: torch.device, seconds: float, world: int) -> tuple[Level, ...]:

@@ -73,8 +73,9 @@ class RankMemory:
 
     def __str__(self) -> str:
         names = ("parameters", "gradients", "optimizer", "buffers", "activations", "temporaries")
-        parts = ", ".join(f"{name} {getattr(self, name) / 2**30:.2f}" for name in names)
-        return f"{self.peak / 2**30:.2f} GiB: {parts}"
+        unit, size = ("GiB", 2**30) if self.peak >= 2**30 else ("MiB", 2**20)
+        parts = ", ".join(f"{name} {getattr(self, name) / size:.2f}" for name in names)
+        return f"{self.peak / size:.2f} {unit}: {parts}"
 
 
 def program_memory(program: RankProgram, moments: float = 2.0) -> RankMemory:

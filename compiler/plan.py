@@ -87,6 +87,12 @@ class Plan:
             rank = rank * self.mesh.size(axis) + coordinates[axis]
         return rank
 
+    def explain(self, name: str | None = None) -> str:
+        """What was chosen and why, or where one parameter lives, as text."""
+        from .explain import explain
+
+        return explain(self, name)
+
     def to_json(self) -> str:
         data = asdict(self)
         data["layout"] = {k: encode_type(t) for k, t in sorted(self.layout.items())}

@@ -28,7 +28,8 @@ COLLECTIVES = ("gather", "all_reduce", "reduce_scatter", "broadcast")
 
 @dataclass(frozen=True)
 class Event:
-    """One instruction of one rank, from `start` to `end` seconds. A receive starts when the rank is ready for it."""
+    """One instruction of one rank, from `start` to `end` seconds. A receive starts when the rank is ready for it, a collective
+    when every rank is; between events a rank waits."""
 
     rank: int
     start: float
@@ -171,6 +172,7 @@ class _Simulation:
         for r in group:
             del self.standing[r]
             program = self.programs[r]
+            self.clock[r] = begin
             self._finish(r, begin + self.duration(program, program.schedule[self.at[r]]))
         return True
 

@@ -110,3 +110,8 @@ def reset_method(module: torch.nn.Module) -> Callable[[], Any] | None:
     """
     found = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
     return found if callable(found) else None
+
+
+def default_store() -> Any:
+    """The key-value store that the default process group was started with. Waits for: a public accessor."""
+    return torch.distributed.distributed_c10d._get_default_store()

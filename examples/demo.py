@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -124,9 +125,8 @@ def main() -> int:
     console.print("\nthe same steps in one process, without shardwright")
     torch.set_num_threads(os.cpu_count() or 1)
     model = build_model().to(device)
-    losses = train(
-        model, make_loader(text, samples), device, steps, lambda norm: nn.utils.clip_grad_norm_(model.parameters(), norm)
-    )
+    clip = partial(nn.utils.clip_grad_norm_, list(model.parameters()))
+    losses = train(model, make_loader(text, samples), device, steps, clip)
     plain = follow(losses, steps, samples, None, console)
     return report(ours, plain, ranks, console)
 

@@ -20,6 +20,6 @@ for step, batch in zip(range(20), DataLoader(text, batch_size=4, sampler=sampler
     parallel.clip_grad_norm_(1.0)
     optimizer.step()
     optimizer.zero_grad()
-    if parallel.data_rank == 0:
+    if torch.distributed.get_rank() == 0:
         print(f"step {step}: loss {loss.item():.3f}")
 torch.distributed.destroy_process_group()

@@ -140,7 +140,12 @@ def copy_facts(source: fx.Node, target: fx.Node) -> fx.Node:
 
 
 def call(
-    graph: fx.Graph, values: Values, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, name: str | None = None
+    graph: fx.Graph,
+    values: Values,
+    target: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    name: str | None = None,
 ) -> fx.Node:
     """A new call_function node with its value."""
     node = graph.create_node("call_function", target, args, dict(kwargs or {}), name=name)

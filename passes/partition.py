@@ -81,6 +81,8 @@ def _choose_saved(needed: set[fx.Node]) -> list[fx.Node]:
 
 def _base(node: fx.Node) -> fx.Node:
     """What a value is a view or a gather of."""
-    while node.op == "call_function" and (node.target in VIEWS or (node.meta.get("parameter") and node.target is ops.all_gather.default)):
+    while node.op == "call_function" and (
+        node.target in VIEWS or (node.meta.get("parameter") and node.target is ops.all_gather.default)
+    ):
         node = node.all_input_nodes[0]
     return node

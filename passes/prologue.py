@@ -27,4 +27,3 @@ def split_prologue(gm: fx.GraphModule) -> tuple[fx.GraphModule | None, fx.GraphM
         return None, gm
     keys = {n: f"prologue.{n.name}" for n in results}
     return extract(gm, [(key, n) for n, key in keys.items()], {}), extract(gm, named_results(gm), keys)
-

@@ -37,7 +37,7 @@ def one_f_one_b(stages: int, microbatches: int, stage: int) -> list[Action]:
     warmup = min(stages - stage - 1, microbatches)
     order = _run("forward", range(warmup))
     for m in range(microbatches - warmup):
-        order += [("forward", warmup + m), ("backward", m)]
+        order += _run("forward", [warmup + m]) + _run("backward", [m])
     return order + _run("backward", range(microbatches - warmup, microbatches))
 
 

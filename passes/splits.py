@@ -82,7 +82,10 @@ def _visit(site: Site, rule: Rule, axis: Axis, cuts: Cuts) -> bool:
                     held = slot.place(cut)
                     changed |= cuts.add(values[i], slot.dim, metas[i].shape[slot.dim], held.sections, axis.size)
     for strategy in rule.extra:
-        for values, metas, types in ((site.operands, site.call.operands, strategy.ins), (site.results, site.call.results, strategy.outs)):
+        for values, metas, types in (
+            (site.operands, site.call.operands, strategy.ins),
+            (site.results, site.call.results, strategy.outs),
+        ):
             for value, meta, type_ in zip(values, metas, types, strict=True):
                 if isinstance(type_, Varying):
                     changed |= cuts.add(value, type_.dim, meta.shape[type_.dim], type_.sections, axis.size)

@@ -249,7 +249,8 @@ def _handler(func: Any) -> _Handler | None:
         return None
     if base in _FUSED or (base.startswith("_foreach_") and _is_elementwise_foreach(base)):
         return _per_position
-    return _elementwise if torch.Tag.pointwise in func.tags or base in _PLAIN_OPS else None
+    elementwise = torch.Tag.pointwise in func.tags or base in _PLAIN_OPS
+    return _elementwise if elementwise and torch.Tag.data_dependent_output not in func.tags else None
 
 
 def _is_elementwise_foreach(base: str) -> bool:

@@ -11,7 +11,7 @@ from shardwright.passes.check_schedules import check_schedules
 from shardwright.passes.ops.collectives import ops
 from shardwright.passes.schedule import ORDERS, Part, Transfer, build_schedule, forward_only, gpipe, in_flight, one_f_one_b
 from shardwright.runtime.errors import DeadlockError, MismatchError
-from shardwright.runtime.program import GraphSpec, Instruction, Mesh, RankProgram, TensorSpec
+from shardwright.runtime.program import GraphSpec, InputSpec, Instruction, Mesh, RankProgram, TensorSpec
 
 F32 = torch.float32
 
@@ -90,8 +90,6 @@ def pipeline(schedule, stages, microbatches, tp=1, training=True):
         transfers = {key: ((2, 3), F32) for t in range(stages) for key in (f"act.{t}", f"grad.act.{t}")}
         finish = [Instruction("all_reduce", ("grad.param.w",), axis="tp")] if training else []
         order = schedule(stages, microbatches, s)
-        from shardwright.runtime.program import InputSpec
-
         programs.append(
             RankProgram(
                 rank,

@@ -1,0 +1,229 @@
+"""What turns calls into programs while a model trains: captures, plans once, emits, and remembers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..passes.differentiate import Templates
+from ..passes.graph_tools import Values
+from ..runtime.communicator import MeshCommunicator
+from ..runtime.errors import MismatchError
+from ..runtime.executor import Executor
+from ..runtime.faults import Agreement, CallFacts, Control, Flags, Agreements, Shapes, batch_groups, together
+from ..runtime.materialize import materialize
+from ..runtime.parameters import ParameterStore
+from ..runtime.program import Key, Mesh, RankProgram
+from .bind import BatchMode, Bound, batch_keys, bind, local_batches
+from .call_structure import flatten_call
+from .choose import choose
+from .emit import emit
+from .layout import with_layout
+from .plan import Plan
+from .ragged import check_ragged
+from .strategy import Request
+from .topology import Topology
+
+
+@dataclass(frozen=True)
+class Options:
+    """The user's request, as auto_parallelize takes it."""
+
+    request: Request
+    loss_fn: Callable[..., Tensor] | None = None
+    topology: Topology | None = None
+    memory_limit: float | None = None
+    precision: torch.dtype | None = None
+    microbatches: int | None = None
+    batch: BatchMode = "local"
+    outputs: str = "loss"
+    verify: bool = False
+    source: Any = None
+
+
+@dataclass(frozen=True)
+class BoundCall:
+    """A program with its executor, and how calls of its signature become inputs and its outputs become theirs."""
+
+    program: RankProgram
+    executor: Executor
+    bound: Bound
+    device: torch.device
+    shown: frozenset[Key]
+    cut_inputs: bool
+
+    @property
+    def loss(self) -> Key | None:
+        return self.bound.problem.loss
+
+    def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Key, Tensor]:
+        tensors = {k: x.to(self.device) for k, x in self.bound.captured.call.flatten(args, kwargs).items()}
+        if self.cut_inputs:
+            for spec in self.program.inputs:
+                for cut in spec.cuts:
+                    here = self.program.coordinates[cut.axis]
+                    start = sum(cut.sections[0][:here])
+                    tensors[spec.key] = tensors[spec.key].narrow(cut.dim, start, cut.sections[0][here])
+        return tensors
+
+    def rebuild(self, outputs: Mapping[Key, Any]) -> Any:
+        return self.bound.captured.call.rebuild({k: v for k, v in outputs.items() if k in self.shown})
+
+
+@dataclass
+class ModelEngine:
+    """Compiles the calls of one model on one rank. See runtime.module.Engine."""
+
+    model: nn.Module
+    options: Options
+    control: Control
+    connect: Callable[[Mesh], MeshCommunicator]
+    device: torch.device
+    plan: Plan | None = None
+    communicator: MeshCommunicator | None = None
+    groups: tuple[tuple[int, ...], ...] = ()
+    captured_autocast: bool = False
+    programs: dict[Hashable, BoundCall] = field(default_factory=dict)
+    report: Callable[[str], None] = lambda text: None
+    _templates: Templates = field(default_factory=lambda: Templates(Values()))
+    _first: BoundCall | None = None
+
+    @property
+    def program(self) -> RankProgram:
+        if self._first is None:
+            raise RuntimeError("there is no program before the first call: pass example_inputs, or call the model once")
+        return self._first.program
+
+    def describe(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CallFacts:
+        tree, tensors = flatten_call(args, kwargs)
+        shared = any(len(group) > 1 for group in self.groups)
+        real = not any(t.is_meta for t in tensors.values())
+        return CallFacts.of(repr(tree), tensors, with_content=shared and real)
+
+    def prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ParameterStore:
+        """The first call: capture, plan, emit, and put the parameters where the plan wants them."""
+        facts = self.describe(args, kwargs)
+        agreed = Agreements(self.control).agree(facts, Flags(self.model.training, True), ())
+        self.plan = together(self.control, "planning", lambda: self._choose(args, kwargs, agreed.shapes))
+        self.groups = batch_groups(self.plan.mesh, shared=self.options.batch == "global")
+        self.communicator = self.connect(self.plan.mesh)
+        self._first = self._compile(args, kwargs, self.model.training, True, agreed.shapes, keep_layout=False)
+        self.programs[self._key(facts, self.model.training, True, agreed.shapes)] = self._first
+        store = ParameterStore(self.program.parameters, self.program.buffers, self.communicator, self.device)
+        self.report("placing the parameters")
+        materialize(self.model, store, self.options.source)
+        return store
+
+    def _choose(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: Sequence[Shapes]) -> Plan:
+        """Rank 0 decides; the others take its plan."""
+        text = ""
+        if self.control.rank == 0:
+            self.report("choosing a plan")
+            options = self.options
+            first = local_batches(shapes, [0], "local")
+            probe = self._bind(args, kwargs, first, shapes, self.model.training, True)
+            topology = options.topology or Topology.preset("cpu", devices=options.request.world_size)
+            found = choose(
+                probe.problem,
+                options.request,
+                topology,
+                memory_limit=options.memory_limit,
+                batch=options.batch,
+                microbatches=options.microbatches,
+            )
+            found = replace(found, device=self.device.type)
+            self._probe = probe
+            text = found.to_json()
+        return Plan.from_json(self.control.exchange_text(text)[0])
+
+    def _bind(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        batches: Sequence[int],
+        shapes: Sequence[Shapes],
+        training: bool,
+        grad: bool,
+    ) -> Bound:
+        return bind(
+            self.model,
+            args,
+            kwargs,
+            batches,
+            batch_keys(shapes),
+            loss_fn=self.options.loss_fn,
+            training=training,
+            differentiate=grad,
+            precision=self.options.precision,
+        )
+
+    def _compile(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        training: bool,
+        grad: bool,
+        shapes: Sequence[Shapes],
+        keep_layout: bool = True,
+    ) -> BoundCall:
+        plan = self.plan
+        assert plan is not None and self.communicator is not None
+        batches = local_batches(shapes, [group[0] for group in self._data_groups(plan)], self.options.batch)
+        if min(batches) < 1:
+            raise MismatchError(
+                f"a batch of {sum(batches)} samples leaves nothing for some of the {plan.data_size} data ranks (they get {batches}): "
+                "use a larger batch or fewer data ranks"
+            )
+        self.report("capturing the model")
+        bound = self._bind(args, kwargs, batches, shapes, training, grad)
+        plan = replace(plan, microbatches=max(1, min(plan.microbatches, *batches)))
+        self.report("emitting the program")
+        if not keep_layout:
+            plan = with_layout(bound.problem, plan)
+            self.plan = plan
+        program = emit(bound.problem, plan, self.control.rank, self._templates)
+        check_ragged(program, shapes, batch_keys(shapes), self.control)
+        self._agree_on(plan, bound)
+        executor = Executor(program, self.communicator, self.device)
+        shown = frozenset(
+            o.key for o in program.outputs if o.key == bound.problem.loss or plan.stages == 1 or self.options.outputs == "all"
+        )
+        return BoundCall(program, executor, bound, self.device, shown, self.options.batch == "global")
+
+    def _agree_on(self, plan: Plan, bound: Bound) -> None:
+        """Ranks with another model or plan are found out here, before anything runs."""
+        names = sorted(
+            (n.meta["key"], tuple(n.meta["val"].shape), str(n.meta["val"].dtype))
+            for n in bound.problem.graph.graph.nodes
+            if n.op == "placeholder" and n.meta["key"].startswith(("param.", "buffer."))
+        )
+        own = f"{plan.hash} {hashlib.sha256(repr(names).encode()).hexdigest()[:16]} {len(names)} parameters and buffers"
+        found = self.control.exchange_text(own)
+        if len(set(found)) > 1:
+            lines = "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(found))
+            raise MismatchError(f"the ranks hold different models or plans (plan, hash of names and shapes, count):{lines}")
+
+    @staticmethod
+    def _data_groups(plan: Plan) -> tuple[tuple[int, ...], ...]:
+        """Ranks of each data rank, in the order of data ranks."""
+        groups = batch_groups(plan.mesh)
+        return tuple(sorted(groups, key=lambda g: plan.data_rank(plan.mesh.coordinates(g[0]))))
+
+    @staticmethod
+    def _key(facts: CallFacts, training: bool, grad: bool, shapes: Sequence[Shapes]) -> Hashable:
+        return facts.structure, training, grad, tuple(tuple(s.items()) for s in shapes)
+
+    def program_for(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool, grad: bool, agreed: Agreement
+    ) -> BoundCall:
+        facts = self.describe(args, kwargs)
+        key = self._key(facts, training, grad, agreed.shapes)
+        if key not in self.programs:
+            work = lambda: self._compile(args, kwargs, training, grad, agreed.shapes)  # noqa: E731
+            self.programs[key] = together(self.control, "compiling the call", work)
+        return self.programs[key]

@@ -1,0 +1,88 @@
+"""A plan as text: what was chosen, what it costs, why, and what lost."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+
+from rich.console import Console
+from rich.table import Table
+
+from ..passes.types import Type, Varying
+from .choose import name_of
+from .plan import Plan
+
+
+def explain(plan: Plan, name: str | None = None, width: int = 110) -> str:
+    """The plan, or the placement of one parameter, as plain text."""
+    if name is not None:
+        return _parameter(plan, name)
+    console = Console(file=io.StringIO(), width=width, force_terminal=False)
+    console.print(f"Plan {plan.hash}: {name_of(plan)}")
+    if plan.predicted is not None:
+        console.print(
+            f"Predicted: {seconds(plan.predicted.step_seconds)} a step, {size(plan.predicted.peak_bytes)} a rank at the peak"
+        )
+    for reason in plan.reasons:
+        console.print(reason)
+    if plan.layout:
+        table = Table(title=f"Parameters over tp={plan.mesh.size('tp')}", title_justify="left")
+        table.add_column("placement")
+        table.add_column("parameters", justify="right")
+        table.add_column("for example")
+        placements: dict[str, list[str]] = {}
+        for parameter, type_ in plan.layout.items():
+            placements.setdefault(describe(type_), []).append(parameter)
+        for text, names in sorted(placements.items(), key=lambda i: -len(i[1])):
+            table.add_row(text, str(len(names)), names[0])
+        console.print(table)
+    if plan.stages > 1:
+        counts = Counter(plan.stage_of.values())
+        console.print("Parameters by pipeline stage: " + ", ".join(f"{k}: {counts.get(k, 0)}" for k in range(plan.stages)))
+    if plan.alternatives:
+        table = Table(title="Runners-up", title_justify="left")
+        for column in ("plan", "step", "memory", "why it lost"):
+            table.add_column(column, justify="right" if column in ("step", "memory") else "left")
+        for other in plan.alternatives:
+            table.add_row(other.name, seconds(other.step_seconds), size(other.peak_bytes), other.reason)
+        console.print(table)
+    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
+def _parameter(plan: Plan, name: str) -> str:
+    if name not in plan.layout and name not in plan.stage_of:
+        known = ", ".join(sorted({*plan.layout, *plan.stage_of})[:8])
+        raise KeyError(f"the plan places no parameter {name!r}; it places {known or 'all of them whole'}, ...")
+    parts = []
+    if name in plan.stage_of:
+        parts.append(f"pipeline stage {plan.stage_of[name]}")
+    if name in plan.layout:
+        parts.append(f"over tp: {describe(plan.layout[name])}")
+    if plan.zero and plan.mesh.size("dp_shard") > 1:
+        what = {1: "optimizer state", 2: "optimizer state and gradient", 3: "all of it"}[plan.zero]
+        parts.append(f"over dp_shard: {what} sharded (ZeRO-{plan.zero})")
+    return f"{name}: " + "; ".join(parts)
+
+
+def describe(type_: Type) -> str:
+    """A placement in DTensor's words."""
+    if isinstance(type_, Varying):
+        even = "" if type_.is_even else ", uneven"
+        return (
+            f"Shard({type_.dim}{even})" if type_.is_plain else f"Shard({type_.dim}), {len(type_.sections)} sections each cut{even}"
+        )
+    return "Replicate, gradient summed once a step" if str(type_) == "R" else "Replicate"
+
+
+def seconds(value: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value / 1e-6:.3g} us"
+
+
+def size(value: float) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value:.0f} B"
