@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..passes.differentiate import Templates
 from ..passes.graph_tools import Values
+from ..passes.types import balanced_sizes
 from ..runtime.communicator import MeshCommunicator, ProcessGroupCommunicator
 from ..runtime.errors import ShardwrightError
 from ..runtime.faults import Control, GlooControl, install_abort_hook
@@ -21,7 +22,7 @@ from ..runtime.program import Mesh, RankProgram
 from . import emit as emission
 from .bind import BatchMode, batch_keys, bind
 from .call_structure import flatten_call
-from .choose import choose
+from .choose import choose, likely_data_size
 from .engine import ModelEngine, Options
 from .layout import with_layout
 from .plan import Plan
@@ -191,26 +192,22 @@ def plan(
     shapes = [{k: (tuple(t.shape), str(t.dtype)) for k, t in tensors.items()}]
     keys = batch_keys(shapes)
     rows = next((shapes[0][k][0][0] for k in keys), 1)
-    probe = bind(model, args, kwargs, (rows,), keys, loss_fn=loss_fn, training=model.training, precision=precision)
     count = None if microbatches == "auto" else int(microbatches)
-    chosen = choose(probe.problem, request, topology, memory_limit=memory_limit, batch=batch, microbatches=count)
+
+    def captured(batches: Sequence[int]) -> emission.Problem:
+        return bind(model, args, kwargs, batches, keys, loss_fn=loss_fn, training=model.training, precision=precision).problem
+
+    problem = captured(_batches(rows, likely_data_size(request, rows, batch), batch))
+    chosen = choose(problem, request, topology, rows=rows, memory_limit=memory_limit, batch=batch, microbatches=count)
     chosen = replace(chosen, device=device)
-    batches = _batches(rows, chosen, batch)
-    problem = probe.problem
-    if tuple(batches) != problem.local_batches:
-        if sum(batches) == rows:
-            problem = replace(problem, local_batches=tuple(batches))
-        else:
-            problem = bind(
-                model, args, kwargs, batches, keys, loss_fn=loss_fn, training=model.training, precision=precision
-            ).problem
+    batches = tuple(_batches(rows, chosen.data_size, batch))
+    if batches != problem.local_batches:
+        problem = replace(problem, local_batches=batches) if sum(batches) == sum(problem.local_batches) else captured(batches)
     return PlannedModel(with_layout(problem, chosen), problem, Templates(Values()))
 
 
-def _batches(rows: int, chosen: Plan, batch: BatchMode) -> Sequence[int]:
-    from ..passes.types import balanced_sizes
-
-    return balanced_sizes(rows, chosen.data_size) if batch == "global" else (rows,) * chosen.data_size
+def _batches(rows: int, data_size: int, batch: BatchMode) -> Sequence[int]:
+    return balanced_sizes(rows, data_size) if batch == "global" else (rows,) * data_size
 
 
 def emit(planned: PlannedModel, rank: int) -> RankProgram:

@@ -68,17 +68,20 @@ def choose(
     request: Request,
     topology: Topology,
     *,
+    rows: int,
     memory_limit: float | None,
     batch: str,
     microbatches: int | None = None,
 ) -> Plan:
-    """The cheapest plan that fits. `problem` is captured at one data rank's batch (batch="local") or at the whole batch.
+    """The cheapest plan that fits.
 
+    rows            samples: of each data rank (batch="local"), or of the whole batch ("global"); `problem` may be captured at
+                    another number, which costs are scaled from
     memory_limit    bytes per rank; the device's memory when None
     Raises StrategyError for a request that no mesh meets, DoesNotFit where every plan needs more memory.
     """
-    search = _Search(problem, request, topology, batch, microbatches)
-    candidates = sorted(search.candidates(), key=lambda c: (c.per_sample, c.plan.mesh.axes, c.plan.zero))
+    search = _Search(problem, request, topology, rows, batch, microbatches)
+    candidates = sorted(search.candidates(), key=lambda c: (c.per_sample, c.predicted.peak_bytes, c.plan.mesh.axes))
     limit = topology.device.memory if memory_limit is None else float(memory_limit)
     fitting = [c for c in candidates if c.predicted.peak_bytes <= limit]
     if not fitting:
@@ -91,10 +94,12 @@ def choose(
 
 
 class _Search:
-    def __init__(self, problem: Problem, request: Request, topology: Topology, batch: str, microbatches: int | None) -> None:
+    def __init__(
+        self, problem: Problem, request: Request, topology: Topology, rows: int, batch: str, microbatches: int | None
+    ) -> None:
         self.problem, self.request, self.topology, self.batch = problem, request, topology, batch
         self.microbatches = microbatches if microbatches is not None else request.strategy.microbatches
-        self.rows = sum(problem.local_batches)
+        self.rows, self.captured = rows, sum(problem.local_batches)
         self.tensor: dict[tuple[int, bool, Mesh], TensorCost] = {}
 
     def candidates(self) -> Iterable[Candidate]:
@@ -149,7 +154,7 @@ class _Search:
         mesh, top = plan.mesh, self.topology
         cost = self.tensor_cost(mesh, plan.sequence_parallel)
         data, stages, m = plan.data_size, plan.stages, plan.microbatches
-        share = 1.0 if self.batch == "local" else max(self.rows / data, 1.0) / self.rows
+        share = (self.rows if self.batch == "local" else max(self.rows / data, 1.0)) / self.captured
         launches = top.device.launch * cost.ops * (m - 1)
         work = (cost.compute + cost.traffic) * share + launches
         bubble = (m + stages - 1) / m
@@ -203,6 +208,12 @@ class _Search:
         shards = plan.mesh.size("dp_shard") if plan.zero else 1
         device = self.topology.device
         return 7 * size / max(1, shards) / (device.bandwidth * device.memory_efficiency)
+
+
+def likely_data_size(request: Request, rows: int, batch: str) -> int:
+    """The data ranks of the plan that is most often best, to capture the model once: the most that the request allows."""
+    meshes = request.meshes(Limits(batch=rows if batch == "global" else None))
+    return max(m.size("dp_replicate") * m.size("dp_shard") for m in meshes)
 
 
 def microbatch_counts(stages: int, rows: int) -> list[int]:

@@ -19,9 +19,10 @@ from ..runtime.faults import Agreement, CallFacts, Control, Flags, Agreements, S
 from ..runtime.materialize import materialize
 from ..runtime.parameters import ParameterStore
 from ..runtime.program import Key, Mesh, RankProgram
-from .bind import BatchMode, Bound, batch_keys, bind, local_batches
+from ..passes.types import balanced_sizes
+from .bind import BatchMode, Bound, batch_keys, batch_size, bind, local_batches
 from .call_structure import flatten_call
-from .choose import choose
+from .choose import choose, likely_data_size
 from .emit import emit
 from .layout import with_layout
 from .plan import Plan
@@ -92,6 +93,8 @@ class ModelEngine:
     report: Callable[[str], None] = lambda text: None
     _templates: Templates = field(default_factory=lambda: Templates(Values()))
     _first: BoundCall | None = None
+    _captured: Bound | None = None
+    """What planning captured, kept until the first program is made of it."""
 
     @property
     def program(self) -> RankProgram:
@@ -125,19 +128,22 @@ class ModelEngine:
         if self.control.rank == 0:
             self.report("choosing a plan")
             options = self.options
-            first = local_batches(shapes, [0], "local")
-            probe = self._bind(args, kwargs, first, shapes, self.model.training, True)
+            rows = batch_size(shapes[0])
+            guess = likely_data_size(options.request, rows, options.batch)
+            batches = balanced_sizes(rows, guess) if options.batch == "global" else (rows,) * guess
+            probe = self._bind(args, kwargs, batches, shapes, self.model.training, True)
             topology = options.topology or Topology.preset("cpu", devices=options.request.world_size)
             found = choose(
                 probe.problem,
                 options.request,
                 topology,
+                rows=rows,
                 memory_limit=options.memory_limit,
                 batch=options.batch,
                 microbatches=options.microbatches,
             )
             found = replace(found, device=self.device.type)
-            self._probe = probe
+            self._captured = probe
             text = found.to_json()
         return Plan.from_json(self.control.exchange_text(text)[0])
 
@@ -150,6 +156,10 @@ class ModelEngine:
         training: bool,
         grad: bool,
     ) -> Bound:
+        same = self._captured
+        if same is not None and same.problem.local_batches == tuple(batches) and same.problem.training == grad and same.captured.training == training:
+            self._captured = None
+            return same
         return bind(
             self.model,
             args,

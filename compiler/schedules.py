@@ -14,8 +14,8 @@ from ..passes.schedule import gpipe, one_f_one_b
 from ..runtime.program import Instruction, OutputSpec, TensorSpec
 from .plan import DATA_AXES, Plan
 
-BUCKET_BYTES = 25 * 2**20
-"""Gradients summed by one collective: DistributedDataParallel's default, large enough that latency does not count."""
+BUCKET_BYTES = 128 * 2**20
+"""Tensors that one collective carries: large enough that latency does not count, small enough as a temporary buffer."""
 
 ORDERS = {"gpipe": gpipe, "1f1b": one_f_one_b}
 

@@ -71,7 +71,7 @@ class Timeline:
             cells: list[tuple[str, str]] = [(".", "dim")] * columns
             for event in events:
                 kind = event.instruction.kind
-                if kind not in ("run", *COLLECTIVES):
+                if kind not in ("run", *COLLECTIVES) or event.end == event.start:
                     continue
                 backward = event.instruction.graph.startswith("backward")
                 mark = digits[event.instruction.microbatch % len(digits)] if kind == "run" else "="

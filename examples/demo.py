@@ -60,7 +60,7 @@ def make_loader(text: StdlibText, batch: int, rank: int = 0, world_size: int = 1
 
 def train(model: nn.Module, loader: Loader, device: torch.device, steps: int, clip: Callable[[float], Tensor]) -> Iterator[float]:
     """An ordinary training loop: the parallel model and the plain one run the same. Yields the loss of each step."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     for batch in islice(loader, steps):
         loss = model(**{name: x.to(device) for name, x in batch.items()}).loss
         loss.backward()

@@ -12,7 +12,7 @@ model = LlamaForCausalLM(config)
 text = StdlibText(length=64)
 
 parallel = auto_parallelize(model, example_inputs=next(iter(DataLoader(text, batch_size=4))))
-optimizer = torch.optim.AdamW(parallel.parameters(), lr=1e-3)
+optimizer = torch.optim.AdamW(parallel.parameters(), lr=3e-4)
 sampler = DistributedSampler(text, parallel.data_world_size, parallel.data_rank)
 for step, batch in zip(range(20), DataLoader(text, batch_size=4, sampler=sampler), strict=False):
     loss = parallel(**{name: x.to(parallel.device) for name, x in batch.items()}).loss

@@ -324,7 +324,7 @@ def allowed_by(x: Any) -> fx.Node | None:
     """The boolean `allowed` of a float mask where(allowed, 0, lowest), lowest being -inf or a dtype's lowest number."""
     if not isinstance(x, fx.Node) or x.op != "call_function":
         return None
-    if x.target is aten.expand.default:
+    if x.target in (aten.expand.default, aten._to_copy.default):
         return allowed_by(x.args[0])
     if x.target is aten.where.self:
         condition, yes, no = x.args

@@ -118,8 +118,8 @@ class Builder:
     def seed(self) -> fx.Node:
         """The graph's placeholder with key "seed", int64 []; added when there is none."""
         if self._seed is None:
-            first = next(n for n in self.graph.nodes if n.op != "placeholder")
-            with self.graph.inserting_before(first), self.mode:
+            last = self.graph.find_nodes(op="placeholder")[-1]
+            with self.graph.inserting_after(last), self.mode:
                 self._seed = self.graph.placeholder("seed")
                 self._seed.meta = {"key": "seed", "val": torch.empty((), dtype=torch.int64), "grad": False}
         return self._seed

@@ -212,6 +212,8 @@ def strategies(call: OpCall, axis: Axis, splits: Splits | None = None, rule: Rul
             if changed is not None:
                 found.append(changed)
     for operands in rule.linear:
+        if any(call.operands[i].dtype == torch.bool for i in operands):
+            continue  # a bool is no sum
         ins = tuple(P if i in operands else R for i in range(len(call.operands)))
         found.append(Strategy("P", ins, (P,) * len(call.results)))
     found.extend(rule.extra)

@@ -146,11 +146,23 @@ def unsqueeze(call: OpCall, axis: Axis) -> Rule:
 
 @rule_for(aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
 def squeeze(call: OpCall, axis: Axis) -> Rule:
+    gone = squeezed_dims(call)
+    kept = [d for d in range(len(call.operands[0].shape)) if d not in gone]
+    return dims_map(call, [(a, b) for b, a in enumerate(kept)])
+
+
+def squeezed_dims(call: OpCall) -> list[int]:
+    """The dims that a squeeze takes away."""
     shape = call.operands[0].shape
     which = call.arg(1, "dim", list(range(len(shape))))
     dims = {_dim(d, len(shape)) for d in ([which] if isinstance(which, int) else which)}
-    kept = [d for d in range(len(shape)) if not (d in dims and shape[d] == 1)]
-    return dims_map(call, [(a, b) for b, a in enumerate(kept)])
+    return [d for d in sorted(dims) if shape[d] == 1]
+
+
+@localizer(aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
+def local_squeeze(call: OpCall, strategy: Strategy, index: int) -> LocalCall:
+    """By name: a shard of length 1 is no reason to lose its dim."""
+    return aten.squeeze.dims, (call.args[0], squeezed_dims(call)), {}
 
 
 def slice_bounds(call: OpCall) -> tuple[int, int, int, int]:

@@ -1,13 +1,13 @@
 """Rules and conversions by execution: values are dealt to the ranks of an axis by their types, run, and put together again.
 
-`deal` and `join` say what a type means in numbers. `check_strategy` runs one op call under one strategy on every rank, and
-compares results and gradients with the same call on one rank.
+`deal` and `join` say what a type means in numbers. `check_strategy` runs one op call under one strategy on every
+rank, and compares results and gradients with the same call on one rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,11 +16,9 @@ from torch import Tensor
 from shardwright.passes.graph_tools import map_operands
 from shardwright.passes.ops.collectives import join_shards, take_shard, use_communicator
 from shardwright.passes.rules.base import Axis, OpCall, Operand, Strategy, TensorMeta, localize
-from shardwright.passes.types import Partial, Sections, Type, Varying, balanced_sizes, even_sections, gradient_type
+from shardwright.passes.types import Partial, Sections, Type, Varying, balanced_sizes, even_sections, gradient_type, local_shape
 from shardwright.runtime.lockstep import run_ranks
 from shardwright.runtime.program import Mesh
-
-AXIS = "x"
 
 
 def deal(whole: Tensor, type_: Type, n: int, generator: torch.Generator) -> list[Tensor]:
@@ -62,7 +60,6 @@ def join(parts: Sequence[Tensor], type_: Type) -> Tensor:
 class Sample:
     """A call of an op with real tensors among its arguments.
 
-    differentiable    whether gradients are compared (where autograd gives any)
     sharded           False: the rule is right to offer no shards of this call
     compare           False: the values mean nothing (`empty`), only shapes are compared
     """
@@ -70,7 +67,6 @@ class Sample:
     target: Any
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    differentiable: bool = True
     sharded: bool = True
     compare: bool = True
 
@@ -144,16 +140,13 @@ def _gradients(
 
 
 def suggested_cuts(shape: Sequence[int], n: int) -> dict[int, list[Sections]]:
-    """For each dim: an uneven cut, one where the last rank holds nothing, and cuts in 2 and 3 equal and unequal sections."""
+    """For each dim: an uneven cut, cuts in two and three equal sections, and one in two unequal ones. Every rank has some."""
     found: dict[int, list[Sections]] = {}
     for dim, size in enumerate(shape):
-        cuts: list[Sections] = []
-        if size >= n:
-            cuts.append(((*balanced_sizes(size, n)[::-1],),))
-            cuts.append(((size - n + 1, *[1] * (n - 1)),))
-        cuts += [even_sections(size // k, n) * k for k in (2, 3) if size % k == 0 and size // k > 1]
-        if size > 2:
-            cuts.append((balanced_sizes(size // 3, n)[::-1], balanced_sizes(size - size // 3, n)))
+        rest = size - size // 3
+        cuts = [((1,) * (n - 1) + (size - n + 1,),)] if size >= n else []
+        cuts += [even_sections(size // k, n) * k for k in (2, 3) if size % k == 0 and size // k >= n]
+        cuts += [(balanced_sizes(size // 3, n)[::-1], balanced_sizes(rest, n))] if rest >= n else []
         found[dim] = cuts
     return found
 
@@ -167,35 +160,102 @@ def splits_of(call: OpCall, n: int) -> dict[tuple[str, int, int], list[Sections]
     }
 
 
-def check_strategy(sample: Sample, whole: Run, axis: Axis, strategy: Strategy) -> None:
-    """Assert that the ranks of `axis` together compute what one rank computes, forward and backward."""
-    n, generator = axis.size, torch.Generator().manual_seed(2)
-    held = [deal(t, type_, n, generator) for t, type_ in zip(whole.tensors, strategy.ins, strict=True)]
-    seeds = [
-        None if c is None else deal(c, gradient_type(type_), n, generator)
-        for c, type_ in zip(whole.cotangents, strategy.outs, strict=True)
-    ]
+Choice = Callable[[OpCall], Strategy]
+Coordinates = tuple[int, ...]
+
+
+class Lowered:
+    """An op call lowered along some axes, one after the other, at every coordinate of their mesh.
+
+    `path` says for each axis which strategy a call takes. At coordinates of the first k axes, `strategies` has the choice for
+    axis k and `calls` the call that is left there.
+    """
+
+    def __init__(self, call: OpCall, path: Sequence[tuple[Axis, Choice]]) -> None:
+        self.axes = [axis for axis, _ in path]
+        self.calls: dict[Coordinates, OpCall] = {(): call}
+        self.strategies: dict[Coordinates, Strategy] = {}
+        before: list[Coordinates] = [()]
+        for axis, choose in path:
+            after = []
+            for at in before:
+                strategy = self.strategies[at] = choose(self.calls[at])
+                for i in range(axis.size):
+                    self.calls[*at, i] = _local_call(self.calls[at], strategy, i)
+                    after.append((*at, i))
+            before = after
+        self.ranks = before
+
+    def deal(self, whole: Tensor, type_of: Callable[[Strategy], Type], generator: torch.Generator) -> dict[Coordinates, Tensor]:
+        """The part of a value at the coordinates of every rank."""
+        held = {(): whole}
+        for axis in self.axes:
+            held = {
+                (*at, i): part
+                for at, x in held.items()
+                for i, part in enumerate(deal(x, type_of(self.strategies[at]), axis.size, generator))
+            }
+        return held
+
+    def join(self, parts: Mapping[Coordinates, Tensor], type_of: Callable[[Strategy], Type]) -> Tensor:
+        for axis in reversed(self.axes):
+            before = dict.fromkeys(at[:-1] for at in parts)
+            parts = {at: join([parts[*at, i] for i in range(axis.size)], type_of(self.strategies[at])) for at in before}
+        return parts[()]
+
+
+def _local_call(call: OpCall, strategy: Strategy, index: int) -> OpCall:
+    target, args, kwargs = localize(call, strategy, index)
+
+    def local(metas: tuple[TensorMeta, ...], types: tuple[Type, ...]) -> tuple[TensorMeta, ...]:
+        return tuple(replace(m, shape=local_shape(m.shape, t, index)) for m, t in zip(metas, types, strict=True))
+
+    return OpCall(target, args, kwargs, local(call.operands, strategy.ins), local(call.results, strategy.outs))
+
+
+def check_lowered(sample: Sample, whole: Run, path: Sequence[tuple[Axis, Choice]]) -> None:
+    """Assert that the ranks of the axes together compute what one rank computes, forward and backward."""
+    lowered, generator = Lowered(whole.call, path), torch.Generator().manual_seed(2)
+    mesh = Mesh(tuple(a.name for a in lowered.axes), tuple(a.size for a in lowered.axes))
     wants = [o.grad for o in whole.call.operands]
+    held = [lowered.deal(t, lambda s, k=k: s.ins[k], generator) for k, t in enumerate(whole.tensors)]
+    seeds = [
+        None if c is None else lowered.deal(c, lambda s, k=k: gradient_type(s.outs[k]), generator)
+        for k, c in enumerate(whole.cotangents)
+    ]
 
     def body(rank: int, world: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-        with use_communicator(world.communicator(Mesh((axis.name,), (n,)), rank)):
-            leaves = [h[rank].requires_grad_(w) for h, w in zip(held, wants, strict=True)]
-            results = _call(*localize(whole.call, strategy, rank), leaves)
-            gradients = _gradients(results, [None if s is None else s[rank] for s in seeds], leaves, wants)
+        at = lowered.ranks[rank]
+        local = lowered.calls[at]
+        with use_communicator(world.communicator(mesh, rank)):
+            leaves = [h[at].requires_grad_(w) for h, w in zip(held, wants, strict=True)]
+            results = _call(local.target, local.args, local.kwargs, leaves)
+            gradients = _gradients(results, [None if s is None else s[at] for s in seeds], leaves, wants)
             return tuple(r.detach() for r in results), gradients
 
-    ranks = run_ranks(n, body)
-    for k, (expected, type_) in enumerate(zip(whole.results, strategy.outs, strict=True)):
-        same(join([results[k] for results, _ in ranks], type_) if sample.compare else expected, expected, f"result {k}, {type_}")
-    for k, (expected, type_) in enumerate(zip(whole.gradients, strategy.ins, strict=True)):
+    narrow = any(x.dtype == torch.float32 for x in (*whole.tensors, *whole.results))
+    ranks = dict(zip(lowered.ranks, run_ranks(mesh.world_size, body), strict=True))
+    for k, expected in enumerate(whole.results):
+        got = lowered.join({at: results[k] for at, (results, _) in ranks.items()}, lambda s, k=k: s.outs[k])
+        same(got if sample.compare else expected, expected, f"result {k}", narrow=narrow)
+    for k, expected in enumerate(whole.gradients):
         if expected is not None:
-            parts = [gradients[k] for _, gradients in ranks]
-            same(join(parts, gradient_type(type_)), expected, f"gradient of operand {k}, {type_}")
+            got = lowered.join({at: g[k] for at, (_, g) in ranks.items()}, lambda s, k=k: gradient_type(s.ins[k]))
+            same(got, expected, f"gradient of operand {k}", narrow=narrow)
 
 
-def same(got: Tensor, expected: Tensor, what: str) -> None:
+def check_strategy(sample: Sample, whole: Run, axis: Axis, strategy: Strategy) -> None:
+    """`check_lowered` along one axis. An AssertionError names the strategy."""
+    try:
+        check_lowered(sample, whole, [(axis, lambda _: strategy)])
+    except Exception as error:
+        ins, outs = (", ".join(map(str, types)) for types in (strategy.ins, strategy.outs))
+        error.add_note(f"{sample} over {axis.size} ranks under strategy {strategy.label!r}: ({ins}) -> ({outs})")
+        raise
+
+
+def same(got: Tensor, expected: Tensor, what: str, *, narrow: bool = False) -> None:
     assert got.shape == expected.shape, f"{what}: {tuple(got.shape)} for {tuple(expected.shape)}"
     assert got.dtype == expected.dtype, f"{what}: {got.dtype} for {expected.dtype}"
-    narrow = expected.dtype in (torch.float32, torch.complex64)
     rtol, atol = (1e-4, 1e-5) if narrow else (1e-9, 1e-10)
     assert torch.allclose(got, expected, rtol=rtol, atol=atol, equal_nan=True), f"{what}: off by {(got - expected).abs().max():.3g}"

@@ -277,7 +277,7 @@ def test_other_losses(reduction: str) -> None:
             F.mse_loss(x, y, reduction=reduction), F.l1_loss(x, y, reduction=reduction), F.smooth_l1_loss(x, y, reduction=reduction),
             F.huber_loss(x, y, reduction=reduction, delta=0.5), F.binary_cross_entropy(p, q.detach(), reduction=reduction),
             F.binary_cross_entropy_with_logits(x, q.detach(), reduction=reduction, pos_weight=w),
-            F.kl_div(F.log_softmax(x, -1), y.softmax(-1), reduction=reduction), F.soft_margin_loss(x, y.sign(), reduction=reduction),
+            F.kl_div(F.log_softmax(x, -1), y.softmax(-1), reduction=reduction), F.soft_margin_loss(x, y.sign().detach(), reduction=reduction),
             F.nll_loss(F.log_softmax(x, -1), target, reduction=reduction),
             F.nll_loss(F.log_softmax(image, 1), places, reduction=reduction),
         )  # fmt: skip

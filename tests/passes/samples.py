@@ -1,0 +1,270 @@
+"""Sample calls of every op that has a sharding rule: float64, odd sizes, dims longer than the axes they are tried on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from shardwright.passes import rules  # noqa: F401  (registers the rules)
+
+from sharded_execution import Sample, run_whole
+
+aten = torch.ops.aten
+ours = torch.ops.shardwright
+
+
+class _Source:
+    """Random tensors, the same at every import."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+
+    def real(self, *shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, generator=self.generator)
+
+    def unit(self, *shape: int) -> Tensor:
+        return 0.1 + 0.8 * torch.rand(shape, dtype=torch.float64, generator=self.generator)
+
+    def ints(self, high: int, *shape: int, low: int = 0) -> Tensor:
+        return torch.randint(low, high, shape, generator=self.generator)
+
+    def bools(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator) < 0.6
+
+
+def samples() -> list[Sample]:
+    return [Sample(*row) if isinstance(row, tuple) else row for table in TABLES for row in table(_Source())]
+
+
+def products(s: _Source) -> Iterator[Any]:
+    yield aten.mm.default, (s.real(5, 7), s.real(7, 6))
+    yield aten.bmm.default, (s.real(4, 3, 5), s.real(4, 5, 7))
+    yield aten.mv.default, (s.real(5, 7), s.real(7))
+    yield aten.dot.default, (s.real(7), s.real(7))
+    yield aten.outer.default, (s.real(5), s.real(4))
+    yield aten.linear.default, (s.real(3, 5, 7), s.real(9, 7))
+    yield aten.linear.default, (s.real(7), s.real(9, 7))
+    yield aten.matmul.default, (s.real(3, 5, 7), s.real(7, 4))
+    yield aten.matmul.default, (s.real(4, 1, 5, 7), s.real(3, 7, 4))
+    yield Sample(aten.matmul.default, (s.real(3, 5, 7), s.real(7)), sharded=False)
+    yield ours.grouped_linear.default, (s.real(11, 5), s.real(3, 6, 5), s.ints(3, 11))
+
+
+def attention(s: _Source) -> Iterator[Any]:
+    q, k, v = s.real(3, 4, 5, 6), s.real(3, 4, 7, 6), s.real(3, 4, 7, 6)
+    op = ours.attention.default
+    yield op, (q, k, v, None, False, 0.4)
+    yield op, (q, s.real(3, 4, 5, 6), s.real(3, 4, 5, 6), None, True, 0.4)
+    yield op, (q, k, v, s.bools(3, 1, 5, 7).index_fill_(3, torch.tensor([0]), True), False, 0.4)
+    yield op, (q, k, v, s.real(4, 5, 7).detach(), False, 0.4)
+    yield op, (q, k, v, s.real(3, 1, 1, 7), False, 0.4)
+
+
+def views(s: _Source) -> Iterator[Any]:
+    for op in (aten.reshape.default, aten.view.default):
+        yield op, (s.real(3, 4, 12), [3, 4, 3, 4])
+        yield op, (s.real(3, 4, 3, 4), [12, 12])
+        yield op, (s.real(12), [3, 4])
+        yield op, (s.real(2, 3, 4), [6, 1, 4])
+    yield aten.reshape.default, (s.real(12, 5), [-1, 4, 5])
+    yield aten.expand.default, (s.real(3, 1, 4), [3, 5, 4])
+    yield aten.expand.default, (s.real(1, 4), [3, 5, 4])
+    yield aten.expand.default, (s.real(3, 1, 4), [-1, 5, -1])
+    yield aten.permute.default, (s.real(3, 4, 5), [2, 0, 1])
+    yield aten.permute.default, (s.real(3, 4, 5), [-1, 1, 0])
+    yield aten.transpose.int, (s.real(3, 4, 5), 0, -1)
+    yield aten.t.default, (s.real(3, 4),)
+    yield Sample(aten.t.default, (s.real(4),))
+    yield aten.unsqueeze.default, (s.real(3, 4), 1)
+    yield aten.unsqueeze.default, (s.real(3, 4), -1)
+    yield aten.squeeze.default, (s.real(3, 1, 4, 1),)
+    yield aten.squeeze.dim, (s.real(3, 1, 4, 1), 1)
+    yield aten.squeeze.dim, (s.real(3, 1, 4, 1), 2)
+    yield aten.squeeze.dims, (s.real(3, 1, 4, 1), [1, -1])
+    yield aten.slice.Tensor, (s.real(3, 12), 1, 4, 8)
+    yield aten.slice.Tensor, (s.real(3, 12), 1, 6, 9223372036854775807)
+    yield aten.slice.Tensor, (s.real(12, 3), 0, -6, 9)
+    yield aten.slice.Tensor, (s.real(3, 12), 1, 1, 9, 2)
+    yield aten.slice.Tensor, (s.real(3, 12), -1)
+    yield aten.select.int, (s.real(3, 4, 5), 1, -1)
+    yield aten.unbind.int, (s.real(3, 4, 5), 1)
+    yield aten.cat.default, ([s.real(3, 4), s.real(3, 5)], 1)
+    yield aten.cat.default, ([s.real(3, 4), s.real(2, 4), s.real(1, 4)],)
+    yield aten.stack.default, ([s.real(3, 4), s.real(3, 4)], -1)
+    yield aten.split.Tensor, (s.real(3, 12), 4, 1)
+    yield aten.split.Tensor, (s.real(11, 4), 4)
+    yield aten.split_with_sizes.default, (s.real(3, 12), [6, 3, 3], -1)
+    yield aten.split_with_sizes.default, (s.real(9, 4), [6, 2, 1])
+    yield aten.constant_pad_nd.default, (s.real(3, 4, 5), [1, 2])
+    yield aten.constant_pad_nd.default, (s.real(3, 4, 5), [0, 0, 1, -1], 2.5)
+    yield aten.pad.default, (s.real(3, 4, 5), [2, 1], "reflect")
+    yield aten.pad.default, (s.real(3, 4, 5), [2, 1], "constant", 1.5)
+    yield aten.flip.default, (s.real(3, 4, 5), [1])
+    yield aten.roll.default, (s.real(3, 4, 5), [1, 2], [0, -1])
+    yield Sample(aten.roll.default, (s.real(3, 4, 5), [2]), sharded=False)
+    yield aten.tril.default, (s.real(3, 4, 5),)
+    yield aten.triu.default, (s.real(3, 4, 5), 1)
+
+
+def reductions(s: _Source) -> Iterator[Any]:
+    x = s.real(3, 4, 5)
+    yield aten.sum.default, (x,)
+    yield aten.sum.default, (s.bools(3, 4),)
+    yield aten.sum.dim_IntList, (x, [1])
+    yield aten.sum.dim_IntList, (x, [0, -1], True)
+    yield aten.sum.dim_IntList, (x, None)
+    yield aten.sum.dim_IntList, (x, [])
+    for op in (aten.amax.default, aten.amin.default):
+        yield op, (x, [1])
+        yield op, (x, [-1], True)
+        yield op, (x,)
+    yield aten.max.default, (x,)
+    yield aten.min.default, (x,)
+    for op in (aten._softmax.default, aten._log_softmax.default):
+        yield op, (x, -1, False)
+    for op in (aten.softmax.int, aten.log_softmax.int):
+        yield op, (x, 1)
+    yield aten.softmax.int, (x.float(), -1, torch.float64)
+    yield aten.cumsum.default, (x, 1)
+    yield aten.cumsum.default, (s.bools(3, 4), -1)
+    yield aten.cumprod.default, (x, 0)
+    yield aten.sort.default, (x,)
+    yield aten.sort.default, (x, 0, True)
+    yield aten.topk.default, (x, 2)
+    yield aten.topk.default, (x, 2, 1)
+    yield aten.argsort.default, (x, 1)
+    yield aten.argmax.default, (x, 1)
+    yield aten.argmin.default, (x, -1, True)
+    yield Sample(aten.argmax.default, (x,), sharded=False)
+    yield ours.logsumexp.default, (x,)
+    yield ours.logsumexp.default, (s.real(3, 7).float(),)
+    yield ours.pick.default, (x, s.ints(5, 3, 4))
+    yield ours.pick.default, (s.real(6, 7), s.ints(7, 6, low=-2))
+
+
+def lookups(s: _Source) -> Iterator[Any]:
+    yield aten.embedding.default, (s.real(11, 5), s.ints(11, 3, 4))
+    yield aten.embedding.default, (s.real(11, 5), s.ints(11, 7), 3)
+    yield Sample(aten.embedding.default, (s.real(11, 5), s.ints(11, 7), -1, True), sharded=False)
+    yield aten.gather.default, (s.real(3, 7), 1, s.ints(7, 3, 5))
+    yield aten.gather.default, (s.real(7, 4, 3), -3, s.ints(7, 5, 2, 3))
+    yield aten.index_select.default, (s.real(3, 7), -1, s.ints(7, 5))
+    x, i = s.real(5, 6, 7), s.ints(5, 3, 4)
+    yield aten.index.Tensor, (x, [i])
+    yield aten.index.Tensor, (x, [None, i])
+    yield aten.index.Tensor, (x, [i, s.ints(6, 4)])
+    yield aten.index.Tensor, (x, [i, None, s.ints(7, 3, 1)])
+    yield Sample(aten.index.Tensor, (x, [s.bools(5)]), sharded=False)
+
+
+def pointwise(s: _Source) -> Iterator[Any]:
+    x, row, one = s.real(3, 4, 5), s.real(4, 1), s.real(1)
+    scalar = torch.tensor(0.5, dtype=torch.float64)
+    yield aten.add.Tensor, (x, row), {"alpha": 2}
+    yield aten.add.Tensor, (x, 2.0)
+    yield aten.sub.Tensor, (x, row)
+    yield aten.mul.Tensor, (x, row)
+    yield aten.mul.Tensor, (x, x)
+    yield aten.mul.Tensor, (x, one)
+    yield aten.mul.Scalar, (x, 2.0)
+    yield aten.div.Tensor, (x, row)
+    yield aten.div.Scalar, (x, 3)
+    yield aten.neg.default, (x,)
+    yield aten.where.self, (s.bools(4, 5), x, row)
+    yield aten.where.self, (s.bools(3, 4, 5), scalar, x)
+    yield aten._to_copy.default, (x,), {"dtype": torch.float32}
+    yield aten._to_copy.default, (x.float(),), {"dtype": torch.float64}
+    yield aten._to_copy.default, (s.ints(9, 3, 4),), {"dtype": torch.float64}
+    for op in (aten.clone, aten.alias, aten.detach, aten.zeros_like, aten.ones_like):
+        yield op.default, (x,)
+    yield aten.full_like.default, (x, 2.5)
+    yield aten.copy.default, (x, s.real(3, 4, 5))
+    yield aten.copy.default, (x, s.real(5))
+    yield aten.masked_fill.Scalar, (x, s.bools(4, 5), 1.5)
+    yield aten.masked_fill.Tensor, (x, s.bools(3, 1, 5), scalar)
+    yield aten.fill.Scalar, (x, 1.5)
+    yield aten.fill.Tensor, (x, scalar)
+    yield ours.dropout.default, (x, torch.tensor(11), 0.3, 4)
+    yield ours.dropout.default, (s.real(7), torch.tensor(11), 0.3, 5)
+
+
+def normalizations(s: _Source) -> Iterator[Any]:
+    x, w, b = s.real(3, 4, 6), s.real(6), s.real(6)
+    yield aten.layer_norm.default, (x, [6], w, b)
+    yield aten.layer_norm.default, (x, [4, 6])
+    yield aten.layer_norm.default, (x, [6], w)
+    yield aten.native_layer_norm.default, (x, [6], w, b, 1e-5)
+    yield aten.rms_norm.default, (x, [6], w, 1e-6)
+    yield aten.group_norm.default, (s.real(3, 6, 5), 2, w, b)
+    yield aten.group_norm.default, (s.real(3, 6, 5), 3)
+
+
+def convolutions(s: _Source) -> Iterator[Any]:
+    x, options = s.real(3, 4, 7, 6), ([1, 2], [1, 0], [1, 1])
+    yield aten.convolution.default, (x, s.real(5, 4, 3, 2), None, *options, False, [0, 0], 1)
+    yield aten.convolution.default, (x, s.real(6, 2, 3, 2), None, *options, False, [0, 0], 2)
+    yield aten.convolution.default, (x, s.real(4, 5, 3, 2), None, *options, True, [0, 0], 1)
+    yield Sample(aten.convolution.default, (x, s.real(5, 4, 3, 2), s.real(5), *options, False, [0, 0], 1), sharded=False)
+    yield aten.max_pool2d.default, (x, [3, 2], [2, 2], [1, 0])
+    yield aten.max_pool2d_with_indices.default, (x, [3, 2])
+    yield aten.max_pool1d.default, (s.real(3, 4, 7), [2])
+    yield aten.avg_pool2d.default, (x, [3, 2])
+    yield aten.avg_pool1d.default, (s.real(3, 4, 7), [2])
+    yield aten.adaptive_avg_pool2d.default, (x, [3, 2])
+    yield aten.adaptive_avg_pool2d.default, (s.real(4, 7, 6), [1, 1])
+    yield aten._adaptive_avg_pool2d.default, (x, [3, 2])
+    yield aten.adaptive_avg_pool1d.default, (s.real(3, 4, 7), [2])
+    yield aten.upsample_nearest2d.vec, (x, None, [2.0, 2.0])
+    yield aten.upsample_bilinear2d.vec, (x, [9, 5], False, None)
+
+
+def factories(s: _Source) -> Iterator[Any]:
+    x, double = s.real(3, 4), {"dtype": torch.float64}
+    yield aten.full.default, ([3, 5], 2.5), double
+    yield aten.zeros.default, ([3, 5],), double
+    yield aten.ones.default, ([3, 5],), double
+    yield Sample(aten.empty.memory_format, ([3, 5],), double, compare=False)
+    yield aten.new_zeros.default, (x, [5, 4])
+    yield aten.new_ones.default, (x, [5, 4])
+    yield aten.new_full.default, (x, [5, 4], 1.5)
+    yield aten.arange.default, (7,)
+    yield aten.arange.default, (7,), double
+    yield aten.arange.start, (-2, 5)
+    yield aten.arange.start_step, (1, 13, 2)
+    yield aten.arange.start_step, (0.5, 3.0, 0.25), double
+    yield aten.arange.start_step, (9, 2, -1)
+
+
+TABLES = (products, attention, views, reductions, lookups, pointwise, normalizations, convolutions, factories)
+
+
+def tagged_pointwise_ops() -> list[OpOverload]:
+    """Every functional ATen op of one result that torch tags as elementwise: what `find_rule` gives the generic rule."""
+    found = []
+    for name in dir(aten):
+        packet = getattr(aten, name)
+        for overload in packet.overloads() if hasattr(packet, "overloads") else ():
+            op = getattr(packet, overload)
+            schema = op._schema
+            if torch.Tag.pointwise in op.tags and len(schema.returns) == 1 and not schema.is_mutable:
+                found.append(op)
+    return found
+
+
+def generic_sample(op: OpOverload) -> Sample | None:
+    """A call of `op` with broadcast tensors and plain scalars; None where the op takes no such call."""
+    s = _Source()
+    arguments = [a for a in op._schema.arguments if not a.kwarg_only and not a.has_default_value()]
+    for tensor in (s.unit, lambda *shape: s.ints(5, *shape, low=1), s.bools):
+        shapes = iter([(5, 4), (4,), (5, 1), (5, 4)])
+        args = tuple(tensor(*next(shapes)) if str(a.type) == "Tensor" else 2 for a in arguments)
+        try:
+            run_whole(Sample(op, args), grad=True)
+        except (RuntimeError, NotImplementedError, ValueError):
+            continue
+        return Sample(op, args)
+    return None

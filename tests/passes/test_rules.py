@@ -1,0 +1,73 @@
+"""Every sharding rule by execution: what the ranks compute together, and its gradients, are those of one rank."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from shardwright.passes.convert import convert
+from shardwright.passes.rules.base import RULES, Axis, Strategy, strategies
+from shardwright.passes.types import Varying
+
+from samples import generic_sample, ours, samples, tagged_pointwise_ops
+from sharded_execution import Choice, Run, Sample, check_lowered, check_strategy, run_whole, splits_of
+
+SAMPLES = samples()
+AXES = [Axis("x", 2), Axis("x", 3)]
+ELSEWHERE = {convert: "test_convert.py", ours.dropout_shard.default: "test_dropout_lowered_twice"}
+"""Ops that only a first lowering makes, and where they are tested."""
+
+
+def runs(sample: Sample) -> list[Run]:
+    """The sample with gradients and, as rules may offer more without, without them."""
+    with_gradient = run_whole(sample, grad=True)
+    differs = any(o.grad for o in with_gradient.call.operands)
+    return [with_gradient, run_whole(sample, grad=False)] if differs else [with_gradient]
+
+
+@pytest.mark.parametrize("axis", AXES, ids=lambda axis: f"{axis.size}-ranks")
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+def test_rule(sample: Sample, axis: Axis) -> None:
+    sharded = False
+    for whole in runs(sample):
+        for strategy in strategies(whole.call, axis, splits_of(whole.call, axis.size)):
+            check_strategy(sample, whole, axis, strategy)
+            sharded |= any(isinstance(t, Varying) for t in (*strategy.ins, *strategy.outs))
+    assert sharded == sample.sharded, "the rule offers " + ("nothing" if sample.sharded else "what it should not")
+
+
+def test_every_rule_has_a_sample() -> None:
+    assert not set(RULES) - {s.target for s in SAMPLES} - set(ELSEWHERE), "ops with a rule and no sample"
+
+
+def test_elementwise_ops() -> None:
+    """The rule that every op with torch's pointwise tag gets."""
+    tried = 0
+    for op in tagged_pointwise_ops():
+        sample = generic_sample(op) if op not in RULES else None
+        if sample is not None:
+            tried += 1
+            whole = run_whole(sample, grad=True)
+            for strategy in strategies(whole.call, AXES[0], {("out", 0, 0): [((1, 4),)]}):
+                check_strategy(sample, whole, AXES[0], strategy)
+    assert tried > 180, f"only {tried} ops could be called"
+
+
+@pytest.mark.parametrize("labels", list(itertools.product(("d0", "d1", "d2", "P"), repeat=2)), ids="-".join)
+def test_dropout_lowered_twice(labels: tuple[str, str]) -> None:
+    """A cut of a cut draws the numbers of the whole."""
+    x = torch.randn(7, 8, 9, dtype=torch.float64)
+    sample = Sample(ours.dropout.default, (x, torch.tensor(11), 0.4, 6))
+    check_lowered(sample, run_whole(sample, grad=True), by_label(labels))
+
+
+def by_label(labels: Sequence[str]) -> list[tuple[Axis, Choice]]:
+    """One axis after the other, each taken by the strategy of this label."""
+
+    def choice(axis: Axis, label: str) -> Choice:
+        return lambda call: next(s for s in strategies(call, axis) if s.label == label)
+
+    return [(axis, choice(axis, label)) for axis, label in zip((Axis("x", 2), Axis("y", 3)), labels, strict=False)]
