@@ -87,6 +87,18 @@ class Problem:
                         f"node {node} has {len(self.node_cost[node])} strategies, but {len(types)} types are given for it"
                     )
 
+    def evaluate(self, choice: Sequence[int]) -> float:
+        """The cost of a choice; inf if it is impossible or over the budget."""
+        total = sum(float(cost[s]) for cost, s in zip(self.node_cost, choice, strict=True))
+        for value in self.values:
+            produced = value.produced[choice[value.node]]
+            total += sum(float(value.conversion[produced, t]) for t in {use.needed[choice[use.node]] for use in value.uses})
+        if self.node_weight is not None and self.budget is not None:
+            weight = sum(float(w[s]) for w, s in zip(self.node_weight, choice, strict=True))
+            if weight > self.budget * (1 + 1e-9):
+                return INFINITY
+        return total
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -120,21 +132,8 @@ def solve(problem: Problem, *, gap: float = 0.0, time_limit: float = 60.0) -> So
     except Infeasible as found:
         raise _explain(problem, found.nodes, time_limit) from None
     choice = network.expand(reduced)
-    cost = evaluate(problem, choice)
+    cost = problem.evaluate(choice)
     return Solution(choice, cost, min(cost, network.constant + bound))
-
-
-def evaluate(problem: Problem, choice: Sequence[int]) -> float:
-    """The cost of a choice; inf if it is impossible or over the budget."""
-    total = sum(float(cost[s]) for cost, s in zip(problem.node_cost, choice, strict=True))
-    for value in problem.values:
-        produced = value.produced[choice[value.node]]
-        total += sum(float(value.conversion[produced, t]) for t in {use.needed[choice[use.node]] for use in value.uses})
-    if problem.node_weight is not None and problem.budget is not None:
-        weight = sum(float(w[s]) for w, s in zip(problem.node_weight, choice, strict=True))
-        if weight > problem.budget * (1 + 1e-9):
-            return INFINITY
-    return total
 
 
 def _explain(problem: Problem, nodes: Sequence[int], time_limit: float) -> AssignError:
@@ -164,17 +163,15 @@ def _solve_reduced(network: Network, gap: float, deadline: float) -> tuple[dict[
         return {}, 0.0
     program = _Program(network)
     relaxed, bound = _run_highs(program.model(), deadline)
-    if relaxed is None:
-        relaxed = np.zeros(program.columns)
-    elif program.is_integral(relaxed):
+    if relaxed is not None and program.is_integral(relaxed):
         return program.positions(relaxed), bound / program.scale
-    start = network.descend(program.positions(relaxed))
-    feasible = np.isfinite(evaluate(network.problem, network.expand(start)))
-    solution, tree_bound = _run_highs(program.model(integer=True), deadline, gap, program.point(start) if feasible else None)
+    start = network.heuristic([] if relaxed is None else [program.positions(relaxed)])
+    solution, tree_bound = _run_highs(program.model(integer=True), deadline, gap, None if start is None else program.point(start))
     bound = max(bound, tree_bound) / program.scale
     if solution is not None:
-        return program.positions(solution), bound
-    if feasible:
+        found = [program.positions(solution), *([] if start is None else [start])]
+        return min(found, key=lambda positions: network.problem.evaluate(network.expand(positions))), bound
+    if start is not None:
         return start, bound
     raise AssignError("no solution was found within the time limit: allow more time")
 

@@ -228,13 +228,33 @@ class Network:
             choice[v] = int(table[tuple(choice[n] for n in neighbours)])
         return tuple(choice[v] for v in range(len(self.alive)))
 
-    def descend(self, start: dict[int, int]) -> dict[int, int]:
+    def heuristic(self, starts: Iterable[dict[int, int]]) -> dict[int, int] | None:
+        """A good possible choice of the remaining nodes, from the given ones and the first strategies; None where none is found."""
+        best: tuple[float, dict[int, int]] | None = None
+        for start in (*starts, dict.fromkeys(self.remaining(), 0)):
+            for price in self._weight_prices():
+                choice = self.descend(start, price)
+                cost = self.problem.evaluate(self.expand(choice))
+                if cost < INFINITY:
+                    best = (cost, choice) if best is None or cost < best[0] else best
+                    break
+        return None if best is None else best[1]
+
+    def _weight_prices(self) -> list[float]:
+        """Rising prices for a unit of weight: 0 where there is no budget."""
+        if self.problem.budget is None:
+            return [0.0]
+        cost = sum(float(u[np.isfinite(u)].max()) for u in self.unary)
+        unit = cost / max(sum(float(np.ptp(w)) for w in self.weight), 1e-300)
+        return [0.0, *(unit * 2.0**k for k in range(-3, 9))]
+
+    def descend(self, start: dict[int, int], weight_price: float = 0.0) -> dict[int, int]:
         """Improve a choice of the remaining nodes one node at a time until none improves. May start from an impossible one."""
         choice, big = dict(start), 1e3 * (1.0 + sum(float(np.max(u)) for u in self.unary))
         for _ in range(20):
             changed = False
             for v in choice:
-                costs = self._costs_around(v, choice, big)
+                costs = self._costs_around(v, choice, big) + weight_price * self.weight[v]
                 best = int(costs.argmin())
                 if costs[best] < costs[choice[v]]:
                     choice[v], changed = best, True

@@ -18,14 +18,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload
 from torch.export.graph_signature import ExportGraphSignature, InputKind, OutputKind
 
+from ..passes.normalize import views
 from ..passes.normalize.gradients import mark_gradients
+from ..passes.normalize.rewrite import rewrite
 from . import fidelity, torch_compat
 from .call_structure import Branch, CallStructure, Slot, Tree, build, describe_output, flatten_call, signature, split_target
 from .capture_error import CaptureError
 from .fidelity import line_of_stack_trace
+from .regions import settle_regions
 
 __all__ = ["CallStructure", "CaptureError", "Captured", "capture", "signature"]
 
@@ -104,7 +106,7 @@ def _check_autocast() -> None:
             raise CaptureError(
                 f"capture under torch.autocast({device!r}): the casts would not be in the graph",
                 fidelity.calling_line(),
-                "leave the autocast region and convert the model (model.to(torch.bfloat16)), or put torch.autocast('cpu', dtype) around",
+                "leave the autocast region and convert the model instead: model.to(torch.bfloat16)",
             )
 
 
@@ -250,7 +252,7 @@ def _export(traced: _Traced, fakes: tuple[Tensor, ...]) -> torch.export.Exported
             warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
             program = torch.export.export(traced, fakes, strict=False)
             fidelity.check_static(program.graph_module)
-            _cut_no_grad_regions(program.graph_module)
+            settle_regions(program.graph_module)
             return program.run_decompositions({})
     except CaptureError:
         raise
@@ -263,57 +265,6 @@ def _export(traced: _Traced, fakes: tuple[Tensor, ...]) -> torch.export.Exported
             source,
             "see the error above, and torch.export's documentation",
         ) from error
-
-
-def _cut_no_grad_regions(graph: fx.GraphModule) -> None:
-    """Put `detach` on what enters a no_grad region, because run_decompositions inlines the region without a trace."""
-    for node in list(graph.graph.nodes):
-        if node.target is torch.ops.higher_order.wrap_with_autocast:
-            device, dtype, enabled = node.args[:3]
-            if enabled and device != "cpu":
-                raise CaptureError(
-                    f"the forward enables torch.autocast({device!r}, {dtype}), whose casts depend on the device",
-                    line_of_stack_trace(node.meta.get("stack_trace")) or _first_source(getattr(graph, node.args[4].target)),
-                    "convert the model instead (model.to(torch.bfloat16)), or disable autocast inside",
-                )
-        for argument in node.args:
-            if isinstance(argument, fx.Node) and argument.op == "get_attr":
-                inner = getattr(graph, str(argument.target), None)
-                if isinstance(inner, fx.GraphModule):
-                    _cut_no_grad_regions(inner)
-                    if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled and node.args[0] is False:
-                        _detach_inputs(inner)
-
-
-def _first_source(graph: fx.GraphModule) -> str | None:
-    return next((s for n in graph.graph.nodes if (s := line_of_stack_trace(n.meta.get("stack_trace")))), None)
-
-
-def _detach_inputs(region: fx.GraphModule) -> None:
-    placeholders = [n for n in region.graph.nodes if n.op == "placeholder"]
-    written = _written(region.graph)
-    for placeholder in placeholders:
-        value = placeholder.meta.get("val")
-        floating = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
-        if floating and placeholder.users and placeholder not in written:
-            with region.graph.inserting_after(placeholders[-1]):
-                cut = region.graph.call_function(aten.detach.default, (placeholder,))
-            cut.meta = dict(placeholder.meta)
-            placeholder.replace_all_uses_with(cut, delete_user_cb=lambda user, cut=cut: user is not cut)
-    region.recompile()
-
-
-def _written(graph: fx.Graph) -> set[fx.Node]:
-    """Placeholders that the region writes to, directly or through views. `fidelity.Watch` saw that they carry no gradient."""
-    found = set()
-    for node in graph.nodes:
-        if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
-            root = node.args[0]
-            while isinstance(root, fx.Node) and root.op == "call_function" and root.args:
-                root = root.args[0]
-            if isinstance(root, fx.Node):
-                found.add(root)
-    return found
 
 
 def _readable(
@@ -347,6 +298,8 @@ def _readable(
                 copy.target = aten.reshape.default
         copies[node] = copy
     result = fx.GraphModule(nn.Module(), graph)
+    if graph.find_nodes(op="call_function", target=aten.copy.default):
+        result = rewrite(result, {aten.copy.default: views.copy})  # torch has no derivative of it
     return result, _output_keys(program.graph_signature, names, result), constants
 
 

@@ -23,7 +23,7 @@ from .capture_error import CaptureError
 if TYPE_CHECKING:
     from .capture import Captured
 
-TORCH_ROOT = os.path.dirname(torch.__file__) + os.sep
+TORCH_ROOT = os.path.dirname(str(torch.__file__)) + os.sep
 HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 APPLY = torch.autograd.Function.apply.__func__.__code__
 
@@ -158,11 +158,15 @@ class Watch(TorchFunctionMode):
                 source,
                 "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False); shardwright chooses what to recompute either way",
             )
-        raise CaptureError(
-            f"the forward uses the custom autograd function {getattr(function, '__qualname__', function)}, whose own backward a trace would lose",
-            source,
-            "write it with ordinary differentiable operations, or register it as a torch.library.custom_op with register_autograd",
-        )
+        raise custom_function(str(getattr(function, "__qualname__", function)), source)
+
+
+def custom_function(name: str, source: str | None) -> CaptureError:
+    return CaptureError(
+        f"the forward uses the custom autograd function {name}, whose own backward a trace would lose",
+        source,
+        "write it with ordinary differentiable operations, or register it as a torch.library.custom_op with register_autograd",
+    )
 
 
 def _writes(name: str, tensor: Tensor) -> bool:
@@ -227,11 +231,7 @@ def check_autograd_graph(outputs: Sequence[Tensor]) -> None:
             continue
         seen.add(node)
         if isinstance(node, torch.autograd.function.BackwardCFunction) and not torch_compat.is_registered_autograd(type(node)):
-            raise CaptureError(
-                f"the forward uses a custom autograd function ({node.name()}), whose own backward a trace would lose",
-                None,
-                "write it with ordinary differentiable operations, or register it as a torch.library.custom_op with register_autograd",
-            )
+            raise custom_function(node.name(), None)
         stack.extend(parent for parent, _ in node.next_functions)
 
 
@@ -256,7 +256,7 @@ def data_dependent(source: str | None) -> CaptureError:
     return CaptureError(
         "a number, a branch or a shape depends on the values of tensors",
         source,
-        "keep it a tensor computation: torch.where instead of `if`, a 0-dim tensor instead of .item(), a mask instead of boolean indexing",
+        "keep it a tensor computation: torch.where for `if`, a 0-dim tensor for .item(), a mask for a boolean index",
     )
 
 

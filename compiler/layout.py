@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 from torch import fx
@@ -9,6 +10,7 @@ from torch import fx
 from ..passes.graph_tools import Values, is_getitem, metas, op_call
 from ..passes.ops import use_communicator
 from ..passes.types import Type
+from .choose import least_crossing
 from .cost import op_flops
 from .emit import Problem, coordinates_of, lower
 from .plan import Plan
@@ -43,13 +45,12 @@ def stages_of_parameters(gm: fx.GraphModule, stages: int) -> dict[str, int]:
         size = float(sum(_bytes(m.shape) * m.dtype.itemsize for m in metas(node)))
         for at in range(position[node] + 1, last + 1):
             crossing[at] += size
-    inner = [c for c in crossing[1:-1] if c > 0]
-    least = min(inner) if inner else 0.0
-    borders = [0, *(i for i in range(1, len(nodes)) if 0 < crossing[i] <= 1.01 * least), len(nodes)]
-    if len(borders) - 1 < stages:
-        borders = list(range(len(nodes) + 1))
-    costs = [sum(work(n) for n in nodes[a:b]) for a, b in zip(borders, borders[1:], strict=False)]
-    cuts = cut_stages(costs, [crossing[b] for b in borders[1:-1]], stages)
+    costs = [work(n) for n in nodes]
+    stream = 1.01 * least_crossing(gm)
+    narrow = [i for i in range(1, len(nodes)) if 0 < crossing[i] <= stream]
+    borders, cuts = _cut(costs, crossing, narrow, stages)
+    if not _balanced(costs, borders, cuts):
+        borders, cuts = _cut(costs, crossing, [i for i in range(1, len(nodes)) if crossing[i] > 0], stages)
     starts = [borders[c] for c in cuts]
     stage_at = [sum(i >= s for s in starts) for i in range(len(nodes))]
     found: dict[str, int] = {}
@@ -58,6 +59,25 @@ def stages_of_parameters(gm: fx.GraphModule, stages: int) -> dict[str, int]:
             uses = [position[u] for u in node.users if u in position]
             found[node.meta["key"].removeprefix("param.")] = stage_at[min(uses)] if uses else 0
     return found
+
+
+FLOPS_PER_BYTE = 100.0
+"""What a byte that crosses a border weighs against work: between a CPU's network and an accelerator's."""
+
+
+def _cut(costs: list[float], crossing: list[float], inner: list[int], stages: int) -> tuple[list[int], tuple[int, ...]]:
+    """(borders of segments, indices of the segments that stages begin with), cutting only at `inner` positions."""
+    borders = [0, *inner, len(costs)]
+    if len(borders) - 1 < stages:
+        return borders, ()
+    segments = [sum(costs[a:b]) for a, b in itertools.pairwise(borders)]
+    return borders, cut_stages(segments, [crossing[b] for b in inner], stages, FLOPS_PER_BYTE)
+
+
+def _balanced(costs: list[float], borders: list[int], cuts: tuple[int, ...]) -> bool:
+    """Whether the heaviest stage does at most half as much again as the mean."""
+    edges = [0, *(borders[c] for c in cuts), len(costs)]
+    return bool(cuts) and max(sum(costs[a:b]) for a, b in itertools.pairwise(edges)) <= 1.5 * sum(costs) / (len(edges) - 1)
 
 
 def _bytes(shape: tuple[int, ...]) -> int:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from .topology import Device, Level, Topology
 
 _PRODUCT_SIZES = (128, 256, 512, 1024, 2048, 4096, 8192)
+_LARGE_ENOUGH = 512
 _MESSAGES = (1 << 12, 1 << 16, 1 << 20, 1 << 23, 1 << 25)
 
 
@@ -46,17 +47,17 @@ def fit_line(sizes: Sequence[float], times: Sequence[float]) -> tuple[float, flo
 
 
 def _time(work: Callable[[], object], device: torch.device, budget: float) -> float:
-    """Median seconds of one call; at least three calls, about `budget` seconds in all."""
+    """Seconds of one call, the lower quartile: at least five calls, about `budget` seconds in all."""
     found = []
     deadline = time.perf_counter() + budget
     work()
-    while len(found) < 3 or (time.perf_counter() < deadline and len(found) < 50):
+    while len(found) < 5 or (time.perf_counter() < deadline and len(found) < 50):
         _wait(device)
         start = time.perf_counter()
         work()
         _wait(device)
         found.append(time.perf_counter() - start)
-    return float(np.median(found))
+    return float(np.quantile(found, 0.25))
 
 
 def _wait(device: torch.device) -> None:
@@ -74,7 +75,7 @@ def _measure_device(device: torch.device, seconds: float, world: int) -> Device:
             a = torch.ones(n, n, dtype=dtype, device=device)
             times.append(_time(lambda a=a: a @ a, device, share / 12))
             work.append(2.0 * n**3)
-            if times[-1] > share / 12:
+            if n >= _LARGE_ENOUGH and times[-1] > share / 12:
                 break
         flops[str(dtype).removeprefix("torch.")] = 1 / fit_line(work, times)[1]
     one = torch.ones(1, device=device)

@@ -63,7 +63,7 @@ def forward_ops(axis: str, src: Type, dst: Type) -> list[Step]:
             return []
         case (Invariant() | Replicate(), Varying()):
             return [(ops.shard.default, (axis, *_dim(dst)))]
-        case (Invariant() | Replicate(), Partial()):
+        case (Invariant() | Replicate(), Partial("sum")):
             return [(ops.keep_first.default, (axis,))]
         case (Varying(), Invariant() | Replicate()):
             return [(ops.all_gather.default, (axis, *_dim(src)))]
@@ -73,7 +73,7 @@ def forward_ops(axis: str, src: Type, dst: Type) -> list[Step]:
             return [(ops.all_gather.default, (axis, *_dim(src))), (ops.shard.default, (axis, *_dim(dst)))]
         case (Partial(op), Invariant() | Replicate()):
             return [(ops.all_reduce.default, (axis, op))] if op != "sum" else [(ops.all_reduce.default, (axis,))]
-        case (Partial(), Varying()):
+        case (Partial("sum"), Varying()):
             return [(ops.reduce_scatter.default, (axis, *_dim(dst)))]
     raise ValueError(f"there is no conversion {src} -> {dst} over axis {axis!r}")
 
@@ -91,15 +91,15 @@ def backward_ops(axis: str, src: Type, dst: Type) -> list[Step]:
             return [(ops.reduce_scatter.default, (axis, *_dim(src)))]
         case (Varying(), Varying()):
             return forward_ops(axis, dst, src)
-        case (Partial(), Invariant()):
+        case (Partial("sum"), Invariant()):
             return []
-        case (Partial(), Replicate()):
+        case (Partial("sum"), Replicate()):
             return [(ops.all_reduce.default, (axis,))]
-        case (Partial(), Varying()):
+        case (Partial("sum"), Varying()):
             return [(ops.all_gather.default, (axis, *_dim(dst)))]
         case (Replicate(), Varying()):
             return [(ops.unshard.default, (axis, *_dim(dst)))]
-        case (Replicate(), Partial()):
+        case (Replicate(), Partial("sum")):
             return [(ops.keep_first.default, (axis,))]
     raise ValueError(f"the conversion {src} -> {dst} over axis {axis!r} carries no gradient")
 

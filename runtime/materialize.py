@@ -242,7 +242,11 @@ class _Initializer:
 
     def run(self, module: nn.Module, take: Callable[[nn.Module, str, Tensor, bool], None]) -> None:
         """Initialize `module` and hand `take` (module, attribute, value, whether it was filled) of all it wrote."""
-        below = {id(t): m for m in module.modules() if m is not module for t in own_tensors(m).values()}
+        below: dict[int, nn.Module] = {}
+        for m in module.modules():
+            if m is not module:
+                for t in own_tensors(m).values():
+                    below.setdefault(id(t), m)
         group = [module]
         while True:
             originals = {m: own_tensors(m) for m in group}

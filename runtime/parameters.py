@@ -48,13 +48,14 @@ def read_ranges(source: Any, ranges: Sequence[Ranges], dtype: torch.dtype) -> Te
     if any(not pieces for pieces in ranges):
         return torch.empty(range_lengths(ranges), dtype=dtype)
 
-    def read(prefix: tuple[slice, ...]) -> Tensor:
-        if len(prefix) == len(ranges):
-            return source[prefix]
-        parts = [read((*prefix, slice(start, start + length))) for start, length in ranges[len(prefix)]]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, len(prefix))
+    return _read(source, ranges, ())
 
-    return read(())
+
+def _read(source: Any, ranges: Sequence[Ranges], prefix: tuple[slice, ...]) -> Tensor:
+    if len(prefix) == len(ranges):
+        return source[prefix]
+    parts = [_read(source, ranges, (*prefix, slice(start, start + length))) for start, length in ranges[len(prefix)]]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, len(prefix))
 
 
 @dataclass

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ...compiler.torch_compat import is_composite
+from ...compiler.torch_compat import OpOverload, is_composite
 from .rewrite import Builder, leaves, map_leaves
 
 aten = torch.ops.aten

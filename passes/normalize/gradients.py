@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -22,13 +23,9 @@ CUTS = frozenset(
         aten.new_ones.default,
         aten.new_full.default,
         aten.new_empty.default,
-        aten.histc.default,
-        aten.sign.default,
-        aten.bernoulli.default,
-        aten.bernoulli.p,
     }
 )
-"""Ops with floating results through which no gradient flows."""
+"""Ops with floating results that autograd takes for constants. (A derivative of zero, as of sign, is a gradient all the same.)"""
 
 
 def mark_gradients(graph: fx.Graph, roots: Collection[str] | None = None) -> None:
@@ -46,7 +43,7 @@ def mark_gradients(graph: fx.Graph, roots: Collection[str] | None = None) -> Non
             node.meta["grad"] = depends and _has_floating(node.meta.get("val"))
 
 
-def _has_floating(value: object) -> bool:
+def _has_floating(value: Any) -> bool:
     if isinstance(value, tuple | list):
         return any(_has_floating(v) for v in value)
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
 
+from ...compiler.torch_compat import OpOverload
 from .gradients import CUTS
 
 aten = torch.ops.aten
@@ -192,7 +192,7 @@ def trim(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[t
 
 def wrap_dims(target: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Negative `dim`, `dims`, `dim0`, `dim1` arguments made non-negative."""
-    if not isinstance(target, OpOverload):
+    if not isinstance(target, OpOverload) or target is aten.tile.default:  # the `dims` of tile are repeats
         return args
     rank = next((len(shape_of(a)) for a in _tensors(args)), None)
     if rank is None:

@@ -130,6 +130,8 @@ def squeeze(b: Builder, x: Any, *dims: Any) -> Any:
     shape = shape_of(x)
     chosen = range(len(shape)) if not dims else dims[0] if isinstance(dims[0], tuple | list) else [dims[0]]
     gone = {d for d in chosen if d < len(shape) and shape[d] == 1}
+    if len(gone) == 1 and made_by(x, aten.unsqueeze.default) and x.args[1] in gone:
+        return x.args[0]
     if len(gone) == 1:
         return b.emit(aten.squeeze.dim, x, gone.pop())
     return b(aten.reshape.default, x, [s for d, s in enumerate(shape) if d not in gone])

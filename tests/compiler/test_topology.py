@@ -94,6 +94,6 @@ def test_fits_latency_and_bandwidth():
 
 def test_measures_this_machine():
     topology = measure("cpu", seconds=0.3)
-    assert 1e8 < topology.device.peak("float32") < 1e14
-    assert 1e8 < topology.device.bandwidth < 1e13
+    assert 1e7 < topology.device.peak("float32") < 1e14
+    assert 1e7 < topology.device.bandwidth < 1e13
     assert topology.device.memory > 1e8 and topology.world_size == 1

@@ -182,8 +182,8 @@ def pointwise(s: _Source) -> Iterator[Any]:
     for op in (aten.clone, aten.alias, aten.detach, aten.zeros_like, aten.ones_like):
         yield op.default, (x,)
     yield aten.full_like.default, (x, 2.5)
-    yield aten.copy.default, (x, s.real(3, 4, 5))
-    yield aten.copy.default, (x, s.real(5))
+    yield Sample(aten.copy.default, (x, s.real(3, 4, 5)), differentiable=False)
+    yield Sample(aten.copy.default, (x, s.real(5)), differentiable=False)
     yield aten.masked_fill.Scalar, (x, s.bools(4, 5), 1.5)
     yield aten.masked_fill.Tensor, (x, s.bools(3, 1, 5), scalar)
     yield aten.fill.Scalar, (x, 1.5)
@@ -250,7 +250,7 @@ def tagged_pointwise_ops() -> list[OpOverload]:
         for overload in packet.overloads() if hasattr(packet, "overloads") else ():
             op = getattr(packet, overload)
             schema = op._schema
-            if torch.Tag.pointwise in op.tags and len(schema.returns) == 1 and not schema.is_mutable:
+            if torch.Tag.pointwise in op.tags and [str(r.type) for r in schema.returns] == ["Tensor"] and not schema.is_mutable:
                 found.append(op)
     return found
 

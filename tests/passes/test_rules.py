@@ -12,7 +12,7 @@ from shardwright.passes.convert import convert
 from shardwright.passes.rules.base import RULES, Axis, Strategy, strategies
 from shardwright.passes.types import Varying
 
-from samples import generic_sample, ours, samples, tagged_pointwise_ops
+from samples import aten, generic_sample, ours, samples, tagged_pointwise_ops
 from sharded_execution import Choice, Run, Sample, check_lowered, check_strategy, run_whole, splits_of
 
 SAMPLES = samples()
@@ -37,6 +37,40 @@ def test_rule(sample: Sample, axis: Axis) -> None:
             check_strategy(sample, whole, axis, strategy)
             sharded |= any(isinstance(t, Varying) for t in (*strategy.ins, *strategy.outs))
     assert sharded == sample.sharded, "the rule offers " + ("nothing" if sample.sharded else "what it should not")
+
+
+@pytest.mark.parametrize("sample", [s for s in SAMPLES if s.args and torch.is_tensor(s.args[0]) and s.args[0].dim()], ids=str)
+def test_a_rank_without_samples(sample: Sample) -> None:
+    """A batch smaller than its axis leaves ranks with no row of dim 0."""
+    whole = run_whole(sample, grad=True)
+    empty = Varying(0, ((sample.args[0].shape[0], 0),))
+    for strategy in strategies(whole.call, AXES[0], {("in", 0, 0): [empty.sections]}):
+        if strategy.ins[0] == empty:
+            check_strategy(sample, whole, AXES[0], strategy)
+
+
+MUST_OFFER = {
+    aten.mm.default: "m k n",
+    aten.bmm.default: "b m k n",
+    aten.linear.default: "...2 ...1 k n",
+    ours.attention.default: "b h i",
+    aten.embedding.default: "i0 i1 h v",
+    ours.logsumexp.default: "d0 d1 v",
+    ours.pick.default: "d0 d1 v",
+    aten.reshape.default: "f0 f1 f2 f3 P",
+    aten.layer_norm.default: "d0 d1",
+    aten.convolution.default: "n o c",
+    aten.split.Tensor: "d0 piece",
+    aten.sum.dim_IntList: "d0 d1 d2 P",
+}
+"""Factors without which a transformer would not be sharded as it should, for the first sample of each op."""
+
+
+@pytest.mark.parametrize("target", MUST_OFFER, ids=str)
+def test_rule_offers(target: object) -> None:
+    sample = next(s for s in SAMPLES if s.target is target)
+    offered = {s.label for s in strategies(run_whole(sample, grad=True).call, AXES[0])}
+    assert offered >= {"I", "R", *MUST_OFFER[target].split()}
 
 
 def test_every_rule_has_a_sample() -> None:

@@ -1,0 +1,81 @@
+"""What a rank's program sends in one step, collective by collective, as the emitted graphs and the schedule say it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from ..passes.ops.collectives import COMMUNICATION
+from ..runtime.program import Instruction, RankProgram, TensorSpec
+from .cost import communication_of
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective, or one message between stages ("send", over axis "pp").
+
+    axis    as named in the program: "tp", or "dp_replicate+dp_shard" for several at once
+    size    bytes of the whole value: what a rank holds after a gather and before a reduction
+    phase   "forward", "backward" or "prologue" in a graph of that name; "schedule" for the schedule's own: gathers of ZeRO-1/2, reductions of
+            gradients, the loss
+    block   the repeated block it was emitted for, None outside of them
+    """
+
+    kind: str
+    axis: str
+    size: float
+    phase: str
+    block: object = None
+
+
+def graph_collectives(gm: fx.GraphModule, phase: str) -> list[Collective]:
+    """Those of one emitted graph, in order."""
+    found = []
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.target in COMMUNICATION:
+            axis, kind, size = communication_of(node)
+            found.append(Collective(kind, axis, size, phase, node.meta.get("block")))
+    return found
+
+
+def traffic(program: RankProgram) -> list[Collective]:
+    """Those of one step, in the order of the schedule: every micro-batch counts."""
+    graphs = {name: graph_collectives(spec.graph, name.split("_")[0]) for name, spec in program.graphs.items()}
+    specs = {f"param.{s.name}": s for s in program.parameters}
+    outputs = {o.key: float(o.dtype.itemsize) for o in program.outputs}
+    found: list[Collective] = []
+    for instruction in program.schedule:
+        match instruction.kind:
+            case "run":
+                found += graphs[instruction.graph]
+            case "send":
+                found += [Collective("send", "pp", size, "schedule") for size in _messages(program, instruction)]
+            case "receive":
+                pass
+            case _:
+                size = sum(outputs.get(k) or _whole_bytes(program, specs[k.removeprefix("grad.")]) for k in instruction.keys)
+                found.append(Collective(instruction.kind.replace("gather", "all_gather"), instruction.axis, size, "schedule"))
+    return found
+
+
+def _whole_bytes(program: RankProgram, spec: TensorSpec) -> float:
+    """Bytes of a parameter as the graphs take it: cut by every axis but those it is gathered over."""
+    shape = list(spec.shape)
+    for cut in spec.cuts:
+        if cut.axis not in spec.gathered:
+            shape[cut.dim] = sum(section[program.coordinates[cut.axis]] for section in cut.sections)
+    size = float(spec.dtype.itemsize)
+    for n in shape:
+        size *= n
+    return size
+
+
+def _messages(program: RankProgram, instruction: Instruction) -> Iterator[float]:
+    for key in instruction.keys:
+        shape, dtype = program.transfers.get(f"{key}[{instruction.microbatch}]") or program.transfers[key]
+        size = float(dtype.itemsize)
+        for n in shape:
+            size *= n
+        yield size
