@@ -149,7 +149,8 @@ def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tree
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"argument {path!r} is a {type(value).__module__}.{type(value).__qualname__}, "
-                "whose value cannot be compared from call to call; pass tensors, numbers, strings, None, or lists, tuples, dicts and dataclasses of these"
+                "whose value cannot be compared from call to call; "
+                "pass tensors, numbers, strings, None, or lists, tuples, dicts and dataclasses of these"
             )
         key = f"input.{path}"
         while key in tensors:

@@ -6,7 +6,7 @@ Nodes at the same position of identical blocks (meta["blocks"] of the graph) are
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -77,7 +77,10 @@ def place(gm: fx.GraphModule, axis: Axis, policy: Policy, prices: Prices) -> Pla
 
 @dataclass
 class _Decision:
-    """One node, standing for `count` nodes at the same place of identical blocks."""
+    """One node, standing for `count` nodes at the same place of identical blocks.
+
+    carried     operands of later ones where they are other values: what one block hands to the next
+    """
 
     name: str
     node: fx.Node
@@ -85,6 +88,7 @@ class _Decision:
     count: int = 1
     values: tuple[Value, ...] = ()
     operands: tuple[Value, ...] = ()
+    carried: dict[tuple[Value, ...], None] = field(default_factory=dict)
     call: OpCall | None = None
 
 
@@ -113,7 +117,11 @@ class _Builder:
             if node.op == "output" or is_getitem(node):
                 continue
             if name in self.decisions:
-                self.decisions[name].count += 1
+                decision = self.decisions[name]
+                decision.count += 1
+                operands = tuple(self.value_of(n) for n in op_call(node)[1]) if node.op != "placeholder" else ()
+                if operands != decision.operands:
+                    decision.carried[operands] = None
                 continue
             for k, m in enumerate(metas(node)):
                 self.meta[name, k] = m
@@ -127,7 +135,8 @@ class _Builder:
             decision.call, sources = op_call(node)
             decision.operands = tuple(self.value_of(s) for s in sources)
             sites.append(Site(decision.call, find_rule(decision.call, self.axis), decision.operands, decision.values))
-        cuts = spread(sites, self.axis, Cuts(given))
+        again = [replace(s, operands=o) for s in sites for o in self.decisions[s.results[0][0]].carried]
+        cuts = spread((*sites, *again), self.axis, Cuts(given))
         for site in sites:
             decision = self.decisions[site.results[0][0]]
             decision.options = self._options(site, cuts)
@@ -173,9 +182,10 @@ class _Builder:
         costs = [np.array([self._option_cost(d, s) for s in d.options], dtype=float) * d.count for d in self.order]
         uses: dict[Value, list[tuple[int, list[Type]]]] = {}
         for d in self.order:
-            for k, value in enumerate(d.operands):
-                grad = self.meta[value].grad
-                uses.setdefault(value, []).append((self.index[d.name], [self._canonical(s.ins[k], grad) for s in d.options]))
+            for k, values in enumerate(zip(d.operands, *d.carried, strict=True)):
+                for value in dict.fromkeys(values):
+                    grad = self.meta[value].grad
+                    uses.setdefault(value, []).append((self.index[d.name], [self._canonical(s.ins[k], grad) for s in d.options]))
         self.exits: list[tuple[int, Value]] = []
         for k, result in enumerate(self.output.args[0]):  # type: ignore[arg-type]
             value = self.value_of(result)  # type: ignore[arg-type]

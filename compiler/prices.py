@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from torch._ops import OpOverload
+from .torch_compat import OpOverload
 
 from ..passes.rules.base import Axis, OpCall, Strategy, TensorMeta
 from ..passes.types import I, Partial, R, Replicate, Type, Varying

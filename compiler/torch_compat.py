@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._ops import OpOverload as OpOverload  # waits for: a public name of the type of torch.ops.aten.add.Tensor
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -57,14 +58,12 @@ def is_registered_autograd(function: type) -> bool:
     return getattr(forward_class, "__module__", "") == "torch._library.autograd"
 
 
-def wrapper_tensor(
-    cls: type[torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, requires_grad: bool
-) -> Any:
+def wrapper_tensor(cls: type[torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
     """A `cls` of this metadata without storage, whose ops go to `cls.__torch_dispatch__`.
 
     Waits for: a public constructor of wrapper subclasses.
     """
-    return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=requires_grad)
+    return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
 
 
 def foreach_scale_(tensors: list[torch.Tensor], factor: torch.Tensor) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from stdlib_text import StdlibText
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
@@ -72,10 +72,10 @@ def train(model: nn.Module, loader: Loader, device: torch.device, steps: int, cl
 
 def follow(losses: Iterator[float], steps: int, samples: int, predicted: float | None, console: Console) -> list[float]:
     """Show a progress bar while the training goes on. predicted: seconds a step."""
-    facts = "loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tokens/s  step {task.fields[seconds]:.3f} s"
+    facts = "loss {task.fields[loss]:.3f}, {task.fields[rate]:,.0f} tokens/s, {task.fields[seconds]:.3f} s a step"
     if predicted is not None:
-        facts += f" (predicted {predicted:.3f} s)"
-    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn(facts), TimeRemainingColumn())
+        facts += f" (predicted {predicted:.3f})"
+    columns = (BarColumn(12), MofNCompleteColumn(), TextColumn(facts))
     found: list[float] = []
     times: list[float] = []
     with Progress(*columns, console=console, disable=console.quiet) as progress:
@@ -88,7 +88,7 @@ def follow(losses: Iterator[float], steps: int, samples: int, predicted: float |
             seconds = statistics.median(times[-20:])
             progress.update(task, advance=1, loss=loss, rate=samples * LENGTH / seconds, seconds=seconds)
             if len(found) % 20 == 0 and not console.is_terminal:
-                console.print(f"step {len(found):4}  " + facts.format(task=progress.tasks[0]), highlight=False)
+                console.print(f"step {len(found):4}: " + facts.format(task=progress.tasks[0]), highlight=False)
     return found
 
 
@@ -104,11 +104,11 @@ def main() -> int:
     example = next(iter(make_loader(text, max(1, BATCH // ranks))))
     start = time.perf_counter()
     parallel = auto_parallelize(build_model(), example_inputs=example)
-    console.print(parallel.plan.explain())
+    console.print(parallel.plan.explain(), markup=False, highlight=False, soft_wrap=True)
     console.print(f"planned and emitted in {time.perf_counter() - start:.1f} s")
 
-    parallel.program.save(output / f"rank{rank}")
-    console.print(f"this is what runs: {output}/rank*/, one Python program for each of {ranks} ranks\n")
+    parallel.program.save(output)
+    console.print(f"what will run: {output}/rank_*/*.py; on its own: torchrun --nproc-per-node {ranks} {output}/run.py\n")
 
     share = max(1, BATCH // parallel.data_world_size)
     samples = share * parallel.data_world_size

@@ -3,8 +3,9 @@
 python examples/emit_on_a_laptop.py | less
 """
 
+import sys
+
 import torch
-from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shardwright import Topology, emit, plan
@@ -25,6 +26,5 @@ with torch.device("meta"):
 batch = {name: torch.empty(1, 8192, dtype=torch.int64, device="meta") for name in ("input_ids", "labels")}
 
 planned = plan(model, Topology.preset("h100", nodes=8), example_inputs=batch)
-Console(stderr=True).print(planned.explain())
-program = emit(planned, rank=0)
-print(program.print_readable())
+print(planned.explain(), file=sys.stderr)
+print(emit(planned, rank=0).print_readable())

@@ -4,7 +4,6 @@ python examples/strategies.py
 """
 
 import torch
-from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shardwright import Strategy, StrategyError, Topology, plan
@@ -25,10 +24,9 @@ with torch.device("meta"):
     model = LlamaForCausalLM(config)
 batch = {name: torch.empty(8, 512, dtype=torch.int64, device="meta") for name in ("input_ids", "labels")}
 
-console = Console()
 for name, strategy in STRATEGIES.items():
-    console.rule(name)
+    print(f"\n=== {name}: {strategy}")
     try:
-        console.print(plan(model, Topology.preset("h100", devices=8), example_inputs=batch, strategy=strategy).explain())
+        print(plan(model, Topology.preset("h100", devices=8), example_inputs=batch, strategy=strategy).explain())
     except StrategyError as error:
-        console.print(f"refused: {error}", markup=False)
+        print(f"refused: {error}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
+from ..compiler.torch_compat import OpOverload
 
 from ..compiler.torch_compat import FakeTensor, fake_mode
 from .convert import convert

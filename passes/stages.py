@@ -3,11 +3,13 @@
 Requires  meta["stage"] on the placeholders of parameters (a tied one: its first stage).
 Ensures   one graph for each stage. A value made in one stage and used in a later one leaves every stage on the way as output
           `act.NAME` and enters the next as a placeholder of that key. What has no stage (masks, positions: no parameter, no
-          gradient) is computed in every stage that needs it, from the batch.
+          gradient) is computed in every stage that needs it, from the batch. Between the last op that has a parameter of one
+          stage and the first of the next, the border lies where the fewest bytes cross it (a minimum cut).
 """
 
 from __future__ import annotations
 
+import networkx as nx
 import torch
 from torch import fx
 
@@ -21,6 +23,8 @@ PARAMETER_VIEWS = VIEWS | {convert, aten._to_copy.default, aten.reshape.default}
 
 def split_stages(gm: fx.GraphModule, count: int) -> list[fx.GraphModule]:
     stage = _assign(gm)
+    for border in range(1, count):
+        _shift(stage, border)
     last_use: dict[fx.Node, int] = {}
     for node in gm.graph.nodes:
         if node in stage:
@@ -45,6 +49,39 @@ def _assign(gm: fx.GraphModule) -> dict[fx.Node, int]:
             else:
                 stage[node] = max((_stage_of(s, stage) for s in node.all_input_nodes), default=0)
     return stage
+
+
+def _shift(stage: dict[fx.Node, int], border: int) -> None:
+    """Move nodes from the stages before `border` behind it, so that the fewest bytes cross.
+
+    `stage` has every node as early as it can be. A node may come later where no parameter holds it, or its users, before.
+    """
+    fixed: set[fx.Node] = set()
+    for node in reversed(stage):
+        held = any(_is_parameter(s) for s in node.all_input_nodes) or any(u in fixed or u.op == "output" for u in node.users)
+        if stage[node] < border and held:
+            fixed.add(node)
+    loose = {n for n, k in stage.items() if k < border and n not in fixed}
+    if not loose:
+        return
+    network = nx.DiGraph()
+    network.add_nodes_from(("before", "after"))
+    for node in dict.fromkeys([*loose, *(s for n in loose for s in n.all_input_nodes if s in stage)]):
+        if node not in loose:
+            network.add_edge("before", node)
+        if isinstance(node.meta["val"], torch.Tensor):
+            network.add_edge(node, ("sent", node), capacity=node.meta["val"].nbytes)
+        else:
+            network.add_edge(node, ("sent", node))  # a tuple is never sent
+        for user in node.users:
+            if user in loose:
+                network.add_edge(("sent", node), user)
+                network.add_edge(user, node)
+            elif user in stage and stage[user] >= border:
+                network.add_edge(("sent", node), "after")
+    _, (before, _) = nx.minimum_cut(network, "before", "after")
+    for node in loose - before:
+        stage[node] = border
 
 
 def _is_parameter(node: fx.Node) -> bool:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .communicator import MeshCommunicator
+from .communicator import KeyStore, MeshCommunicator
 from .errors import ABORT_KEY, MismatchError, PeerLostError, ShardwrightError
 from .program import Mesh
 
@@ -45,6 +45,12 @@ class Control(Protocol):
         ...
 
 
+class WordStore(KeyStore, Protocol):
+    """A store in which last words are left."""
+
+    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes: ...
+
+
 class CommunicatorControl:
     """A `Control` through a communicator, over all axes of its mesh: for ranks in one process."""
 
@@ -68,7 +74,7 @@ class GlooControl:
     Its constructor is a collective. A peer that dies raises PeerLostError, with the reason it left in `store`.
     """
 
-    def __init__(self, timeout: float = 300.0, store: dist.Store | None = None) -> None:
+    def __init__(self, timeout: float = 300.0, store: KeyStore | None = None) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._store = store
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
@@ -245,8 +251,8 @@ def _shape(fact: tuple[tuple[int, ...], str] | None) -> str:
 
 
 def checksum(tensors: Iterable[Tensor]) -> int:
-    """A number that tells batches apart: a weighted sum over a sample of each tensor's elements. int64."""
-    total = 0
+    """A number that tells batches apart, int64: of a weighted sum over a sample of each tensor's elements."""
+    sums = []
     for x in tensors:
         flat = x.detach().reshape(-1)
         flat = flat[:: max(1, flat.numel() // _SAMPLE)]
@@ -254,8 +260,8 @@ def checksum(tensors: Iterable[Tensor]) -> int:
             flat = torch.view_as_real(flat).reshape(-1)
         values = torch.nan_to_num(flat.double(), nan=0.5, posinf=1.5, neginf=-1.5)
         weights = torch.arange(values.numel(), device=x.device, dtype=torch.float64) % 1009 + 1
-        total = (total * 31 + int((values * weights).sum().view(torch.int64).item())) % (1 << 62)
-    return total
+        sums.append((values * weights).sum())
+    return _hash(str([s.item().hex() for s in sums]))
 
 
 def batch_groups(mesh: Mesh, shared: bool = False) -> tuple[tuple[int, ...], ...]:
@@ -291,7 +297,7 @@ def together(control: Control, what: str, work: Callable[[], T]) -> T:
 # --- last words -----------------------------------------------------------------------------------------------------
 
 
-def abort_reason(store: dist.Store | None) -> str:
+def abort_reason(store: KeyStore | None) -> str:
     """What the rank that failed first left in the job's store, "" if nothing."""
     try:
         return store.get(ABORT_KEY).decode() if store is not None and store.check([ABORT_KEY]) else ""
@@ -307,7 +313,7 @@ def last_words(rank: int, error: BaseException, trace: TracebackType | None) -> 
     return f"rank {rank}: {type(error).__name__}: {_shorten(message)}{place}"
 
 
-def install_abort_hook(store: dist.Store, rank: int) -> Callable[[], None]:
+def install_abort_hook(store: WordStore, rank: int) -> Callable[[], None]:
     """Have an exception that ends this process leave its reason in the job's store, where peers that lose this rank quote it.
 
     The first rank to fail is the one that is quoted. Returns what takes the hook out again.

@@ -57,6 +57,7 @@ class Engine(Protocol):
     """What compiles calls to programs.
 
     groups      ranks that must be given the same batch, once the mesh is known
+    captured_autocast  whether the model was captured under torch.autocast
     describe    what a call is, to be compared among ranks
     prepare     the first call, where there were no example inputs: capture, plan, materialize
     program_for the program of a call, from a cache if its shapes were seen before
@@ -66,6 +67,7 @@ class Engine(Protocol):
     program: RankProgram
     device: torch.device
     groups: tuple[tuple[int, ...], ...]
+    captured_autocast: bool
 
     def describe(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CallFacts: ...
     def prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ParameterStore: ...
@@ -104,6 +106,10 @@ class ParallelModule(nn.Module):
             self._adopt(store, model)
         # Not a submodule: its parameters are gone.
         object.__setattr__(self, "_model", model)
+        # Bound here, not decorated: that would import the compiler with this module. The signature is the model's own.
+        forward = torch.compiler.disable(self._forward, reason="a parallel model runs programs that are compiled already")
+        setattr(forward, "__signature__", inspect.signature(model.forward))  # noqa: B010
+        object.__setattr__(self, "forward", forward)
 
     def _adopt(self, store: ParameterStore, model: nn.Module) -> None:
         """Take the parameters on, under the model's own names and in its order."""
@@ -131,7 +137,7 @@ class ParallelModule(nn.Module):
 
     # --- calls ---
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         grad = torch.is_grad_enabled()
         bound, delivery, outputs = self._step(args, kwargs, grad=grad)
         if grad:
@@ -191,7 +197,7 @@ class ParallelModule(nn.Module):
 
     def _refuse_ambient(self) -> None:
         kind = self._engine.device.type
-        if torch.is_autocast_enabled(kind) and not getattr(self._engine, "captured_autocast", False):
+        if torch.is_autocast_enabled(kind) and not self._engine.captured_autocast:
             raise ShardwrightError(
                 "torch.autocast around a parallel model: its program has its dtypes already. Leave autocast out, and give the "
                 "precision to "
@@ -213,7 +219,8 @@ class ParallelModule(nn.Module):
             return value
         layout = Layout(store.mesh, store.communicator.rank, cuts, store.communicator)
         sharded = ShardedTensor(value, layout, spec.shape)
-        return dtensor_of(sharded) or sharded
+        plain = dtensor_of(sharded)
+        return sharded if plain is None else plain
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -338,7 +345,7 @@ class ParallelModule(nn.Module):
             if model is None or name.startswith("_"):
                 raise
         value = getattr(model, name)
-        if inspect.ismethod(value) and value.__self__ is model:
+        if inspect.ismethod(value):
             return _refusing(name, type(model).__name__)
         if isinstance(value, nn.Parameter) or (isinstance(value, nn.Module) and any(True for _ in value.parameters())):
             raise AttributeError(f"{name!r} is held by other pipeline stages (or not sharded yet)")

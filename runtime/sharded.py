@@ -39,7 +39,7 @@ class Layout:
 
     mesh: Mesh
     rank: int
-    cuts: tuple[Cut, ...] = ()
+    cuts: tuple[Cut, ...] = field(default=())
     communicator: MeshCommunicator | None = field(default=None, compare=False, repr=False)
 
     def index(self, axis: str) -> int:
@@ -79,8 +79,10 @@ class Layout:
             return "whole"
         parts = []
         for cut in self.cuts:
-            split = f", split={len(cut.sections)}" if len(cut.sections) > 1 else ""
-            parts.append(f"Shard({cut.dim}{split}) {self.index(cut.axis)} of {len(cut.sections[0])} over {cut.axis}")
+            sections = len(cut.sections)
+            split = f", split={sections}" if sections > 1 else ""
+            size = max(map(len, cut.sections))
+            parts.append(f"Shard({cut.dim}{split}) {self.index(cut.axis)} of {size} over {cut.axis}")
         return ", ".join(parts)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Layout:
@@ -109,11 +111,9 @@ class ShardedTensor(Tensor):
     _writes: _Writes
     unreduced: Tensor | None
 
-    def __new__(
-        cls, local: Tensor, layout: Layout, shape: Sequence[int], *, requires_grad: bool = False, writes: _Writes | None = None
-    ) -> ShardedTensor:
-        made = wrapper_tensor(cls, tuple(shape), local.dtype, local.device, requires_grad)
-        made._local, made._layout, made._writes, made.unreduced = local, layout, writes or _Writes(), None
+    def __new__(cls, local: Tensor, layout: Layout, shape: Sequence[int]) -> ShardedTensor:
+        made = wrapper_tensor(cls, tuple(shape), local.dtype, local.device)
+        made._local, made._layout, made._writes, made.unreduced = local, layout, _Writes(), None
         return made
 
     @property
@@ -296,11 +296,11 @@ def _operand(x: Any, like: ShardedTensor, func: Any) -> Any:
     return x
 
 
-def _wrap(result: Any, like: ShardedTensor, writes: _Writes | None = None) -> Any:
+def _wrap(result: Any, like: ShardedTensor) -> Any:
     if isinstance(result, Tensor):
-        return ShardedTensor(result, like._layout, like.shape, writes=writes)
+        return ShardedTensor(result, like._layout, like.shape)
     if isinstance(result, list | tuple):
-        return type(result)(_wrap(r, like) for r in result)
+        return [_wrap(r, like) for r in result]
     return result
 
 
@@ -322,10 +322,9 @@ def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if target is not None:
         target._writes.count += 1
         return target
-    aliases = _base(func) in ("detach", "alias", "lift_fresh")
-    wrapped = _wrap(result, like, like._writes if aliases else None)
-    if aliases:
-        wrapped.unreduced = like.unreduced
+    wrapped = _wrap(result, like)
+    if _base(func) in ("detach", "alias", "lift_fresh"):  # the same memory: what is written is written to both
+        wrapped._writes, wrapped.unreduced = like._writes, like.unreduced
     return wrapped
 
 

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .compiler.api import auto_parallelize, emit, plan, verify
+    from .compiler.api import PlannedModel, auto_parallelize, emit, plan, verify
     from .compiler.plan import Plan
     from .compiler.strategy import Strategy, StrategyError
     from .compiler.topology import Topology
@@ -28,6 +28,7 @@ _HOMES = {
     "plan": "compiler.api",
     "emit": "compiler.api",
     "verify": "compiler.api",
+    "PlannedModel": "compiler.api",
     "Plan": "compiler.plan",
     "Strategy": "compiler.strategy",
     "StrategyError": "compiler.strategy",
@@ -39,6 +40,7 @@ _HOMES = {
 
 __all__ = [
     "Plan",
+    "PlannedModel",
     "ParallelModule",
     "RankProgram",
     "ShardwrightError",

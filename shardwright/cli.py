@@ -12,14 +12,14 @@ import json
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from . import Plan, Strategy, Topology
+    from . import PlannedModel, Strategy, Topology
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -79,12 +79,12 @@ def load_topology(source: str, devices: int) -> Topology:
     return Topology.preset(source, devices=devices)
 
 
-def parse_strategy(text: str) -> Strategy | str:
+def parse_strategy(text: str) -> Strategy | Literal["auto"]:
     """`tp=8,zero=3` as a Strategy; "auto" as it is."""
     from . import Strategy
 
     if text == "auto":
-        return text
+        return "auto"
     known = [f.name for f in fields(Strategy)]
     values = {"true": True, "false": False}
     pins: dict[str, Any] = {}
@@ -96,11 +96,12 @@ def parse_strategy(text: str) -> Strategy | str:
     return Strategy(**pins)
 
 
-def _plan(model: str, devices: int, topology: str, batch: int, seq: int, strategy: str) -> Plan:
+def _plan(model: str, devices: int, topology: str, batch: int, seq: int, strategy: str, device: str = "cuda") -> PlannedModel:
     from . import plan
 
     module, inputs = load_model(model, batch, seq)
-    return plan(module, load_topology(topology, devices), example_inputs=inputs, strategy=parse_strategy(strategy))
+    pins = parse_strategy(strategy)
+    return plan(module, load_topology(topology, devices), example_inputs=inputs, strategy=pins, device=device)
 
 
 @app.command("plan")
@@ -114,12 +115,10 @@ def plan_command(
     json_file: Annotated[Path | None, typer.Option("--json", help="write the plan here too")] = None,
 ) -> None:
     """Search a plan, and say why it was chosen."""
-    from rich.console import Console
-
     found = _plan(model, devices, topology, batch, seq, strategy)
-    Console().print(found.explain())
+    typer.echo(found.explain())
     if json_file is not None:
-        json_file.write_text(found.to_json() + "\n")
+        json_file.write_text(found.plan.to_json() + "\n")
 
 
 @app.command()
@@ -132,7 +131,7 @@ def estimate(
     strategy: StrategyOption = "auto",
 ) -> None:
     """Seconds, bytes and traffic of a step as the plan predicts them, as JSON."""
-    found = _plan(model, devices, topology, batch, seq, strategy)
+    found = _plan(model, devices, topology, batch, seq, strategy).plan
     mesh = dict(zip(found.mesh.axes, found.mesh.sizes, strict=True))
     predicted = json.loads(found.to_json())["predicted"]
     typer.echo(json.dumps({"mesh": mesh, "zero": found.zero, "microbatches": found.microbatches, "predicted": predicted}, indent=2))
@@ -172,7 +171,7 @@ def verify_command(
     """Run the programs of all ranks in this process, and compare them with the model on one device."""
     from . import verify
 
-    typer.echo(str(verify(_plan(model, devices, topology, batch, seq, strategy))))
+    typer.echo(str(verify(_plan(model, devices, topology, batch, seq, strategy, device="cpu"))))
 
 
 def main() -> None:

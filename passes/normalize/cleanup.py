@@ -118,10 +118,17 @@ def where(b: Builder, condition: Any, x: Any, y: Any) -> Any:
     known = truth(condition)
     if known in (All(()), FALSE) and dtype_of(x) == dtype_of(y):
         return b(aten.expand.default, y if known == FALSE else x, list(shape))
-    small = [t.args[0] if made_by(t, aten.expand.default) else t for t in (condition, x, y)]
+    small = [_unspread(b, t) for t in (condition, x, y)]
     if torch.broadcast_shapes(*(shape_of(t) for t in small)) != shape:
         return b(aten.expand.default, b.emit(aten.where.self, *small), list(shape))
     return NotImplemented
+
+
+def _unspread(b: Builder, x: Any) -> Any:
+    """What `x` repeats along dims: the operand of an expand, the number of a constant."""
+    if made_by(x, aten.full.default) and shape_of(x):
+        return b.scalar(x.args[1], dtype_of(x))
+    return x.args[0] if made_by(x, aten.expand.default) else x
 
 
 def where_scalars(b: Builder, condition: Any, x: Any, y: Any) -> Any:

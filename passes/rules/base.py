@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
+from ...compiler.torch_compat import OpOverload
 
 from ..types import (
     I,

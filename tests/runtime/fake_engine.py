@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from hand_built import F64, mlp_loss, pipeline, tensor_parallel, weights, zero
+from torch import Tensor, nn
+
 from shardwright.runtime.communicator import MeshCommunicator
 from shardwright.runtime.executor import Executor
 from shardwright.runtime.faults import Agreement, CallFacts, CommunicatorControl, batch_groups
@@ -16,7 +18,6 @@ from shardwright.runtime.lockstep import World, run_ranks
 from shardwright.runtime.module import ParallelModule
 from shardwright.runtime.parameters import ParameterStore
 from shardwright.runtime.program import Instruction, Mesh, RankProgram
-from torch import Tensor, nn
 
 
 class Mlp(nn.Module):
@@ -51,6 +52,7 @@ class Engine:
     """Runs one program, and its forward alone where no gradients are wanted."""
 
     plan = "the plan"
+    captured_autocast = False
 
     def __init__(self, program: RankProgram, communicator: MeshCommunicator) -> None:
         self.program, self.communicator = program, communicator

@@ -12,8 +12,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from state_cases import MESHES, Tied, make, moved
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from shardwright.runtime.communicator import ProcessGroupCommunicator
@@ -29,9 +30,9 @@ def check_state(name: str, rank: int, folder: str) -> None:
     sharded = state_dict(source, Tied(), full=False, rank0_only=True, cpu_offload=False)
     for key, value in sharded.items():
         assert isinstance(value, DTensor) and torch.equal(value.full_tensor(), expected[key]), key
-    dcp.save(sharded, checkpoint_id=f"{folder}/{name}")
+    save(sharded, checkpoint_id=f"{folder}/{name}")
     empty = state_dict(target, Tied(), full=False, rank0_only=True, cpu_offload=False)
-    dcp.load(empty, checkpoint_id=f"{folder}/{name}")
+    load(empty, checkpoint_id=f"{folder}/{name}")
     load_state_dict(target, Tied(), empty, strict=True)
     found = state_dict(target, Tied(), full=True, rank0_only=False, cpu_offload=True)
     assert list(found) == list(expected)

@@ -81,7 +81,7 @@ DIFFERENCES: dict[str, tuple[Callable[[int], tuple[CallFacts, Flags]], str]] = {
     ),
     "mode": (
         lambda rank: (facts(torch.zeros(2)), Flags(rank != 3, rank != 3)),
-        r"different modes.*\n  ranks 0, 1, 2: training, with gradients, outside no_sync\(\)\n  rank 3: evaluation, without gradients",
+        r"modes.*\n  ranks 0, 1, 2: training, with gradients, outside no_sync\(\)\n  rank 3: evaluation, without gradients",
     ),
     "no_sync": (
         lambda rank: (facts(torch.zeros(2)), Flags(True, True, synchronize=rank > 0)),
@@ -141,7 +141,7 @@ def test_checksum() -> None:
     assert checksum([base]) != checksum([base.roll(1, 1)])
     assert checksum([torch.tensor([1, 2])]) != checksum([torch.tensor([2, 1])])
     for x in (torch.tensor([float("nan"), 1.0]), torch.tensor([True]), torch.ones(2, dtype=torch.complex64), torch.zeros(0)):
-        assert checksum([x]) == checksum([x]) < 2**62
+        assert checksum([x]) == checksum([x.clone()])
 
 
 def test_a_failure_of_one_is_an_error_of_all() -> None:
@@ -191,7 +191,7 @@ def test_an_error_on_one_rank_ends_the_others() -> None:
 
 
 def test_last_words_are_those_of_the_first_to_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = dist.FileStore(str(tmp_path / "store"), 1)
+    store = dist.FileStore(str(tmp_path / "store"), 1)  # pyright: ignore[reportPrivateImportUsage]
     seen: list[Any] = []
     monkeypatch.setattr(sys, "excepthook", lambda *args: seen.append(args))
     assert abort_reason(store) == "" == abort_reason(None)

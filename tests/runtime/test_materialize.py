@@ -50,7 +50,9 @@ def store_of(model: nn.Module, communicator: Any, gather: bool = True) -> Parame
                 cuts.append(Cut(axis, dim, (balanced_sizes(shape[dim], mesh.size(axis)),)))
                 shape[dim] = cuts[-1].sections[0][communicator.index(axis)]
         gathered = ("dp_shard",) if gather and cuts and cuts[-1].axis == "dp_shard" else ()
-        return TensorSpec(name, tuple(x.shape), x.dtype, tuple(cuts), gathered, (), tuple(aliases[id(x)][1:]), persistent=name in persistent)
+        return TensorSpec(
+            name, tuple(x.shape), x.dtype, tuple(cuts), gathered, (), tuple(aliases[id(x)][1:]), persistent=name in persistent
+        )
 
     parameters = [spec(k, p) for k, p in model.named_parameters()]
     buffers = [spec(k, b) for k, b in model.named_buffers()]

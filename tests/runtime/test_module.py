@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import warnings
 from typing import Any
 
 import pytest
 import torch
-from fake_engine import PROGRAMS, Mlp, batch, on_ranks, total_loss
+from fake_engine import PROGRAMS, Mlp, batch, mesh_of, on_ranks, total_loss
+
 from shardwright.runtime.errors import ShardwrightError
 from shardwright.runtime.module import ParallelModule
 from shardwright.runtime.sharded import ShardedTensor, full_tensor
@@ -119,7 +122,7 @@ def test_gradient_norm(name: str, norm_type: float) -> None:
     model = Mlp()
     total_loss(name, model).backward()
     expected = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()], norm_type)
-    clipped = {k: p.grad * 0.5 / expected for k, p in model.named_parameters()}
+    clipped = {k: p.grad * 0.5 / expected for k, p in model.named_parameters() if p.grad is not None}
 
     def run(parallel: ParallelModule, rank: int) -> Any:
         parallel.train_step(batch(name, rank))
@@ -159,7 +162,8 @@ def test_second_backward_is_refused(name: str) -> None:
 def test_gradients_of_gradients_are_refused(name: str) -> None:
     def run(parallel: ParallelModule, rank: int) -> None:
         loss = parallel(batch(name, rank)).loss
-        with pytest.raises(ShardwrightError, match="create_graph"):
+        with warnings.catch_warnings(), pytest.raises(ShardwrightError, match="create_graph"):
+            warnings.simplefilter("ignore")  # torch's own, of the reference cycle that create_graph makes
             loss.backward(create_graph=True)
 
     on_ranks(name, run)
@@ -307,6 +311,26 @@ def test_autocast_is_refused(name: str) -> None:
             parallel(batch(name, rank))
 
     on_ranks(name, run)
+
+
+def test_compiled(name: str) -> None:
+    """torch.compile leaves the module as it is: its programs run as ever."""
+    loss, gradients = reference_gradients(name)
+
+    def run(parallel: ParallelModule, rank: int) -> Any:
+        found = torch.compile(parallel)(batch(name, rank)).loss
+        torch.testing.assert_close(found.detach(), loss, rtol=1e-13, atol=0)
+        found.backward()
+        return wholes(parallel, "grad")
+
+    compare(on_ranks(name, run), gradients)
+
+
+def test_signature_is_the_models(name: str) -> None:
+    assert (
+        on_ranks(name, lambda parallel, rank: list(inspect.signature(parallel.forward).parameters))
+        == [["x"]] * mesh_of(name).world_size
+    )
 
 
 def test_averaged_weights(name: str) -> None:

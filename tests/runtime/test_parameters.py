@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
+
 from shardwright.runtime.errors import MismatchError
 from shardwright.runtime.lockstep import World, run_ranks
 from shardwright.runtime.parameters import ParameterStore, cut_ranges, put_shard, read_ranges
 from shardwright.runtime.program import Cut, Instruction, Mesh, TensorSpec
 from shardwright.runtime.sharded import Layout, ShardedTensor, full_tensor
-from torch import Tensor
 
 MESH = Mesh(("dp_shard", "tp"), (2, 2))
 F = torch.float32
@@ -39,7 +40,9 @@ def specs(tp_index: int) -> list[TensorSpec]:
 
 def wholes(seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator).to(torch.float16 if name == "half" else F) for name, shape in SHAPES.items()}
+    return {
+        name: torch.randn(shape, generator=generator).to(torch.float16 if name == "half" else F) for name, shape in SHAPES.items()
+    }
 
 
 BUFFER = TensorSpec("running", (4,), F, (Cut("tp", 0, ((3, 1),)),))

@@ -15,8 +15,8 @@ from torch import Tensor
 from shardwright.runtime.errors import ShardwrightError
 from shardwright.runtime.lockstep import run_ranks
 from shardwright.runtime.parameters import ParameterStore
-from shardwright.runtime.sharded import Layout, ShardedTensor, full_tensor
 from shardwright.runtime.program import Cut, Mesh
+from shardwright.runtime.sharded import Layout, ShardedTensor, full_tensor
 from shardwright.runtime.state import is_plain, load_state_dict, parameter_names, state_dict
 
 HERE = Path(__file__).parent

@@ -1,0 +1,54 @@
+"""Small models, their lowered graphs and their programs, each made once for a whole test run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import zoo
+from harness import Case, mesh, prepare, problem_of
+
+from shardwright.compiler.emit import Lowered, Problem, coordinates_of, emit, lower
+from shardwright.compiler.layout import with_layout
+from shardwright.compiler.plan import Plan
+from shardwright.passes.graph_tools import Values
+from shardwright.passes.ops import use_communicator
+from shardwright.passes.types import balanced_sizes
+from shardwright.runtime.program import RankProgram
+
+Options = tuple[tuple[str, Any], ...]
+
+
+def case(model: str, **options: Any) -> Case:
+    """The captured model `zoo.MODELS[model](**options)` and what one device computes."""
+    return _case(model, tuple(sorted(options.items())))
+
+
+@cache
+def _case(model: str, options: Options) -> Case:
+    return prepare(*zoo.MODELS[model](**dict(options)))
+
+
+def plan(zero: int = 0, sequence_parallel: bool = False, microbatches: int = 1, **axes: int) -> Plan:
+    return Plan(mesh(**axes), zero=zero, sequence_parallel=sequence_parallel, microbatches=microbatches)
+
+
+def program(found: Case, wanted: Plan, rank: int = 0) -> RankProgram:
+    """The program of one rank."""
+    problem = problem_of(found, shares(found, wanted))
+    return emit(problem, with_layout(problem, wanted), rank)
+
+
+def shares(found: Case, wanted: Plan) -> Sequence[int]:
+    """Samples of each data rank."""
+    return balanced_sizes(found.batch, wanted.data_size)
+
+
+def lowered(found: Case, wanted: Plan, rank: int = 0) -> tuple[Problem, Plan, Lowered]:
+    """The typed graph of a rank before it is differentiated, with the plan's layout filled in."""
+    problem = problem_of(found, shares(found, wanted))
+    wanted = with_layout(problem, wanted)
+    communicator = coordinates_of(wanted, rank)
+    with use_communicator(communicator):
+        return problem, wanted, lower(problem, wanted, communicator.indices, Values())
