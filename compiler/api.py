@@ -22,12 +22,14 @@ from ..runtime.program import Mesh, RankProgram
 from . import emit as emission
 from .bind import BatchMode, batch_keys, bind
 from .call_structure import flatten_call
-from .choose import choose, likely_data_size
+from .choose import choose, likely_data_size, name_of
 from .engine import ModelEngine, Options
 from .layout import with_layout
 from .plan import Plan
+from .prepare import in_float64
 from .strategy import Strategy, resolve
 from .topology import Topology
+from .verify import Certificate, random_state, verify_programs
 
 TIMEOUT_SECONDS = 300.0
 
@@ -63,17 +65,16 @@ def auto_parallelize(
     microbatches    per step and data rank, in a pipeline
     batch           "local": each data rank passes its own share; "global": every rank passes the whole batch
     outputs         "loss", or "all": other outputs come back under a pipeline too
-    verify          first compare the captured graph with the eager model, loss and gradients, on random data
+    verify          first compare the captured graph with the eager model, loss and gradients, on the example inputs
     state           for a model on the meta device: a state dict, or the path of safetensors files; None: its own initialization
 
     Raises StrategyError for a mesh or strategy that cannot be, DoesNotFit where memory does not suffice, CaptureError for a model
     that cannot be captured, and the same error on every rank.
     """
     control, connect, world_size, device = _connect()
-    pins = strategy if isinstance(strategy, Strategy) else Strategy()
     count = None if microbatches == "auto" else int(microbatches)
     options = Options(
-        request=resolve(mesh, pins, world_size),
+        request=resolve(mesh, strategy, world_size),
         loss_fn=loss_fn,
         topology=topology or _topology(device, world_size),
         memory_limit=memory_limit,
@@ -185,8 +186,7 @@ def plan(
     Arguments as of auto_parallelize; `mesh` None takes every device of the topology. `example_inputs` is one data rank's call
     (batch="local") or the whole batch (batch="global").
     """
-    pins = strategy if isinstance(strategy, Strategy) else Strategy()
-    request = resolve(mesh if mesh is not None else (topology.world_size,), pins)
+    request = resolve(mesh if mesh is not None else (topology.world_size,), strategy)
     args, kwargs = as_call(example_inputs)
     _, tensors = flatten_call(args, kwargs)
     shapes = [{k: (tuple(t.shape), str(t.dtype)) for k, t in tensors.items()}]
@@ -215,3 +215,25 @@ def emit(planned: PlannedModel, rank: int) -> RankProgram:
     if not 0 <= rank < planned.plan.mesh.world_size:
         raise ShardwrightError(f"rank {rank} is outside the plan's mesh of {planned.plan.mesh.world_size} ranks")
     return emission.emit(planned.problem, planned.plan, rank, planned.templates)
+
+
+def verify(planned: PlannedModel, inputs: Mapping[str, Tensor] | None = None) -> Certificate:
+    """Check a plan: the types of every rank's graphs, the schedules of all ranks together, and by numbers against one device.
+
+    inputs    the whole batch's tensors by key (`input.NAME`) for the numerical comparison; left out, types and schedules alone
+
+    Raises TypeCheckError, MismatchError, DeadlockError or VerificationError, naming what does not hold.
+    """
+    problem, ranks = planned.problem, range(planned.plan.mesh.world_size)
+    title = name_of(planned.plan)
+    if inputs is None:
+        programs = [emit(planned, rank) for rank in ranks]
+        return verify_programs(title, programs, problem.graph, problem.loss, None, None)
+    problem = replace(problem, graph=in_float64(problem.graph, problem.loss))
+    templates = Templates(Values())
+    programs = [emission.emit(problem, planned.plan, rank, templates) for rank in ranks]
+    double = lambda x: x.double() if x.is_floating_point() else x  # noqa: E731
+    state = random_state(problem.graph, torch.Generator().manual_seed(0))
+    state.update({k: double(v) for k, v in problem.constants.items()})
+    given = {k: double(v) for k, v in inputs.items()}
+    return verify_programs(title, programs, problem.graph, problem.loss, state, given)

@@ -74,15 +74,14 @@ def bind(
     with cast:
         captured = capture(model, call_args, call_kwargs, loss_fn=loss_fn, training=training)
     gm = prepare(captured)
-    loss = captured.loss if differentiate else None
     problem = Problem(
         graph=gm,
-        loss=loss,
+        loss=captured.loss,
         batch_inputs=tuple(batch_inputs),
         local_batches=tuple(batches),
         aliases=captured.aliases,
         constants=captured.constants,
-        training=differentiate and loss is not None,
+        training=differentiate and captured.loss is not None,
         persistent=frozenset(model.state_dict()),
         trainable=captured.trainable,
     )

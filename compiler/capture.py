@@ -27,7 +27,7 @@ from . import fidelity, torch_compat
 from .call_structure import Branch, CallStructure, Slot, Tree, build, describe_output, flatten_call, signature, split_target
 from .capture_error import CaptureError
 from .fidelity import line_of_stack_trace
-from .regions import settle_regions
+from .regions import is_functional, settle_regions
 
 __all__ = ["CallStructure", "CaptureError", "Captured", "capture", "signature"]
 
@@ -253,7 +253,7 @@ def _export(traced: _Traced, fakes: tuple[Tensor, ...]) -> torch.export.Exported
             program = torch.export.export(traced, fakes, strict=False)
             fidelity.check_static(program.graph_module)
             settle_regions(program.graph_module)
-            return program.run_decompositions({})
+            return program if is_functional(program.graph_module) else program.run_decompositions({})
     except CaptureError:
         raise
     except Exception as error:

@@ -346,7 +346,8 @@ class _Emission:
         graph has scattered it over dp_shard already)."""
         node = next(n for n in self.stages[self.stage].graph.nodes if n.op == "placeholder" and n.meta["key"] == key)
         types: Mapping[str, Type] = node.meta.get("types", {})
-        return tuple(a for a in self.plan.mesh.axes if isinstance(types.get(a), Replicate))
+        scattered = {c.axis for c in self.specs[key].cuts if c.axis not in self.specs[key].gathered}
+        return tuple(a for a in self.plan.mesh.axes if isinstance(types.get(a), Replicate) and a not in scattered)
 
 
 __all__ = ["Lowered", "Problem", "emit", "lower"]

@@ -22,8 +22,10 @@ from ..runtime.program import Key, Mesh, RankProgram
 from ..passes.types import balanced_sizes
 from .bind import BatchMode, Bound, batch_keys, batch_size, bind, local_batches
 from .call_structure import flatten_call
+from .capture import CaptureError, capture
 from .choose import choose, likely_data_size
 from .emit import emit
+from .fidelity import check_capture
 from .layout import with_layout
 from .plan import Plan
 from .ragged import check_ragged
@@ -112,6 +114,8 @@ class ModelEngine:
         """The first call: capture, plan, emit, and put the parameters where the plan wants them."""
         facts = self.describe(args, kwargs)
         agreed = Agreements(self.control).agree(facts, Flags(self.model.training, True), ())
+        if self.options.verify:
+            together(self.control, "comparing the captured model with the eager one", lambda: self._verify(args, kwargs))
         self.plan = together(self.control, "planning", lambda: self._choose(args, kwargs, agreed.shapes))
         self.groups = batch_groups(self.plan.mesh, shared=self.options.batch == "global")
         self.communicator = self.connect(self.plan.mesh)
@@ -121,6 +125,16 @@ class ModelEngine:
         self.report("placing the parameters")
         materialize(self.model, store, self.options.source)
         return store
+
+    def _verify(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """What was captured gives the eager model's loss and gradients, on this rank's example."""
+        tensors = [*self.model.parameters(), *flatten_call(args, kwargs)[1].values()]
+        if any(t.is_meta for t in tensors):
+            raise CaptureError(
+                "verify=True compares numbers, and the model or its example inputs are on the meta device", None, "pass real ones"
+            )
+        captured = capture(self.model, args, kwargs, loss_fn=self.options.loss_fn)
+        check_capture(captured, self.model, args, kwargs, self.options.loss_fn)
 
     def _choose(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: Sequence[Shapes]) -> Plan:
         """Rank 0 decides; the others take its plan."""
@@ -157,7 +171,12 @@ class ModelEngine:
         grad: bool,
     ) -> Bound:
         same = self._captured
-        if same is not None and same.problem.local_batches == tuple(batches) and same.problem.training == grad and same.captured.training == training:
+        if (
+            same is not None
+            and same.problem.local_batches == tuple(batches)
+            and same.problem.training == grad
+            and same.captured.training == training
+        ):
             self._captured = None
             return same
         return bind(

@@ -7,6 +7,7 @@ from torch import fx
 from ..passes.blocks import mark_blocks
 from ..passes.graph_tools import named_results
 from ..passes.normalize import normalize
+from ..passes.normalize.promote import promote_casts, widen
 from .capture import Captured
 
 
@@ -18,13 +19,20 @@ def prepare(captured: Captured, *, float64: bool = False) -> fx.GraphModule:
     """
     gm = normalize(captured.graph)
     if float64:
-        from ..passes.normalize.promote import promote_casts
-
         gm = promote_casts(gm)
     gm.meta["outputs"] = captured.outputs
     keep_gradients(gm, captured.loss)
     mark_twins(gm)
     return gm
+
+
+def in_float64(gm: fx.GraphModule, loss: str | None) -> fx.GraphModule:
+    """A prepared graph in float64: parameters, inputs and casts."""
+    wide = widen(gm)
+    wide.meta["outputs"] = gm.meta["outputs"]
+    keep_gradients(wide, loss)
+    mark_twins(wide)
+    return wide
 
 
 def keep_gradients(gm: fx.GraphModule, loss: str | None) -> None:

@@ -6,6 +6,7 @@ behind a `detach` of whatever enters it. Enabled autocast regions stay calls, an
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ aten = torch.ops.aten
 SET_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
+HIDDEN_WRITES = frozenset({aten.batch_norm.default, aten.instance_norm.default})
+"""Ops that update their running statistics without their schema saying so."""
+
 
 def settle_regions(graph: fx.GraphModule) -> None:
     """Inline the no_grad regions of an exported graph, in place, and those within its other regions.
@@ -26,6 +30,9 @@ def settle_regions(graph: fx.GraphModule) -> None:
     Raises CaptureError for an autocast region of another device than the CPU, on which everything is captured.
     """
     for node in list(graph.graph.nodes):
+        if node.target is aten.detach_.default and node.args[0].target is aten.lift_fresh_copy.default:
+            node.replace_all_uses_with(node.args[0])  # a constant just made by torch.tensor(...)
+            graph.graph.erase_node(node)
         if node.target not in (SET_GRAD, AUTOCAST):
             continue
         position = next(k for k, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
@@ -44,6 +51,18 @@ def settle_regions(graph: fx.GraphModule) -> None:
                 node.meta.setdefault("stack_trace", _first_stack(region))
     graph.graph.eliminate_dead_code(lambda n: n.op != "get_attr")
     graph.recompile()
+
+
+def is_functional(graph: fx.GraphModule) -> bool:
+    """Whether a graph with settled regions writes nothing: then functionalizing it, a second trace, would change nothing."""
+    calls = [n for n in graph.graph.nodes if n.op != "placeholder" and n.op != "output"]
+    return all(
+        isinstance(n.target, OpOverload)
+        and not n.target._schema.is_mutable
+        and n.target not in HIDDEN_WRITES
+        or n.target is operator.getitem
+        for n in calls
+    )
 
 
 def _check_autocast(node: fx.Node, region: fx.GraphModule) -> None:

@@ -155,8 +155,9 @@ def differentiate(
     for node in gm.graph.nodes:
         joint.forward(node)
     joint.seed(roots)
-    for node in reversed(gm.graph.nodes):
-        joint.backward(node)
+    if roots:
+        for node in reversed(gm.graph.nodes):
+            joint.backward(node)
     return joint.finish(None if wanted is None else set(wanted))
 
 

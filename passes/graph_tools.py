@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from ..compiler.torch_compat import OpOverload
 
-from ..compiler.torch_compat import FakeTensor, fake_mode
+from ..compiler.torch_compat import FakeTensor, OpOverload, fake_mode
 from .convert import convert
 from .ops.collectives import NAMESPACE, StaticCommunicator, current_communicator
 from .rules.base import OpCall, Operand, TensorMeta

@@ -34,3 +34,35 @@ def _cast(b: Builder, x: Any, *, dtype: torch.dtype | None = None, **_: Any) -> 
 
 def _call(b: Builder, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return b.emit(target, *map_leaves(args, _wide), **map_leaves(kwargs, _wide))
+
+
+NARROW = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+
+def widen(gm: fx.GraphModule) -> fx.GraphModule:
+    """`gm` as if the model and its floating inputs were float64: the same function of wider numbers."""
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(gm.graph, {}))
+    for node in copy.nodes:
+        if node.op == "placeholder" and node.meta["val"].dtype in NARROW:
+            narrow = node.meta["val"]
+            with narrow.fake_mode:
+                node.meta["val"] = torch.empty_strided(narrow.shape, narrow.stride(), dtype=torch.float64)
+    double = fx.GraphModule(gm, copy)
+    double.meta.update(gm.meta)
+    result = rewrite(double, {aten._to_copy.default: _wide_cast, None: _wide_call})
+    mark_gradients(result.graph)
+    result.meta.update({k: v for k, v in gm.meta.items() if k not in result.meta})
+    return result
+
+
+def _widest(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value in NARROW else value
+
+
+def _wide_cast(b: Builder, x: Any, *, dtype: torch.dtype | None = None, **_: Any) -> Any:
+    return to_copy(b, x, dtype=_widest(dtype))
+
+
+def _wide_call(b: Builder, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return b.emit(target, *map_leaves(args, _widest), **map_leaves(kwargs, _widest))

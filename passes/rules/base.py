@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from ...compiler.torch_compat import OpOverload
 
+from ...compiler.torch_compat import OpOverload
 from ..types import (
     I,
     P,

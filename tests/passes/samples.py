@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from sharded_execution import Sample, run_whole
 from torch import Tensor
 from torch._ops import OpOverload
 
 from shardwright.passes import rules  # noqa: F401  (registers the rules)
-
-from sharded_execution import Sample, run_whole
 
 aten = torch.ops.aten
 ours = torch.ops.shardwright

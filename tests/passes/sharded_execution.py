@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardwright.passes.convert import backward_ops, convert
 from shardwright.passes.graph_tools import map_operands
 from shardwright.passes.ops.collectives import join_shards, take_shard, use_communicator
 from shardwright.passes.rules.base import Axis, OpCall, Operand, Strategy, TensorMeta, localize
@@ -54,6 +55,24 @@ def join(parts: Sequence[Tensor], type_: Type) -> Tensor:
     for i, part in enumerate(parts):
         assert torch.allclose(part, parts[0], rtol=1e-10, atol=1e-12, equal_nan=True), f"{type_}: rank {i} differs from rank 0"
     return parts[0]
+
+
+class _Conversion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: str, src: Type, dst: Type) -> Tensor:
+        ctx.conversion = (axis, src, dst)
+        return convert(x.clone(), axis, src, dst)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        for op, args in backward_ops(*ctx.conversion):
+            grad = op(grad, *args)
+        return grad, None, None, None
+
+
+def differentiable(x: Tensor, axis: str, src: Type, dst: Type) -> Tensor:
+    """`convert` with its gradient, for autograd: graphs get both from passes/differentiate.py instead."""
+    return _Conversion.apply(x, axis, src, dst)
 
 
 @dataclass(frozen=True)

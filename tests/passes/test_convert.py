@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from sharded_execution import Sample, check_lowered, deal, join, run_whole
+from sharded_execution import Sample, check_lowered, deal, differentiable, join, run_whole
 from torch import Tensor
 
 from shardwright.passes.convert import Step, backward_ops, convert, exists, forward_ops, is_free, traffic
@@ -136,21 +136,3 @@ def along(axis: Axis, label: str, call: OpCall) -> Strategy:
     """What the rule of `convert` says of a conversion, as a strategy of the function that stands for it here."""
     found = next(s for s in strategies(OpCall(convert, call.args, {}, call.operands, call.results), axis) if s.label == label)
     return Strategy(label, found.ins, found.outs, differentiable, call.args, {})
-
-
-class Conversion(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, axis: str, src: Type, dst: Type) -> Tensor:
-        ctx.conversion = (axis, src, dst)
-        return convert(x.clone(), axis, src, dst)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        for op, args in backward_ops(*ctx.conversion):
-            grad = op(grad, *args)
-        return grad, None, None, None
-
-
-def differentiable(x: Tensor, axis: str, src: Type, dst: Type) -> Tensor:
-    """`convert` with its gradient, for autograd: graphs get both from passes/differentiate.py instead."""
-    return Conversion.apply(x, axis, src, dst)

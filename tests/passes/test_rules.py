@@ -7,13 +7,12 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-
-from shardwright.passes.convert import convert
-from shardwright.passes.rules.base import RULES, Axis, Strategy, strategies
-from shardwright.passes.types import Varying
-
 from samples import aten, generic_sample, ours, samples, tagged_pointwise_ops
 from sharded_execution import Choice, Run, Sample, check_lowered, check_strategy, run_whole, splits_of
+
+from shardwright.passes.convert import convert
+from shardwright.passes.rules.base import RULES, Axis, strategies
+from shardwright.passes.types import Varying
 
 SAMPLES = samples()
 AXES = [Axis("x", 2), Axis("x", 3)]

@@ -1,0 +1,78 @@
+"""Nothing wrong gets through: every mutation of a typed graph is refused by the static check, or else by the numerical one.
+
+`pytest -s tests/passes/test_check.py` prints which caught how many.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict
+
+import pytest
+from mutations import Mutation, mutations
+from programs import case, plan
+from torch import fx
+from typed_execution import Typed, error_of, typed
+
+from shardwright.passes.check import TypeCheckError, check
+from shardwright.passes.ops import StaticCommunicator
+from shardwright.passes.ops.collectives import use_communicator
+
+MODELS = {"llama": {"layers": 1, "num_key_value_heads": 4}, "gpt2": {"layers": 1}, "bert": {"layers": 1}}
+PLANS = {
+    "tp4": {"tp": 4},
+    "sequence-parallel": {"tp": 4, "sequence_parallel": True},
+    "dp4": {"dp_shard": 4},
+    "zero3": {"dp_shard": 4, "zero": 3},
+}
+CASES = list(itertools.product(MODELS, PLANS))
+
+
+def sharded(model: str, strategy: str) -> Typed:
+    return typed(case(model, **MODELS[model]), plan(**PLANS[strategy]))
+
+
+def refused_by_type(model: Typed, graphs: list[fx.GraphModule]) -> bool:
+    """Whether the static check refuses the graph of any rank."""
+    n, name = model.axis.size, model.axis.name
+    for index, gm in enumerate(graphs):
+        with use_communicator(StaticCommunicator({name: n}, {name: index})):
+            try:
+                check(gm, model.axis, index, model.placeholders)
+            except TypeCheckError:
+                return True
+    return False
+
+
+def refused_by_number(model: Typed, graphs: list[fx.GraphModule]) -> bool:
+    """Whether loss or gradients break the promise, or the ranks cannot run at all."""
+    try:
+        return not error_of(model, graphs) < 1.0
+    except Exception:  # what a wrong graph raises may be anything
+        return True
+
+
+@pytest.mark.parametrize(("model", "strategy"), CASES)
+def test_what_is_right_passes_both(model: str, strategy: str) -> None:
+    found = sharded(model, strategy)
+    assert not refused_by_type(found, found.graphs)
+    assert error_of(found, found.graphs) < 1.0
+
+
+@pytest.mark.parametrize(("model", "strategy"), CASES)
+def test_no_mutation_gets_through(model: str, strategy: str) -> None:
+    found = sharded(model, strategy)
+    caught: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    escaped: list[Mutation] = []
+    for mutation in mutations(found.graphs[0], found.axis):
+        graphs = [mutation(gm) for gm in found.graphs]
+        if refused_by_type(found, graphs):
+            caught[mutation.kind]["type"] += 1
+        elif refused_by_number(found, graphs):
+            caught[mutation.kind]["number"] += 1
+        else:
+            escaped.append(mutation)
+    lines = [f"{model} {strategy}: mutations refused by the type check, and by numbers alone"]
+    lines += [f"    {kind:28}{c['type']:6}{c['number']:6}" for kind, c in sorted(caught.items())]
+    print("\n" + "\n".join(lines))
+    assert not escaped, "\n".join([*lines, "got through:", *(f"    {m}" for m in escaped)])
