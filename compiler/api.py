@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
 from torch import Tensor, nn
 
 from ..passes.differentiate import Templates
@@ -85,12 +87,25 @@ def auto_parallelize(
         verify=verify,
         source=state,
     )
-    engine = ModelEngine(model, options, control, connect, device)
+    engine = ModelEngine(model, options, control, connect, device, report=_Steps(control.rank))
     if example_inputs is None:
         return ParallelModule(engine, None, model, control)
     args, kwargs = as_call(example_inputs)
     store = engine.prepare(args, kwargs)
     return ParallelModule(engine, store, model, control)
+
+
+class _Steps:
+    """Says on rank 0 what planning is doing, on stderr, once it has taken two seconds."""
+
+    def __init__(self, rank: int) -> None:
+        self.console = Console(stderr=True, quiet=rank != 0, highlight=False)
+        self.start = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        elapsed = time.monotonic() - self.start
+        if elapsed > 2.0:
+            self.console.print(f"shardwright: {text} ({elapsed:.0f} s)", style="dim")
 
 
 def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -142,9 +157,9 @@ def _default_store() -> dist.Store:
 
 
 def _topology(device: torch.device, world_size: int) -> Topology:
-    """Prices for this machine: a shipped profile of the GPU, or the CPU's."""
+    """Prices for this machine: a shipped profile of the GPU; a CPU is measured (about a second, a collective)."""
     if device.type != "cuda":
-        return Topology.preset("cpu", devices=world_size)
+        return Topology.measure(device, seconds=1.0) if dist.is_initialized() else Topology.preset("cpu", devices=world_size)
     name = torch.cuda.get_device_name(device).lower()
     known = next((p for p in ("b200", "h200", "h100", "a100-80", "a100-40") if p.split("-")[0] in name), None)
     if known == "a100-80" and torch.cuda.get_device_properties(device).total_memory < 60 * 2**30:

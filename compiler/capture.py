@@ -253,7 +253,9 @@ def _export(traced: _Traced, fakes: tuple[Tensor, ...]) -> torch.export.Exported
             program = torch.export.export(traced, fakes, strict=False)
             fidelity.check_static(program.graph_module)
             settle_regions(program.graph_module)
-            return program if is_functional(program.graph_module) else program.run_decompositions({})
+            if is_functional(program.graph_module) and not torch.is_autocast_enabled("cpu"):
+                return program
+            return program.run_decompositions({})
     except CaptureError:
         raise
     except Exception as error:

@@ -160,6 +160,7 @@ class _Emission:
             transfers=self.transfers,
             constants={k: v for k, v in self.problem.constants.items()},
             training=self.problem.training,
+            device=self.plan.device,
         )
 
     def parameter_nodes(self) -> list[fx.Node]:

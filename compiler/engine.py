@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -179,6 +180,20 @@ class ModelEngine:
         ):
             self._captured = None
             return same
+        with warnings.catch_warnings():
+            if self.control.rank:
+                warnings.simplefilter("ignore", UserWarning)  # rank 0 says it for all
+            return self._capture(args, kwargs, batches, shapes, training, grad)
+
+    def _capture(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        batches: Sequence[int],
+        shapes: Sequence[Shapes],
+        training: bool,
+        grad: bool,
+    ) -> Bound:
         return bind(
             self.model,
             args,

@@ -47,7 +47,7 @@ def fit_line(sizes: Sequence[float], times: Sequence[float]) -> tuple[float, flo
 
 
 def _time(work: Callable[[], object], device: torch.device, budget: float) -> float:
-    """Seconds of one call, the lower quartile: at least five calls, about `budget` seconds in all."""
+    """Seconds of one call, the median: at least five calls, about `budget` seconds in all."""
     found = []
     deadline = time.perf_counter() + budget
     work()
@@ -57,7 +57,7 @@ def _time(work: Callable[[], object], device: torch.device, budget: float) -> fl
         work()
         _wait(device)
         found.append(time.perf_counter() - start)
-    return float(np.quantile(found, 0.25))
+    return float(np.median(found))
 
 
 def _wait(device: torch.device) -> None:

@@ -15,7 +15,7 @@ def cut_stages(costs: Sequence[float], crossing_bytes: Sequence[float], n: int, 
     seconds_per_byte  of a transfer, counted for both stages it joins
 
     Returns the n - 1 indices where the stages after the first begin. Exact, by dynamic programming over (stages, end); among
-    cuts with the same slowest stage the one with the least traffic, then the one whose stages are most alike.
+    cuts with the same slowest stage the one whose stages are most alike, then the one with the least traffic.
     Raises ValueError where there are fewer segments than stages.
     """
     size = len(costs)
@@ -42,11 +42,10 @@ def _slowest(stage: np.ndarray, n: int) -> float:
 
 
 def _best_below(stage: np.ndarray, border: np.ndarray, n: int, limit: float) -> tuple[int, ...]:
-    """Among the cuts with no stage above `limit`, the one with the least traffic, then the least sum of squared times."""
-    scale = max(float(border.max()), 1.0)
-    squares = np.where(stage <= limit, stage, np.inf) ** 2
-    worth = 1e-9 / max(float(stage[np.isfinite(stage)].max()) ** 2 * n, 1e-300)
-    step = squares * worth + (border / scale)[:, None]
+    """Among the cuts with no stage above `limit`, the one with the least sum of squared times, then the least traffic."""
+    longest = max(float(stage[np.isfinite(stage)].max()), 1e-300)
+    squares = (np.where(stage <= limit, stage, np.inf) / longest) ** 2
+    step = squares + (border * 1e-9 / max(float(border.max()), 1.0))[:, None]
     total, choices = step[0], []
     for _ in range(n - 1):
         sums = total[:, None] + step

@@ -37,6 +37,7 @@ def grad_norm(store: ParameterStore, norm_type: float = 2.0, foreach: bool | Non
     """
     if not norm_type > 0:
         raise ShardwrightError(f"norm_type {norm_type}: a norm over sharded gradients needs a positive number or inf")
+    dtype = _norm_dtype(store)  # asks the other stages on first use: before what only some ranks come to
     gradients = {name: g for name, g in gradients_of(store).items() if g.numel()}
     counted = [g for name, g in gradients.items() if store.counts(name)]
     total = torch.nn.utils.get_total_norm(counted, norm_type, foreach=foreach).to(store.device, torch.float64)
@@ -45,7 +46,7 @@ def grad_norm(store: ParameterStore, norm_type: float = 2.0, foreach: bool | Non
     power = total if infinite else total**norm_type
     if axes:
         power = store.communicator.all_reduce(power, axes, "max" if infinite else "sum")
-    return (power if infinite else power ** (1.0 / norm_type)).to(_norm_dtype(store))
+    return (power if infinite else power ** (1.0 / norm_type)).to(dtype)
 
 
 def _norm_dtype(store: ParameterStore) -> torch.dtype:

@@ -89,7 +89,7 @@ def program_text(program: RankProgram) -> str:
         *(f"    {line}" for instruction in program.schedule for line in _instruction_lines(instruction)),
         '"""',
         "",
-        *_header(program.graphs.values(), "cpu", {}),
+        *_header(program.graphs.values(), program.device, {}),
     ]
     for name, spec in program.graphs.items():
         lines += ["", "", f"# graph {name}", *_function(spec, identifier(name))]

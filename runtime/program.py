@@ -184,6 +184,7 @@ class RankProgram:
     transfers: Mapping[Key, tuple[tuple[int, ...], dtype]] = field(default_factory=dict)
     constants: Mapping[Key, Any] = field(default_factory=dict)
     training: bool = True
+    device: str = "cpu"
 
     @property
     def coordinates(self) -> dict[str, int]:

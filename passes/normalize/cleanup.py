@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from .masks import FALSE, All, truth
-from .rewrite import Builder, dtype_of, made_by, shape_of
+from .rewrite import Builder, dtype_of, made_by, shape_of, value_of
 
 aten = torch.ops.aten
 
@@ -133,8 +133,8 @@ def _unspread(b: Builder, x: Any) -> Any:
 
 def where_scalars(b: Builder, condition: Any, x: Any, y: Any) -> Any:
     """The overloads of `where` with numbers, as `where.self` with 0-dim constants."""
-    result = b.origin.meta["val"].dtype if b.origin is not None else torch.get_default_dtype()
-    tensors = [v if not _is_number(v) else b.scalar(v, result) for v in (x, y)]
+    dtype = torch.result_type(*(v if _is_number(v) else value_of(v) for v in (x, y)))
+    tensors = [b.scalar(v, dtype) if _is_number(v) else v for v in (x, y)]
     return b(aten.where.self, condition, *tensors)
 
 

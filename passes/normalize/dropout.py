@@ -24,7 +24,9 @@ def dropout(b: Builder, x: Any, p: float, train: bool | None) -> Any:
 
 def native_dropout(b: Builder, x: Any, p: float, train: bool | None) -> Any:
     """Gives (result, mask); left alone where the mask is used."""
-    users = b.origin.users if b.origin is not None else ()
+    if b.origin is None or b.origin.target is not aten.native_dropout.default:
+        return NotImplemented
+    users = b.origin.users
     if any(not (u.target is operator.getitem and u.args[1] == 0) for u in users):
         return NotImplemented
     return dropout(b, x, p, train), None

@@ -226,10 +226,29 @@ def on_sorted(b: Builder, target: Any, args: tuple[Any, ...], kwargs: dict[str, 
     special = SPECIAL.get(target)
     if special is not None:
         return special(b, *args, **kwargs)
+    if target in TRANSLATED:
+        return b.rules[target](b, *args, **kwargs)
     if getattr(getattr(target, "_schema", None), "name", "") in GROUPED_MM:
         return grouped_mm(b, target, args, kwargs)
     return rowwise(b, target, args, kwargs)
 
+
+TRANSLATED = frozenset(
+    {
+        aten._assert_tensor_metadata.default,
+        aten.alias.default,
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.to.dtype,
+        aten.to.dtype_layout,
+        aten.type_as.default,
+        aten.chunk.default,
+        aten.square.default,
+        aten.mul.Scalar,
+        aten.dropout.default,
+    }
+)
+"""Ops whose ordinary rules only call other ops by `b(...)`, and so work on sorted rows as they are."""
 
 SPECIAL: Rules = {
     aten.index.Tensor: index,

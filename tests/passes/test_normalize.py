@@ -213,6 +213,19 @@ def test_writes_to_parts_are_concatenations() -> None:
     assert not any("scatter" in n or n in ("copy", "fill.Tensor") for n in found)
 
 
+def test_where_with_numbers_keeps_the_dtype() -> None:
+    def body(x: Tensor, i: Tensor) -> tuple[Tensor, ...]:
+        return (
+            torch.where(x > 0, x, 2),
+            torch.where(i > 1, 0, i),
+            torch.where(i > 1, i, 0.5),
+            torch.where(x > 0, 1.0, 2.0),
+            x.masked_fill(i > 1, 3),
+        )
+
+    normal(body, randn(3, 4), torch.arange(4))
+
+
 def test_composite_ops_are_taken_apart() -> None:
     def body(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         return torch.einsum("abc,dc->bad", x, y), F.pairwise_distance(x[0], y), F.logsigmoid(x), torch.square(x), F.instance_norm(x)

@@ -1,0 +1,92 @@
+"""Every model under every strategy: loss, every gradient and their norm are those of one device, in float64.
+
+The quick selection (without --slow) has each model under each kind of strategy, and each strategy under the small models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import zoo
+from harness import Case, compare, emit_all, mesh, prepare, problem_of, run
+
+from shardwright.compiler.choose import choose
+from shardwright.compiler.plan import Plan
+from shardwright.compiler.strategy import Strategy, resolve
+from shardwright.compiler.topology import Topology
+from shardwright.passes.differentiate import Templates
+from shardwright.passes.graph_tools import Values
+from shardwright.passes.types import balanced_sizes
+
+M2, M4 = {"microbatches": 2}, {"microbatches": 4}
+STRATEGIES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
+    "dp4": ({"dp_shard": 4}, {}),
+    "hsdp": ({"dp_replicate": 2, "dp_shard": 2}, {"zero": 3}),
+    "zero1": ({"dp_shard": 4}, {"zero": 1}),
+    "zero2": ({"dp_shard": 4}, {"zero": 2}),
+    "zero3": ({"dp_shard": 4}, {"zero": 3}),
+    "tp4": ({"tp": 4}, {}),
+    "sp4": ({"tp": 4}, {"sequence_parallel": True}),
+    "dp2tp2": ({"dp_shard": 2, "tp": 2}, {}),
+    "zero3tp2": ({"dp_shard": 2, "tp": 2}, {"zero": 3}),
+    "pp2": ({"pp": 2}, M2),
+    "pp4": ({"pp": 4}, M4),
+    "gpipe": ({"pp": 2, "dp_shard": 2}, {"schedule": "gpipe", **M2}),
+    "dp2pp2": ({"pp": 2, "dp_shard": 2}, M2),
+    "tp2pp2": ({"pp": 2, "tp": 2}, M2),
+    "sp2pp2": ({"pp": 2, "tp": 2}, {"sequence_parallel": True, "microbatches": 3}),
+    "dp2tp2pp2": ({"pp": 2, "dp_shard": 2, "tp": 2}, M2),
+    "zero3tp2pp2": ({"pp": 2, "dp_shard": 2, "tp": 2}, {"zero": 3, **M2}),
+}
+EVERYWHERE = ("mlp", "gpt")
+"""Small models, under every strategy."""
+
+QUICK = {
+    "llama": "hsdp zero1 sp4 zero3tp2 pp4 tp2pp2 dp2tp2pp2",
+    "gpt2": "dp4 zero3 tp4 dp2tp2 dp2pp2 sp2pp2 zero3tp2pp2",
+    "bert": "zero2 tp4 zero3tp2 pp2 gpipe",
+    "t5": "zero3 sp4 dp2tp2 pp2",
+    "vit": "hsdp zero1 tp4 pp4 dp2pp2 tp2pp2",
+    "mixtral": "zero3 tp4 dp2tp2 dp2pp2",
+    "resnet": "dp4 zero3tp2 tp4 pp2",
+}
+COUPLED = ("resnet",)
+"""Models whose samples see each other: one micro-batch."""
+
+TEMPLATES = Templates(Values())
+
+
+def cases() -> Iterator[Any]:
+    for model in (*EVERYWHERE, *QUICK):
+        for strategy in STRATEGIES:
+            quick = model in EVERYWHERE or strategy in QUICK[model].split()
+            yield pytest.param(model, strategy, marks=() if quick else pytest.mark.slow, id=f"{model}-{strategy}")
+
+
+@cache
+def case_of(model: str) -> Case:
+    return prepare(*zoo.MODELS[model]())
+
+
+def check(case: Case, plan: Plan) -> None:
+    programs = emit_all(case, plan, balanced_sizes(case.batch, plan.data_size), TEMPLATES)
+    compare(case, programs, run(case, programs))
+
+
+@pytest.mark.parametrize(("model", "strategy"), list(cases()))
+def test_equals_one_device(model: str, strategy: str) -> None:
+    axes, options = STRATEGIES[strategy]
+    if model in COUPLED and "microbatches" in options:
+        options = {**options, "microbatches": 1}
+    check(case_of(model), Plan(mesh(**axes), **options))
+
+
+@pytest.mark.parametrize("model", (*EVERYWHERE, *QUICK))
+def test_the_chosen_plan_equals_one_device(model: str) -> None:
+    case = case_of(model)
+    problem = problem_of(case, [case.batch])
+    plan = choose(problem, resolve("auto", Strategy(), 4), Topology.preset("cpu", devices=4), rows=case.batch, memory_limit=None, batch="global")
+    check(case, plan)
