@@ -100,7 +100,8 @@ class _Search:
         self.problem, self.request, self.topology, self.batch = problem, request, topology, batch
         self.microbatches = microbatches if microbatches is not None else request.strategy.microbatches
         self.rows, self.captured = rows, sum(problem.local_batches)
-        self.tensor: dict[tuple[int, bool, Mesh], TensorCost] = {}
+        self.tensor: dict[tuple[int, bool], TensorCost] = {}
+        self.stream = least_crossing(problem.graph)
 
     def candidates(self) -> Iterable[Candidate]:
         pins = self.request.strategy
@@ -144,11 +145,10 @@ class _Search:
     def tensor_cost(self, mesh: Mesh, sequence: bool) -> TensorCost:
         """Costs of the graph over the mesh's tp axis; depends on the other axes only through where tp lies."""
         n = mesh.size("tp")
-        only = Mesh(("tp",), (n,)) if n > 1 else Mesh((), ())
-        key = (n, sequence, only)
-        if key not in self.tensor:
-            self.tensor[key] = graph_on_tensor_axis(self.problem, only, sequence, self.topology)
-        return self.tensor[key]
+        if (n, sequence) not in self.tensor:
+            only = Mesh(("tp",), (n,)) if n > 1 else Mesh((), ())
+            self.tensor[n, sequence] = graph_on_tensor_axis(self.problem, only, sequence, self.topology)
+        return self.tensor[n, sequence]
 
     def price(self, plan: Plan) -> Candidate:
         mesh, top = plan.mesh, self.topology
@@ -197,9 +197,7 @@ class _Search:
     def _pipeline_seconds(self, plan: Plan, share: float) -> float:
         if plan.stages == 1:
             return 0.0
-        border = (
-            least_crossing(self.problem.graph) * share / plan.microbatches / (plan.mesh.size("tp") if plan.sequence_parallel else 1)
-        )
+        border = self.stream * share / plan.microbatches / (plan.mesh.size("tp") if plan.sequence_parallel else 1)
         span = self.topology.span(plan.mesh, "pp")
         return 2 * (plan.microbatches + plan.stages - 2) * collective_seconds("send", border, span)
 

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType, FunctionType, TracebackType
+from types import CodeType, FrameType, FunctionType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 TORCH_ROOT = os.path.dirname(str(torch.__file__)) + os.sep
 HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
-APPLY = torch.autograd.Function.apply.__func__.__code__
 
 
 @functools.cache
@@ -102,12 +101,26 @@ HOOKS = frozenset({Tensor.register_hook, Tensor.register_post_accumulate_grad_ho
 GRADIENT_CALLS = frozenset({torch.autograd.grad, torch.autograd.backward, Tensor.backward})
 
 
+def custom_functions() -> dict[CodeType, type]:
+    """The code of `forward` of every autograd Function that a user may have written, and the Function."""
+    found: dict[CodeType, type] = {}
+    stack: list[type] = [torch.autograd.Function]
+    while stack:
+        for cls in stack.pop().__subclasses__():
+            stack.append(cls)
+            code = getattr(cls.__dict__.get("forward"), "__func__", cls.__dict__.get("forward"))
+            if hasattr(code, "__code__") and not torch_compat.is_registered_autograd(cls):
+                found[code.__code__] = cls
+    return found
+
+
 class Watch(TorchFunctionMode):
     """Active around the model while it is traced: raises CaptureError, with the user's line, for what a trace would lose."""
 
     def __init__(self) -> None:
         super().__init__()
         self.detached: list[Tensor] = []
+        self.functions = custom_functions()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -144,12 +157,11 @@ class Watch(TorchFunctionMode):
 
     def _check_function(self, func: Any) -> None:
         caller = sys._getframe(2)
-        for frame in frames_from(caller):
-            if frame.f_code is APPLY and not torch_compat.is_registered_autograd(frame.f_locals["cls"]):
-                function = frame.f_locals["cls"]
-                break
-        else:
+        # A Function's own frame is that of its `forward`: `apply` has one in some versions of torch only.
+        found = next(((f, self.functions[f.f_code]) for f in frames_from(caller) if f.f_code in self.functions), None)
+        if found is None:
             return
+        frame, function = found
         user = user_frame(frame.f_back)
         source = line_of(user.f_code.co_filename, user.f_lineno) if user else None
         if getattr(function, "__module__", "") == "torch.utils.checkpoint":

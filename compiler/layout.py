@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from statistics import median
 
 from torch import fx
 
@@ -48,9 +49,9 @@ def stages_of_parameters(gm: fx.GraphModule, stages: int) -> dict[str, int]:
     costs = [work(n) for n in nodes]
     stream = 1.01 * least_crossing(gm)
     narrow = [i for i in range(1, len(nodes)) if 0 < crossing[i] <= stream]
-    borders, cuts = _cut(costs, crossing, narrow, stages, stream)
+    borders, cuts = _cut(costs, crossing, narrow, stages)
     if not _balanced(costs, borders, cuts):
-        borders, cuts = _cut(costs, crossing, [i for i in range(1, len(nodes)) if crossing[i] > 0], stages, stream)
+        borders, cuts = _cut(costs, crossing, [i for i in range(1, len(nodes)) if crossing[i] > 0], stages)
     starts = [borders[c] for c in cuts]
     stage_at = [sum(i >= s for s in starts) for i in range(len(nodes))]
     found: dict[str, int] = {}
@@ -64,19 +65,17 @@ def stages_of_parameters(gm: fx.GraphModule, stages: int) -> dict[str, int]:
 FLOPS_PER_BYTE = 100.0
 """What a byte that crosses a border weighs against work: between a CPU's network and an accelerator's."""
 BORDER = 0.05
-"""The most that a border of the least traffic weighs, of a stage's mean work: whoever asks for stages wants the work divided."""
+"""The most that an ordinary border weighs, of a stage's mean work: whoever asks for stages wants the work divided."""
 
 
-def _cut(
-    costs: list[float], crossing: list[float], inner: list[int], stages: int, stream: float
-) -> tuple[list[int], tuple[int, ...]]:
+def _cut(costs: list[float], crossing: list[float], inner: list[int], stages: int) -> tuple[list[int], tuple[int, ...]]:
     """(borders of segments, indices of the segments that stages begin with), cutting only at `inner` positions."""
     borders = [0, *inner, len(costs)]
     if len(borders) - 1 < stages:
         return borders, ()
     segments = [sum(costs[a:b]) for a, b in itertools.pairwise(borders)]
-    most = BORDER * sum(costs) / stages / max(min(stream, max(crossing)), 1.0)
-    return borders, cut_stages(segments, [crossing[b] for b in inner], stages, min(FLOPS_PER_BYTE, most))
+    sizes = [crossing[b] for b in inner]
+    return borders, cut_stages(segments, sizes, stages, min(FLOPS_PER_BYTE, BORDER * sum(costs) / stages / median(sizes)))
 
 
 def _balanced(costs: list[float], borders: list[int], cuts: tuple[int, ...]) -> bool:

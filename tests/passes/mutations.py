@@ -164,6 +164,8 @@ def _operand_mutations(node: fx.Node) -> Iterator[Mutation]:
         for other in node.graph.nodes:
             if other is node or other.op == "output":
                 break
+            if other in operand.all_input_nodes:
+                continue  # half of a guard against labels that no test has
             if other is not operand and not other.meta.get("grad") and _alike(other.meta["val"], value) and other.users:
                 change = lambda graph, n, k=k, name=other.name: n.update_arg(k, next(m for m in graph.nodes if m.name == name))
                 yield Mutation("take another table", node.name, f"{other.name} for {operand.name}", change)
