@@ -73,7 +73,8 @@ def work(options: argparse.Namespace) -> None:
     found = measure_memory(classes[only], job) if only else measure_time(classes, job, options.warmup, options.rounds)
     if dist.get_rank() == 0:
         options.out.write_text(json.dumps(found))
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # Gloo's teardown after DTensor's collectives aborts now and then ("terminate called without an active exception")
 
 
 def measure_time(classes: Mapping[str, type[Contender]], job: Job, warmup: int, rounds: int) -> dict[str, Any]:
@@ -205,8 +206,8 @@ def main() -> int:
             print(error, file=sys.stderr)
     rows = [row for name, found in results.items() for row in summarize(name, found)]
     sizes = sizes_of(options)
-    title = f"{options.processes} processes, {sizes}, {options.dtype}"
-    columns = ["contender", "median step", "quartiles", "peak memory", "shardwright's time / its", "memory / its"]
+    title = f"{options.processes} processes, {sizes}, {options.dtype}; ratios: shardwright's to the contender's"
+    columns = ["contender", "median step", "quartiles", "peak memory", "time ratio", "memory ratio"]
     print_table(title, columns, rows)
     tolerance = TOLERANCE if options.dtype == "float32" else 0.05
     for name, found in results.items():

@@ -124,8 +124,8 @@ def main() -> int:
         ]
         for name in steps
     ]
-    columns = ["contender", "median step", "peak memory", "shardwright's time / its", "memory / its"]
-    print_table(f"{torch.cuda.get_device_name()}, {sizes}, bfloat16", columns, rows)
+    columns = ["contender", "median step", "peak memory", "time ratio", "memory ratio"]
+    print_table(f"{torch.cuda.get_device_name()}, {sizes}, bfloat16; ratios: shardwright's to the contender's", columns, rows)
     write_json(options.json, {"sizes": asdict(sizes), "losses": losses, "seconds": seconds, "peak_bytes": peaks})
     if max(losses.values()) - min(losses.values()) > TOLERANCE:
         print(f"the contenders do not compute the same loss: {losses}", file=sys.stderr)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import ExportGraphSignature, InputKind, OutputKind
 
+from ..passes.graph_tools import LazyGraphModule
 from ..passes.normalize import views
 from ..passes.normalize.gradients import mark_gradients
 from ..passes.normalize.rewrite import rewrite
@@ -299,7 +300,7 @@ def _readable(
             if copy.target in VIEWS:
                 copy.target = aten.reshape.default
         copies[node] = copy
-    result = fx.GraphModule(nn.Module(), graph)
+    result = LazyGraphModule(nn.Module(), graph)
     if graph.find_nodes(op="call_function", target=aten.copy.default):
         result = rewrite(result, {aten.copy.default: views.copy})  # torch has no derivative of it
     return result, _output_keys(program.graph_signature, names, result), constants

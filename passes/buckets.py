@@ -49,7 +49,8 @@ def _merge(graph: fx.Graph, nodes: list[fx.Node], merged: object, values: Values
         _hoist(sources, nodes[0], position)
     with place:
         made = call(graph, values, merged, (sources, axis, dims, counts, sizes))
-    made.meta.update({k: v for k, v in nodes[0].meta.items() if k not in ("val",)})
+    made.meta.update({k: v for k, v in nodes[0].meta.items() if k != "val"})
+    made.meta["types"] = {axis: tuple(n.meta["types"][axis] for n in nodes) for axis in nodes[0].meta["types"]}
     after = made
     for k, node in enumerate(nodes):
         with graph.inserting_after(after):

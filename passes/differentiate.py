@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .convert import backward_ops, convert, forward_ops
 from .graph_tools import (
+    LazyGraphModule,
     Values,
     call,
     copy_facts,
@@ -242,14 +243,14 @@ class _Joint:
         self.inner[node] = (template, place, wants, assumed)
         self.new[node] = made if several else made[0]
         types = node.meta.get("types", {})
-        for k, m in enumerate(made):
-            if isinstance(m, fx.Node) and m.meta.get("phase") == "forward" and m.op != "placeholder":
+        for k, (r, m) in enumerate(zip(template.results, made, strict=True)):
+            if r in template.forward:
                 m.meta["types"] = {axis: t[k] if isinstance(t, tuple) else t for axis, t in types.items()}
 
     def _copy(self, template: Template, nodes: list[fx.Node], place: dict[fx.Node, Any], origin: fx.Node, phase: str) -> None:
         for n in nodes:
             made = self.graph.node_copy(n, lambda old: place[old])
-            made.meta = {"val": n.meta.get("val")}
+            made.meta = {"val": n.meta.get("val"), "types": {}}  # the call's types are those of its results alone
             place[n] = self.mark(made, origin, phase)
 
     def seed(self, roots: Mapping[str, Seed]) -> None:
@@ -354,7 +355,7 @@ class _Joint:
         gradients = [(k, n) for k, n in reversed(self.gradients) if wanted is None or k.removeprefix("grad.") in wanted]
         results = [self.new[n] for n in output.args[0]]  # type: ignore[union-attr]
         self.graph.output((*results, *(n for _, n in gradients)))
-        joint = fx.GraphModule(torch.nn.Module(), self.graph)
+        joint = LazyGraphModule(torch.nn.Module(), self.graph)
         joint.meta["outputs"] = (*self.keys, *(k for k, _ in gradients))
         return joint
 

@@ -17,6 +17,26 @@ from .rules.base import OpCall, Operand, TensorMeta
 COPIED_FACTS = ("source", "module", "block", "stage", "key", "grad", "parameter")
 
 
+class LazyGraphModule(fx.GraphModule):
+    """A graph module whose Python code is made when it is first run or printed: most graphs are steps on the way to others."""
+
+    def recompile(self) -> Any:
+        if "forward" in vars(type(self)):  # torch.fx makes a class for each instance
+            del type(self).forward
+
+    def forward(self, *args: Any) -> Any:
+        super().recompile()
+        return self(*args)
+
+    @property
+    def code(self) -> str:
+        super().recompile()
+        return super().code
+
+    def __reduce__(self) -> Any:
+        return fx.GraphModule(self, self.graph).__reduce__()
+
+
 def is_tensor_node(value: Any) -> bool:
     return isinstance(value, fx.Node)
 
@@ -25,8 +45,14 @@ def metas(node: fx.Node) -> tuple[TensorMeta, ...]:
     """The tensors a node gives: one, or several for a tuple."""
     value = node.meta["val"]
     grad = bool(node.meta.get("grad", False))
-    values = value if isinstance(value, tuple | list) else (value,)
-    return tuple(TensorMeta(tuple(v.shape), v.dtype, grad and v.dtype.is_floating_point) for v in values)
+    if isinstance(value, tuple | list):
+        return tuple(_meta(v, grad) for v in value)
+    return (_meta(value, grad),)
+
+
+def _meta(value: torch.Tensor, grad: bool) -> TensorMeta:
+    dtype = value.dtype
+    return TensorMeta(tuple(value.shape), dtype, grad and dtype.is_floating_point)
 
 
 def map_operands(value: Any, visit: Callable[[Any], Any]) -> Any:
@@ -53,6 +79,56 @@ def op_call(node: fx.Node) -> tuple[OpCall, tuple[fx.Node, ...]]:
     operands = tuple(metas(n)[0] if not isinstance(n.meta["val"], tuple | list) else None for n in found)
     call = OpCall(node.target, args, kwargs, operands, metas(node))  # type: ignore[arg-type]
     return call, tuple(found)
+
+
+Calls = Mapping[fx.Node, tuple[OpCall, tuple[fx.Node, ...]]]
+
+
+def op_calls(gm: fx.GraphModule) -> Calls:
+    """`op_call` of every call of an op but getitem. Equal calls at the same place of identical blocks (gm.meta["twins"]) are one
+    `OpCall` object, so that what follows from a call alone need be found out once."""
+    twins: Mapping[str, str] = gm.meta.get("twins", {})
+    first: dict[str, fx.Node] = {}
+    found: dict[fx.Node, tuple[OpCall, tuple[fx.Node, ...]]] = {}
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or node.target is operator.getitem:
+            continue
+        twin = first.setdefault(twins.get(node.name, node.name), node)
+        sources = None if twin is node else _same_call(found[twin][0], twin, node)
+        found[node] = op_call(node) if sources is None else (found[twin][0], sources)
+    return found
+
+
+def _same_call(call: OpCall, twin: fx.Node, node: fx.Node) -> tuple[fx.Node, ...] | None:
+    """The operands of `node` if it is the same call as `twin`'s, `call`; else None."""
+    own: list[fx.Node] = []
+    others: list[fx.Node] = []
+    if node.target is not twin.target or not _same((twin.args, twin.kwargs), (node.args, node.kwargs), others, own):
+        return None
+    return tuple(own) if _alike(twin, node) and all(map(_alike, others, own)) else None
+
+
+def _same(one: Any, two: Any, ones: list[fx.Node], twos: list[fx.Node]) -> bool:
+    """Whether arguments differ in nothing but their nodes, which are appended in order."""
+    if isinstance(one, fx.Node):
+        ones.append(one)
+        twos.append(two)
+        return isinstance(two, fx.Node)
+    if isinstance(one, tuple | list):
+        return (
+            isinstance(two, tuple | list) and len(one) == len(two) and all(_same(a, b, ones, twos) for a, b in zip(one, two, strict=True))
+        )
+    if isinstance(one, dict):
+        return isinstance(two, dict) and [*one] == [*two] and all(_same(v, two[k], ones, twos) for k, v in one.items())
+    return type(one) is type(two) and one == two
+
+
+def _alike(one: fx.Node, two: fx.Node) -> bool:
+    """Whether rules see the same tensors in two nodes."""
+    if one is two:
+        return True
+    same_value = one.meta["val"] is two.meta["val"] and one.meta.get("grad") == two.meta.get("grad")
+    return same_value or metas(one) == metas(two)
 
 
 def is_getitem(node: fx.Node) -> bool:
@@ -184,7 +260,7 @@ def extract(gm: fx.GraphModule, results: Sequence[tuple[str, fx.Node]], given: M
             new[n] = graph.node_copy(n, lambda old: new[old])
             new[n].meta = dict(n.meta)
     graph.output(tuple(new[n] for _, n in results))
-    made = fx.GraphModule(torch.nn.Module(), graph)
+    made = LazyGraphModule(torch.nn.Module(), graph)
     made.meta.update(gm.meta)
     made.meta["outputs"] = tuple(key for key, _ in results)
     return made

@@ -33,7 +33,7 @@ def gather_parameters(gm: fx.GraphModule, axis: Axis, index: int, cuts: Mapping[
     body = next(n for n in graph.nodes if n.op != "placeholder")
     for node in [n for n in graph.nodes if n.op == "placeholder" and n.meta["key"] in cuts]:
         cut = cuts[node.meta["key"]]
-        whole = node.meta["val"]
+        whole, type_ = node.meta["val"], R if node.meta.get("grad") else I
         users = list(node.users)
         node.meta["val"] = values.tensor(local_shape(tuple(whole.shape), cut, index), whole.dtype)
         node.meta["types"] = {**node.meta.get("types", {}), axis.name: cut}
@@ -42,11 +42,11 @@ def gather_parameters(gm: fx.GraphModule, axis: Axis, index: int, cuts: Mapping[
             block = user.meta.get("block")
             if block not in gathered:
                 with graph.inserting_before(body):
-                    made = call(graph, values, convert, (node, axis.name, cut, R if node.meta.get("grad") else I))
+                    made = call(graph, values, convert, (node, axis.name, cut, type_))
                 copy_facts(node, made)
                 made.meta.pop("key", None)
                 made.meta.update({"block": block, "parameter": True, "calls": {}, "module": user.meta.get("module")})
-                made.meta["types"] = {**node.meta["types"], axis.name: R}
+                made.meta["types"] = {**node.meta["types"], axis.name: type_}
                 gathered[block] = made
             user.replace_input_with(node, gathered[block])
     _sink_to_first_use(graph)

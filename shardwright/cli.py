@@ -52,7 +52,7 @@ def load_model(source: str, batch: int, length: int) -> tuple[nn.Module, Any]:
 
 
 def _from_config(path: Path, batch: int, length: int) -> tuple[nn.Module, dict[str, Any]]:
-    """The architecture that the config names, on the meta device, with token ids and labels."""
+    """The architecture that the config names, on the meta device, with random token ids and labels."""
     import torch
     import transformers
 
@@ -67,8 +67,8 @@ def _from_config(path: Path, batch: int, length: int) -> tuple[nn.Module, dict[s
         model = make(config)
     if isinstance(config.dtype, torch.dtype):
         model = model.to(config.dtype)
-    inputs = {key: torch.empty(batch, length, dtype=torch.int64, device="meta") for key in ("input_ids", "labels")}
-    return model, inputs
+    vocabulary = config.get_text_config().vocab_size
+    return model, {key: torch.randint(vocabulary, (batch, length)) for key in ("input_ids", "labels")}
 
 
 def load_topology(source: str, devices: int) -> Topology:
@@ -96,12 +96,29 @@ def parse_strategy(text: str) -> Strategy | Literal["auto"]:
     return Strategy(**pins)
 
 
-def _plan(model: str, devices: int, topology: str, batch: int, seq: int, strategy: str, device: str = "cuda") -> PlannedModel:
+def _plan(model: str, devices: int, topology: str, batch: int, seq: int, strategy: str) -> PlannedModel:
     from . import plan
 
     module, inputs = load_model(model, batch, seq)
-    pins = parse_strategy(strategy)
-    return plan(module, load_topology(topology, devices), example_inputs=inputs, strategy=pins, device=device)
+    return plan(module, load_topology(topology, devices), example_inputs=inputs, strategy=parse_strategy(strategy))
+
+
+def random_batch(planned: PlannedModel, example: Any) -> dict[str, Any]:
+    """Random tensors for the whole batch, by key: numbers like those of one data rank's `example`, at most as large."""
+    import torch
+
+    from .compiler.api import as_call
+    from .compiler.call_structure import flatten_call
+
+    given = flatten_call(*as_call(example))[1]
+    found = {}
+    for node in planned.problem.graph.graph.find_nodes(op="placeholder"):
+        like, shape = given.get(node.meta["key"]), node.meta["val"].shape
+        if like is not None and like.is_floating_point():
+            found[node.meta["key"]] = torch.randn(shape, dtype=like.dtype)
+        elif like is not None:
+            found[node.meta["key"]] = torch.randint(int(like.max()) + 1, shape).to(like.dtype)
+    return found
 
 
 @app.command("plan")
@@ -167,11 +184,15 @@ def verify_command(
     batch: BatchOption = 4,
     seq: SequenceOption = 32,
     strategy: StrategyOption = "auto",
+    numbers: Annotated[bool, typer.Option(help="compare with one device by numbers too: the whole model, in float64")] = True,
 ) -> None:
-    """Run the programs of all ranks in this process, and compare them with the model on one device."""
-    from . import verify
+    """Check the types and schedules of all ranks' programs, and run them in this process to compare with one device."""
+    from . import plan, verify
 
-    typer.echo(str(verify(_plan(model, devices, topology, batch, seq, strategy, device="cpu"))))
+    module, inputs = load_model(model, batch, seq)
+    pins = parse_strategy(strategy)
+    planned = plan(module, load_topology(topology, devices), example_inputs=inputs, strategy=pins, device="cpu")
+    typer.echo(str(verify(planned, random_batch(planned, inputs) if numbers else None)))
 
 
 def main() -> None:

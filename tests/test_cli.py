@@ -26,10 +26,14 @@ CONFIG = {
 
 FUNCTION = """
 import torch
+
+class Model(torch.nn.Sequential):
+    def forward(self, x):
+        return super().forward(x).square().mean()
+
 def make():
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
-    return model, (torch.randn(4, 8),)
+    return Model(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)), torch.randn(4, 8)
 """
 
 
@@ -61,7 +65,7 @@ def test_function_of_a_file(tmp_path: Path) -> None:
     path.write_text(FUNCTION)
     model, inputs = load_model(f"{path}:make", 1, 1)
     assert sum(p.numel() for p in model.parameters()) == 8 * 16 + 16 + 16 * 4 + 4
-    assert inputs[0].shape == (4, 8)
+    assert inputs.shape == (4, 8)
     with pytest.raises(typer.BadParameter, match="no function 'other'"):
         load_model(f"{path}:other", 1, 1)
     with pytest.raises(typer.BadParameter, match="no file"):
@@ -100,6 +104,16 @@ def test_plan_estimate_emit(config: str, tmp_path: Path) -> None:
     assert "all_reduce" in text and "tp" in text
     run("emit", config, *options, "--rank", "3", "--out", str(tmp_path / "program"))
     assert list((tmp_path / "program").rglob("forward.py"))
+
+
+def test_verify_compares_with_one_device(config: str, tmp_path: Path) -> None:
+    shown = run("verify", config, "--devices", "2", "--batch", "2", "--seq", "8", "--strategy", "tp=2")
+    assert "gradients; largest relative error" in shown
+    path = tmp_path / "models.py"
+    path.write_text(FUNCTION)
+    shown = run("verify", f"{path}:make", "--devices", "2", "--strategy", "dp=2,zero=3")
+    assert "and 4 gradients" in shown
+    assert "not compared" in run("verify", config, "--devices", "2", "--seq", "8", "--strategy", "dp=2", "--no-numbers")
 
 
 def test_refusal_is_one_message(config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

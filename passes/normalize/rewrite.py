@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from ...compiler.torch_compat import OpOverload
+from ..graph_tools import LazyGraphModule
 from .gradients import CUTS
 
 aten = torch.ops.aten
@@ -156,7 +157,7 @@ def rewrite(gm: fx.GraphModule, rules: Rules) -> fx.GraphModule:
     for node in b.graph.find_nodes(op="placeholder"):
         if not node.users and str(node.meta.get("key")).startswith("const."):
             b.graph.erase_node(node)
-    return fx.GraphModule(torch.nn.Module(), b.graph)
+    return LazyGraphModule(torch.nn.Module(), b.graph)
 
 
 def bind(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
