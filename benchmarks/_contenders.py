@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import Schedule1F1B, SplitPoint, pipeline
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -85,7 +85,8 @@ class Fsdp2(Local):
         layers = model.get_submodule("model.layers")
         for layer in layers.children():
             fully_shard(layer, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
 
 
 class DtensorTensorParallel:
@@ -117,7 +118,8 @@ class DtensorTensorParallel:
             loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.detach().full_tensor()
+        loss = loss.detach()
+        return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
 
 class TorchPipeline:

@@ -32,7 +32,7 @@ class Sizes:
         return -(-8 * self.width // 3 // 64) * 64
 
 
-def hf_llama(sizes: Sizes) -> LlamaForCausalLM:
+def hf_llama(sizes: Sizes) -> nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=sizes.vocabulary,
@@ -55,7 +55,7 @@ PUBLISHED = {
 }
 
 
-def meta_llama(name: str, dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
+def meta_llama(name: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """A published model on the meta device."""
     layers, width, hidden, heads = PUBLISHED[name]
     config = LlamaConfig(
@@ -66,13 +66,17 @@ def meta_llama(name: str, dtype: torch.dtype = torch.bfloat16) -> LlamaForCausal
         num_attention_heads=heads,
         num_key_value_heads=8,
         max_position_embeddings=8192,
-        rope_theta=500000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
     )
     with torch.device("meta"):
-        return LlamaForCausalLM(config).to(dtype)
+        model: nn.Module = LlamaForCausalLM(config)
+    return model.to(dtype)
 
 
 class Attention(nn.Module):
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         self.head_dim = sizes.width // sizes.heads
@@ -132,8 +136,12 @@ def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
-class PlainLlamaLoss(PlainLlama):
+class PlainLlamaLoss(nn.Module):
     """The same with its loss inside, as shardwright takes it."""
 
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.model = PlainLlama(sizes)
+
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        return next_token_loss(super().forward(tokens), labels)
+        return next_token_loss(self.model(tokens), labels)

@@ -15,6 +15,7 @@ from torch import fx
 from ..passes.buckets import bucket
 from ..passes.check import check
 from ..passes.differentiate import Templates, differentiate
+from ..passes.fuse import fuse_loss
 from ..passes.graph_tools import Values, named_results
 from ..passes.ops import StaticCommunicator, use_communicator
 from ..passes.partition import partition
@@ -200,7 +201,7 @@ class _Emission:
         if self.problem.loss and self.problem.training:
             roots[self.problem.loss] = "one"
         joint = differentiate(gm, roots if self.problem.training and self.problem.loss else {}, self.templates)
-        forward, backward = partition(joint)
+        forward, backward = partition(fuse_loss(joint, values))
         self.add("forward" + suffix, bucket(forward, values))
         if backward.meta["outputs"]:
             self.add("backward" + suffix, bucket(backward, values))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -11,18 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..passes.differentiate import Templates
-from ..passes.graph_tools import Values
+from ..passes.types import balanced_sizes
 from ..runtime.communicator import MeshCommunicator
 from ..runtime.errors import MismatchError
 from ..runtime.executor import Executor
-from ..runtime.faults import Agreement, CallFacts, Control, Flags, Agreements, Shapes, batch_groups, together
+from ..runtime.faults import Agreement, Agreements, CallFacts, Control, Flags, Shapes, batch_groups, together
 from ..runtime.materialize import materialize
 from ..runtime.parameters import ParameterStore
 from ..runtime.program import Key, Mesh, RankProgram
-from ..passes.types import balanced_sizes
 from .bind import BatchMode, Bound, batch_keys, batch_size, bind, local_batches
-from .call_structure import flatten_call
+from .call_structure import CallStructure, flatten_call
 from .capture import CaptureError, capture
 from .choose import choose, likely_data_size
 from .emit import emit
@@ -56,17 +55,14 @@ class BoundCall:
 
     program: RankProgram
     executor: Executor
-    bound: Bound
+    call: CallStructure
+    loss: Key | None
     device: torch.device
     shown: frozenset[Key]
     cut_inputs: bool
 
-    @property
-    def loss(self) -> Key | None:
-        return self.bound.problem.loss
-
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Key, Tensor]:
-        tensors = {k: x.to(self.device) for k, x in self.bound.captured.call.flatten(args, kwargs).items()}
+        tensors = {k: x.to(self.device) for k, x in self.call.flatten(args, kwargs).items()}
         if self.cut_inputs:
             for spec in self.program.inputs:
                 for cut in spec.cuts:
@@ -76,7 +72,7 @@ class BoundCall:
         return tensors
 
     def rebuild(self, outputs: Mapping[Key, Any]) -> Any:
-        return self.bound.captured.call.rebuild({k: v for k, v in outputs.items() if k in self.shown})
+        return self.call.rebuild({k: v for k, v in outputs.items() if k in self.shown})
 
 
 @dataclass
@@ -94,7 +90,6 @@ class ModelEngine:
     captured_autocast: bool = False
     programs: dict[Hashable, BoundCall] = field(default_factory=dict)
     report: Callable[[str], None] = lambda text: None
-    _templates: Templates = field(default_factory=lambda: Templates(Values()))
     _first: BoundCall | None = None
     _captured: Bound | None = None
     """What planning captured, kept until the first program is made of it."""
@@ -125,6 +120,7 @@ class ModelEngine:
         store = ParameterStore(self.program.parameters, self.program.buffers, self.communicator, self.device)
         self.report("placing the parameters")
         materialize(self.model, store, self.options.source)
+        gc.collect()  # graphs of planning refer to each other in cycles, and are as large as small models
         return store
 
     def _verify(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -230,14 +226,15 @@ class ModelEngine:
         if not keep_layout:
             plan = with_layout(bound.problem, plan)
             self.plan = plan
-        program = emit(bound.problem, plan, self.control.rank, self._templates)
+        program = emit(bound.problem, plan, self.control.rank)
         check_ragged(program, shapes, batch_keys(shapes), self.control)
         self._agree_on(plan, bound)
         executor = Executor(program, self.communicator, self.device)
         shown = frozenset(
             o.key for o in program.outputs if o.key == bound.problem.loss or plan.stages == 1 or self.options.outputs == "all"
         )
-        return BoundCall(program, executor, bound, self.device, shown, self.options.batch == "global")
+        call, loss = bound.captured.call, bound.problem.loss
+        return BoundCall(program, executor, call, loss, self.device, shown, self.options.batch == "global")
 
     def _agree_on(self, plan: Plan, bound: Bound) -> None:
         """Ranks with another model or plan are found out here, before anything runs."""

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from .torch_compat import OpOverload
-
 from ..passes.rules.base import Axis, OpCall, Strategy, TensorMeta
 from ..passes.types import I, Partial, R, Replicate, Type, Varying
+from .torch_compat import OpOverload
 
 
 class Prices(Protocol):

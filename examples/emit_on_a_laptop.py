@@ -18,11 +18,10 @@ config = LlamaConfig(
     num_attention_heads=32,
     num_key_value_heads=8,
     max_position_embeddings=8192,
-    rope_theta=500000.0,
-    dtype=torch.bfloat16,
+    rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
 )
 with torch.device("meta"):
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = LlamaForCausalLM(config).bfloat16()
 batch = {name: torch.empty(1, 8192, dtype=torch.int64, device="meta") for name in ("input_ids", "labels")}
 
 planned = plan(model, Topology.preset("h100", nodes=8), example_inputs=batch)

@@ -14,6 +14,8 @@ from .convert import convert
 from .ops.collectives import NAMESPACE, StaticCommunicator, current_communicator
 from .rules.base import OpCall, Operand, TensorMeta
 
+aten = torch.ops.aten
+
 COPIED_FACTS = ("source", "module", "block", "stage", "key", "grad", "parameter")
 
 

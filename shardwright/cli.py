@@ -61,9 +61,9 @@ def _from_config(path: Path, batch: int, length: int) -> tuple[nn.Module, dict[s
         raise typer.BadParameter(f"{path} is neither a config file nor module:function")
     options = json.loads(path.read_text())
     config = transformers.AutoConfig.for_model(**options)
-    names = options.get("architectures") or [None]
+    names = options.get("architectures")
+    make = getattr(transformers, names[0]) if names else transformers.AutoModelForCausalLM.from_config
     with torch.device("meta"):
-        make = getattr(transformers, names[0]) if names[0] else transformers.AutoModelForCausalLM.from_config
         model = make(config)
     if isinstance(config.dtype, torch.dtype):
         model = model.to(config.dtype)

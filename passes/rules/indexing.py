@@ -45,6 +45,20 @@ def gather(call: OpCall, axis: Axis) -> Rule:
     return Rule(tuple(factors), linear=(frozenset({0}),))
 
 
+@rule_for(aten.scatter.src, aten.scatter.value, aten.scatter_add.default)
+def scatter(call: OpCall, axis: Axis) -> Rule:
+    """x with src (or a value) at [i, index[i, j]] for dim 1: dims other than `dim` map where all are equally long."""
+    shapes = [m.shape for m in call.operands]
+    dim = call.arg(1, "dim") % len(shapes[0]) if shapes[0] else 0
+    return Rule(
+        tuple(
+            Factor(f"d{d}", size, (Slot(d),) * len(shapes), (Slot(d),))
+            for d, size in enumerate(shapes[0])
+            if d != dim and size > 1 and all(s[d] == size for s in shapes)
+        )
+    )
+
+
 @rule_for(aten.index_select.default)
 def index_select(call: OpCall, axis: Axis) -> Rule:
     shape = call.operands[0].shape
@@ -54,7 +68,7 @@ def index_select(call: OpCall, axis: Axis) -> Rule:
     return Rule(tuple(factors), linear=(frozenset({0}),))
 
 
-@rule_for(aten.index.Tensor)
+@rule_for(aten.index.Tensor, aten._unsafe_index.Tensor)
 def index(call: OpCall, axis: Axis) -> Rule | None:
     """x[i0, :, i1]: dims of x that are not indexed map, and so do the dims of the index tensors, broadcast together.
 

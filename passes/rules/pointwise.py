@@ -55,6 +55,21 @@ def pointwise(call: OpCall, axis: Axis) -> Rule | None:
     return Rule(tuple(factors), linear=linear_sets(call))
 
 
+@rule_for(
+    aten.binary_cross_entropy.default,
+    aten.binary_cross_entropy_with_logits.default,
+    aten.huber_loss.default,
+    aten.kl_div.default,
+    aten.l1_loss.default,
+    aten.mse_loss.default,
+    aten.smooth_l1_loss.default,
+    aten.soft_margin_loss.default,
+)
+def elementwise_loss(call: OpCall, axis: Axis) -> Rule | None:
+    """With reduction "none"; a loss that reduces is taken apart by passes/normalize/losses.py."""
+    return pointwise(call, axis) if call.results[0].shape == call.operands[0].shape else None
+
+
 def linear_sets(call: OpCall) -> tuple[frozenset[int], ...]:
     if not call.results[0].dtype.is_floating_point:
         return ()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..ops import losses, sharded_losses  # noqa: F401  (define the ops)
 from ..types import I, P, R, ReduceOp, Sections, Varying, flatten_sections
 from .base import Axis, Factor, OpCall, Rule, Slot, Strategy, rule_for
-from .views import ALONE, dims_map
+from .views import ALONE
 
 aten = torch.ops.aten
 ours = torch.ops.shardwright
@@ -28,20 +30,44 @@ def reduce(call: OpCall, axis: Axis) -> Rule:
     shape = call.operands[0].shape
     op = REDUCTIONS[call.target]
     whole = call.target in (aten.sum.default, aten.max.default, aten.min.default)
-    dims = None if whole else call.arg(1, "dim")
-    reduced = {d % len(shape) for d in dims} if dims else set(range(len(shape)))
-    keep = False if whole else bool(call.arg(2, "keepdim", False))
+    kept = kept_dims(len(shape), None if whole else call.arg(1, "dim"), False if whole else bool(call.arg(2, "keepdim", False)))
     factors = []
     for d, size in enumerate(shape):
-        if size <= 1:
-            continue
-        if d in reduced:
-            if op == "sum" or not call.operands[0].grad:
-                factors.append(Factor(f"d{d}", size, (Slot(d),), (None,), op))
-        else:
-            after = d if keep else d - sum(r < d for r in reduced)
-            factors.append(Factor(f"d{d}", size, (Slot(d),), (Slot(after),)))
+        if size > 1 and d in kept:
+            factors.append(Factor(f"d{d}", size, (Slot(d),), (Slot(kept[d]),)))
+        elif size > 1 and (op == "sum" or not call.operands[0].grad):
+            factors.append(Factor(f"d{d}", size, (Slot(d),), (None,), op))
     return Rule(tuple(factors), linear=ALONE if op == "sum" else ())
+
+
+def kept_dims(rank: int, dims: int | Sequence[int] | None, keepdim: bool) -> dict[int, int]:
+    """Dims that a reduction over `dims` (None or empty: all) leaves, and where they stand in its result."""
+    listed = (dims,) if isinstance(dims, int) else dims or range(rank)
+    gone = {d % rank for d in listed}
+    return {d: d if keepdim else d - sum(r < d for r in gone) for d in range(rank) if d not in gone}
+
+
+KEPT_DIMS = {
+    # op: positions of dim and keepdim. What is reduced stays whole, the rest maps.
+    aten.logsumexp.default: (1, 2),
+    aten.linalg_vector_norm.default: (2, 3),
+    aten.prod.dim_int: (1, 2),
+    aten.any.dim: (1, 2),
+    aten.all.dim: (1, 2),
+    aten.max.dim: (1, 2),
+    aten.min.dim: (1, 2),
+    aten.argmax.default: (1, 2),
+    aten.argmin.default: (1, 2),
+}
+
+
+@rule_for(*KEPT_DIMS)
+def reduce_whole(call: OpCall, axis: Axis) -> Rule:
+    shape = call.operands[0].shape
+    dim, keepdim = KEPT_DIMS[call.target]
+    kept = kept_dims(len(shape), call.arg(dim, "dim"), bool(call.arg(keepdim, "keepdim", False)))
+    n = len(call.results)
+    return Rule(tuple(Factor(f"d{d}", shape[d], (Slot(d),), (Slot(b),) * n) for d, b in kept.items() if shape[d] > 1))
 
 
 WHOLE_DIM = {
@@ -70,29 +96,14 @@ def whole_dim(call: OpCall, axis: Axis) -> Rule:
     )
 
 
-@rule_for(aten.argmax.default, aten.argmin.default)
-def arg_reduce(call: OpCall, axis: Axis) -> Rule | None:
-    dim = call.arg(1, "dim")
-    if dim is None:
-        return None
-    shape = call.operands[0].shape
-    gone, keep = dim % len(shape), bool(call.arg(2, "keepdim", False))
-    return dims_map_forward(call, gone, keep)
-
-
-def dims_map_forward(call: OpCall, gone: int, keep: bool) -> Rule:
-    shape = call.operands[0].shape
-    pairs = [(d, d if keep else d - (d > gone)) for d in range(len(shape)) if d != gone]
-    return Rule(dims_map(call, pairs).factors)
-
-
 @rule_for(ours.logsumexp.default)
 def logsumexp(call: OpCall, axis: Axis) -> Rule:
     """Leading dims map. The last dim combines the ranks' partial results inside the op, which gives I."""
     shape = call.operands[0].shape
-    rule = dims_map_forward(call, len(shape) - 1, False)
-    factor = Factor("v", shape[-1], (Slot(len(shape) - 1),), (None,), "sum")
-    return Rule((*rule.factors, factor), swap={"v": _logsumexp_shard})
+    last = len(shape) - 1
+    factors = [Factor(f"d{d}", size, (Slot(d),), (Slot(d),)) for d, size in enumerate(shape[:-1]) if size > 1]
+    factors.append(Factor("v", shape[last], (Slot(last),), (None,), "sum"))
+    return Rule(tuple(factors), swap={"v": _logsumexp_shard})
 
 
 def _logsumexp_shard(call: OpCall, axis: Axis, strategy: Strategy, cut: Sections) -> Strategy | None:

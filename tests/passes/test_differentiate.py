@@ -70,7 +70,7 @@ def test_gradients(function: Callable[..., Tensor], axes: dict[str, int]) -> Non
     compare(found, made, run(found, made))
 
 
-@pytest.mark.parametrize("model", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
 def test_identical_blocks_are_differentiated_once(model: str) -> None:
     traced = []
     for layers in (2, 4):
@@ -97,7 +97,7 @@ def test_what_precedes_frozen_parameters_only_is_not_differentiated() -> None:
     model.layers[0].requires_grad_(False)
     model.layers[1].requires_grad_(False)
     backward = program(prepare(model, batch), plan()).graphs["backward"]
-    targets = [str(n.target) for n in backward.graph.graph.nodes]
+    targets = [str(n.target) for n in backward.graph.graph.nodes if n.op == "call_function"]
     assert set(backward.outputs) == {"grad.param.layers.2.weight", "grad.param.layers.2.bias"}
     assert not any("tanh" in t for t in targets) and sum("mm" in t for t in targets) == 1
 
@@ -114,13 +114,17 @@ def test_nodes_know_where_they_come_from() -> None:
     assert blocks >= {0, 1}
 
 
-@pytest.mark.parametrize("strategy", [{"tp": 2}, {"dp_shard": 2, "zero": 3}, {"tp": 2, "sequence_parallel": True}], ids=str)
-def test_collectives_and_results_are_typed(strategy: dict[str, int]) -> None:
-    """The types beside the nodes that a reader looks at: collectives, outputs and gradients."""
+@pytest.mark.parametrize("strategy", [{"tp": 2}, {"dp_shard": 2, "zero": 3}], ids=str)
+def test_outputs_and_gradients_are_typed(strategy: dict[str, int]) -> None:
+    axis = next(iter(strategy))
     for spec in program(case("llama", layers=2), plan(**strategy)).graphs.values():
-        axis = next(iter(strategy))
-        for node in spec.graph.graph.nodes:
-            if node.op == "output":
-                assert all(axis in n.meta["types"] for n in node.args[0])
-            elif str(node.target).startswith("shardwright.all_") or str(node.target).startswith("shardwright.reduce_"):
-                assert axis in node.meta["types"], node
+        output = next(n for n in spec.graph.graph.nodes if n.op == "output")
+        for key, node in zip(spec.outputs, output.args[0], strict=True):
+            assert key.startswith("saved.") or axis in node.meta["types"], key
+
+
+def test_no_type_is_shown_beside_what_is_within_an_op() -> None:
+    """`t` of a linear's weight is not the linear's result, and has not its type."""
+    forward = program(case("mlp"), plan(tp=2)).graphs["forward"]
+    transposes = [n for n in forward.graph.graph.nodes if "aten.t." in str(n.target)]
+    assert transposes and not any(n.meta["types"] for n in transposes)
