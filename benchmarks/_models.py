@@ -70,7 +70,7 @@ def meta_llama(name: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     )
     with torch.device("meta"):
         model: nn.Module = LlamaForCausalLM(config)
-    return model.to(dtype)
+    return nn.Module.to(model, dtype)
 
 
 class Attention(nn.Module):

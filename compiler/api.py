@@ -55,8 +55,8 @@ def auto_parallelize(
     """Make an unmodified model train on every rank of this job.
 
     model           consumed: its storage becomes this rank's shards. May live on the meta device
-    mesh            "auto": all ranks of this torchrun job (one rank outside of it); a tuple of sizes; a torch DeviceMesh, whose axis
-                    names dp, dp_replicate, dp_shard, tp, pp pin roles
+    mesh            "auto": all ranks of this torchrun job (one rank outside of it); a tuple of sizes; a torch DeviceMesh, whose
+                    axis names dp, dp_replicate, dp_shard, tp, pp pin roles
     example_inputs  what one call gets: a dict of keyword arguments, a tuple of positional ones, or a tensor; real or meta. Left
                     out, the first call is the example
     loss_fn         `loss_fn(output, target)`, `target` being the call's keyword of that name or its last positional argument
@@ -150,7 +150,7 @@ def _connect() -> tuple[Control, Callable[[Mesh], MeshCommunicator], int, torch.
     return GlooControl(TIMEOUT_SECONDS, store), connect, dist.get_world_size(), device
 
 
-def _default_store() -> dist.Store:
+def _default_store() -> Any:
     from .torch_compat import default_store
 
     return default_store()

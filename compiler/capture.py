@@ -132,6 +132,7 @@ class _Traced(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         args, kwargs = build(self.tree, dict(zip(self.keys, tensors, strict=True)))
         (loss_fn,) = self.loss_fn
+        loss: Any = None
         with fidelity.Watch():
             if loss_fn is None:
                 result = self.model(*args, **kwargs)
@@ -161,7 +162,7 @@ def _find_loss(tree: Tree, result: Any) -> str | None:
 
 
 def _first_scalar(graph: fx.GraphModule, outputs: tuple[str, ...]) -> str | None:
-    (nodes,) = graph.graph.output_node().args
+    nodes: Any = graph.graph.output_node().args[0]
     for key, node in zip(outputs, nodes, strict=True):
         if key.startswith("out.") and node.meta.get("grad") and node.meta["val"].dim() == 0:
             return key
@@ -341,7 +342,7 @@ def _placeholder_keys(signature_: ExportGraphSignature, names: Mapping[str, str]
 
 def _output_keys(signature_: ExportGraphSignature, names: Mapping[str, str], graph: fx.GraphModule) -> tuple[str, ...]:
     """The outputs' keys, in the graph's order. Raises CaptureError when the forward changes a parameter or an input."""
-    (nodes,) = graph.graph.output_node().args
+    nodes: Any = graph.graph.output_node().args[0]
     keys = []
     count = 0
     for spec, node in zip(signature_.output_specs, nodes, strict=True):

@@ -281,10 +281,9 @@ def _conversions(
 
 
 def _produced(node: fx.Node, placement: Placement) -> tuple[Type, TensorMeta, int]:
-    k = 0
     meta = metas(node)[0]
-    if is_getitem(node):
-        node, k = node.args  # type: ignore[assignment]
+    place: Any = node.args if is_getitem(node) else (node, 0)
+    node, k = place
     if node.op == "placeholder":
         return placement.placeholders[node.meta["key"]], meta, k
     return placement.choice[node.name].outs[k], meta, k

@@ -14,7 +14,7 @@ from torch import fx
 
 from ..passes.buckets import bucket
 from ..passes.check import check
-from ..passes.differentiate import Templates, differentiate
+from ..passes.differentiate import Seed, Templates, differentiate
 from ..passes.fuse import fuse_loss
 from ..passes.graph_tools import Values, named_results
 from ..passes.ops import StaticCommunicator, use_communicator
@@ -197,7 +197,7 @@ class _Emission:
             if prologue is not None and first:
                 self.add("prologue", differentiate(prologue, {}, self.templates))
         gm = self.gather(gm)
-        roots = {key: "input" for key, _ in named_results(gm) if key.startswith("act.")}
+        roots: dict[str, Seed] = {key: "input" for key, _ in named_results(gm) if key.startswith("act.")}
         if self.problem.loss and self.problem.training:
             roots[self.problem.loss] = "one"
         joint = differentiate(gm, roots if self.problem.training and self.problem.loss else {}, self.templates)

@@ -216,8 +216,8 @@ class ModelEngine:
         batches = local_batches(shapes, [group[0] for group in self._data_groups(plan)], self.options.batch)
         if min(batches) < 1:
             raise MismatchError(
-                f"a batch of {sum(batches)} samples leaves nothing for some of the {plan.data_size} data ranks (they get {batches}): "
-                "use a larger batch or fewer data ranks"
+                f"a batch of {sum(batches)} samples leaves nothing for some of the {plan.data_size} data ranks (they get "
+                f"{batches}): use a larger batch or fewer data ranks"
             )
         self.report("capturing the model")
         bound = self._bind(args, kwargs, batches, shapes, training, grad)

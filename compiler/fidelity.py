@@ -108,9 +108,10 @@ def custom_functions() -> dict[CodeType, type]:
     while stack:
         for cls in stack.pop().__subclasses__():
             stack.append(cls)
-            code = getattr(cls.__dict__.get("forward"), "__func__", cls.__dict__.get("forward"))
-            if hasattr(code, "__code__") and not torch_compat.is_registered_autograd(cls):
-                found[code.__code__] = cls
+            forward = cls.__dict__.get("forward")
+            code = getattr(getattr(forward, "__func__", forward), "__code__", None)
+            if code is not None and not torch_compat.is_registered_autograd(cls):
+                found[code] = cls
     return found
 
 
@@ -244,7 +245,7 @@ def check_autograd_graph(outputs: Sequence[Tensor]) -> None:
         seen.add(node)
         if isinstance(node, torch.autograd.function.BackwardCFunction) and not torch_compat.is_registered_autograd(type(node)):
             raise custom_function(node.name(), None)
-        stack.extend(parent for parent, _ in node.next_functions)
+        stack.extend(parent for parent, _ in node.next_functions if parent is not None)
 
 
 def check_static(graph: fx.GraphModule) -> None:

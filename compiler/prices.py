@@ -36,8 +36,8 @@ def held(type_: Type, axis: Axis) -> float:
 
 
 COLLECTIVE_VOLUME = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 0.5, "slice": 0.02, "free": 0.001}
-"""Bytes on the wire per byte of the whole value, in the limit of many ranks (Thakur et al. 2005, section 4, ring algorithms); a slice
-costs its copy. "free" keeps the search from inserting conversions that change nothing."""
+"""Bytes on the wire per byte of the whole value, in the limit of many ranks (Thakur et al. 2005, section 4, ring algorithms); a
+slice costs its copy. "free" keeps the search from inserting conversions that change nothing."""
 
 
 def conversion_kinds(src: Type, dst: Type, grad: bool) -> tuple[str, str]:

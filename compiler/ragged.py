@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from ..passes.ops.collectives import COMMUNICATION
 from ..passes.types import Partial
@@ -60,7 +61,7 @@ def _fixed_count(program: RankProgram, data: Sequence[str]) -> str:
 
 def _exchanged(program: RankProgram, data: Sequence[str]) -> list[tuple[str, str, str]]:
     return [
-        (str(node.target), str(node.args[1]), str(fx.node.map_arg(node.args[0], lambda n: tuple(n.meta["val"].shape))))
+        (str(node.target), str(node.args[1]), str(map_arg(node.args[0], lambda n: tuple(n.meta["val"].shape))))
         for node in _nodes(program)
         if node.target in COMMUNICATION and str(node.args[1]).split("+")[0] in data
     ]

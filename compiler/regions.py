@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from .capture_error import CaptureError
 from .fidelity import line_of_stack_trace
@@ -115,7 +116,7 @@ def _inline(graph: fx.GraphModule, node: fx.Node, region: fx.GraphModule, operan
         if inner.op == "placeholder":
             copies[inner] = next(given)
         elif inner.op == "output":
-            outputs = fx.node.map_arg(inner.args[0], lambda n: copies[n])
+            outputs = map_arg(inner.args[0], lambda n: copies[n])
         else:
             with graph.graph.inserting_before(node):
                 copies[inner] = graph.graph.node_copy(inner, lambda n: copies[n])

@@ -24,7 +24,8 @@ def swap_state(module: torch.nn.Module, replace: Callable[[str, torch.Tensor], t
     """
     undo: list[tuple[dict[str, Any], str, Any]] = []
     for prefix, child in module.named_modules():
-        for owner in (child._parameters, child._buffers):
+        tables: Any = (child._parameters, child._buffers)
+        for owner in tables:
             for name, value in owner.items():
                 if value is not None:
                     undo.append((owner, name, value))
@@ -68,12 +69,12 @@ def wrapper_tensor(cls: type[torch.Tensor], shape: tuple[int, ...], dtype: torch
 
 def foreach_scale_(tensors: list[torch.Tensor], factor: torch.Tensor) -> None:
     """Multiply each tensor by the 0-dim `factor`, in place, in few kernels. Waits for: public foreach ops."""
-    torch._foreach_mul_(tensors, factor)
+    torch._foreach_mul_(tensors, factor)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def foreach_add_(tensors: list[torch.Tensor], others: list[torch.Tensor]) -> None:
     """Add to each tensor its other, in place, in few kernels. Waits for: public foreach ops."""
-    torch._foreach_add_(tensors, others)
+    torch._foreach_add_(tensors, others)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def write_count(tensor: torch.Tensor) -> int:

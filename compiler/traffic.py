@@ -18,8 +18,8 @@ class Collective:
 
     axis    as named in the program: "tp", or "dp_replicate+dp_shard" for several at once
     size    bytes of the whole value: what a rank holds after a gather and before a reduction
-    phase   "forward", "backward" or "prologue" in a graph of that name; "schedule" for the schedule's own: gathers of ZeRO-1/2, reductions of
-            gradients, the loss
+    phase   "forward", "backward" or "prologue" in a graph of that name; "schedule" for gathers of ZeRO-1/2, reductions of
+            gradients, and the loss
     block   the repeated block it was emitted for, None outside of them
     """
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Hashable
+from typing import Any
 
 from torch import fx
 
@@ -43,7 +44,7 @@ def _merge(graph: fx.Graph, nodes: list[fx.Node], merged: object, values: Values
     dims = [n.args[2] for n in nodes]
     counts = [len(n.args[3]) for n in nodes]  # type: ignore[arg-type]
     sizes = [s for n in nodes for s in n.args[3]]  # type: ignore[union-attr]
-    sources = [n.args[0] for n in nodes]
+    sources: Any = [n.args[0] for n in nodes]
     place = graph.inserting_before(nodes[0]) if gather else graph.inserting_after(nodes[-1])
     if gather:
         _hoist(sources, nodes[0], position)

@@ -68,7 +68,8 @@ def _check_outputs(node: fx.Node, axis: Axis) -> None:
 
 
 def _check_convert(node: fx.Node, axis: Axis) -> None:
-    source, _, src, dst = node.args
+    operands: Any = node.args
+    source, _, src, dst = operands
     have, own = _type(source, axis), _type(node, axis)
     if have != src:
         raise TypeCheckError(f"{where(node)} converts from {src} over {axis.name!r}, but its operand ({where(source)}) is {have}")

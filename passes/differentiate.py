@@ -89,7 +89,10 @@ class Templates:
         def run(tensors: list[Any], cotangents: list[Any]) -> tuple[list[Any], list[Any]]:
             with torch.enable_grad():
                 xs = [x.detach().requires_grad_(True) if w else x for x, w in zip(tensors, wants, strict=True)]
-                fill = lambda o: xs[o.index]
+
+                def fill(o: Any) -> Any:
+                    return xs[o.index]
+
                 outs = node.target(*map_operands(op.args, fill), **map_operands(dict(op.kwargs), fill))  # type: ignore[operator]
                 outs = list(outs) if isinstance(outs, tuple | list) else [outs]
                 roots = [o for o, t in zip(outs, tangents, strict=True) if t]
@@ -231,7 +234,7 @@ class _Joint:
         results = results if several else (results,)
         flows = node in self.flows
         wants = tuple(flows and s in self.flows and s.meta["val"].dtype.is_floating_point for s in sources)
-        used = {u.args[1] for u in node.users if is_getitem(u) and u in self.live} if several else {0}
+        used = {int(str(u.args[1])) for u in node.users if is_getitem(u) and u in self.live} if several else {0}
         tangents = tuple(any(wants) and k in used and r.dtype.is_floating_point for k, r in enumerate(results))
         # A cotangent is taken to be contiguous until it is known; `_backward_op` looks again.
         assumed = [self.values.tensor(tuple(r.shape), r.dtype) if t else None for r, t in zip(results, tangents, strict=True)]
@@ -244,7 +247,7 @@ class _Joint:
         self.new[node] = made if several else made[0]
         types = node.meta.get("types", {})
         for k, (r, m) in enumerate(zip(template.results, made, strict=True)):
-            if r in template.forward:
+            if isinstance(m, fx.Node) and r in template.forward:
                 m.meta["types"] = {axis: t[k] if isinstance(t, tuple) else t for axis, t in types.items()}
 
     def _copy(self, template: Template, nodes: list[fx.Node], place: dict[fx.Node, Any], origin: fx.Node, phase: str) -> None:

@@ -118,7 +118,9 @@ def _same(one: Any, two: Any, ones: list[fx.Node], twos: list[fx.Node]) -> bool:
         return isinstance(two, fx.Node)
     if isinstance(one, tuple | list):
         return (
-            isinstance(two, tuple | list) and len(one) == len(two) and all(_same(a, b, ones, twos) for a, b in zip(one, two, strict=True))
+            isinstance(two, tuple | list)
+            and len(one) == len(two)
+            and all(_same(a, b, ones, twos) for a, b in zip(one, two, strict=True))
         )
     if isinstance(one, dict):
         return isinstance(two, dict) and [*one] == [*two] and all(_same(v, two[k], ones, twos) for k, v in one.items())

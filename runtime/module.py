@@ -45,9 +45,12 @@ class BoundProgram(Protocol):
     rebuild   the model's own output object, None in place of keys that are missing
     """
 
-    program: RankProgram
-    executor: Runner
-    loss: Key | None
+    @property
+    def program(self) -> RankProgram: ...
+    @property
+    def executor(self) -> Runner: ...
+    @property
+    def loss(self) -> Key | None: ...
 
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[Key, Tensor]: ...
     def rebuild(self, outputs: Mapping[Key, Any]) -> Any: ...
@@ -64,10 +67,12 @@ class Engine(Protocol):
     """
 
     plan: Any
-    program: RankProgram
     device: torch.device
     groups: tuple[tuple[int, ...], ...]
     captured_autocast: bool
+
+    @property
+    def program(self) -> RankProgram: ...
 
     def describe(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CallFacts: ...
     def prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ParameterStore: ...

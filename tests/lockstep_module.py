@@ -18,6 +18,7 @@ from shardwright.compiler import engine as engines
 from shardwright.compiler.bind import Bound
 from shardwright.compiler.call_structure import flatten_call
 from shardwright.compiler.capture import capture
+from shardwright.compiler.emit import emit
 from shardwright.compiler.engine import ModelEngine, Options
 from shardwright.compiler.prepare import prepare
 from shardwright.compiler.strategy import Strategy, resolve
@@ -48,8 +49,11 @@ class _Captures:
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(binding, "prepare", lambda captured: prepare(captured, float64=promote))
         self.patch.setattr(engines, "bind", self.bind)
+        self.patch.setattr(engines, "emit", lambda problem, plan, rank: emit(problem, plan, rank, TEMPLATES))
 
-    def bind(self, model: nn.Module, args: Any, kwargs: Any, batches: Sequence[int], batch_inputs: Sequence[str], **options: Any) -> Bound:
+    def bind(
+        self, model: nn.Module, args: Any, kwargs: Any, batches: Sequence[int], batch_inputs: Sequence[str], **options: Any
+    ) -> Bound:
         tree, tensors = flatten_call(args, kwargs)
         shapes = tuple((k, tuple(t.shape[k in batch_inputs :]), t.dtype) for k, t in tensors.items())
         key = (repr(tree), shapes, tuple(batches), tuple(batch_inputs), repr(sorted(options.items())))
@@ -65,8 +69,9 @@ def parallelize(
     control = CommunicatorControl(world.communicator(Mesh(("world",), (world.size,)), rank))
     options = {"topology": Topology.preset("cpu", devices=world.size), **options}
     request = resolve("auto", strategy or Strategy(), world.size)
-    engine = ModelEngine(model, Options(request, **options), control, lambda mesh: world.communicator(mesh, rank), torch.device("cpu"))
-    engine._templates = TEMPLATES
+    engine = ModelEngine(
+        model, Options(request, **options), control, lambda mesh: world.communicator(mesh, rank), torch.device("cpu")
+    )
     args, kwargs = (example, {}) if isinstance(example, tuple) else ((), example)
     store = None if example is None else engine.prepare(args, kwargs)
     return ParallelModule(engine, store, model, control)
@@ -139,6 +144,7 @@ def wholes(parallel: ParallelModule, of: str = "data") -> dict[str, Tensor]:
 
 def assert_same(results: Iterable[Mapping[str, Tensor]], expected: Mapping[str, Tensor], tolerance: float = 1e-9) -> None:
     """Each rank's tensors are those of `expected`, to `tolerance` of their largest entry, and together the ranks have all of them."""
+    expected = {k: x.detach() for k, x in expected.items()}
     largest = max(float(x.abs().max()) for x in expected.values())
     seen: set[str] = set()
     for rank, found in enumerate(results):

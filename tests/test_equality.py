@@ -88,5 +88,12 @@ def test_equals_one_device(model: str, strategy: str) -> None:
 def test_the_chosen_plan_equals_one_device(model: str) -> None:
     case = case_of(model)
     problem = problem_of(case, [case.batch])
-    plan = choose(problem, resolve("auto", Strategy(), 4), Topology.preset("cpu", devices=4), rows=case.batch, memory_limit=None, batch="global")
+    plan = choose(
+        problem,
+        resolve("auto", Strategy(), 4),
+        Topology.preset("cpu", devices=4),
+        rows=case.batch,
+        memory_limit=None,
+        batch="global",
+    )
     check(case, plan)

@@ -143,7 +143,7 @@ def histc(b: Builder, x: Any, bins: int, low: float, high: float) -> Any:
     counted = x.rows if isinstance(x, Sorted) else x
     original = b.emit(aten.histc.default, counted, bins, low, high)
     if low == 0 and high == bins - 1:
-        experts = counted.args[0] if made_by(counted, aten._to_copy.default) else counted
+        experts: Any = counted.args[0] if made_by(counted, aten._to_copy.default) else counted
         if dtype_of(experts) in (torch.int64, torch.int32):
             return GroupSizes(original, experts, bins)
     return original

@@ -327,7 +327,8 @@ def allowed_by(x: Any) -> fx.Node | None:
     if x.target in (aten.expand.default, aten._to_copy.default):
         return allowed_by(x.args[0])
     if x.target is aten.where.self:
-        condition, yes, no = x.args
+        operands: Any = x.args
+        condition, yes, no = operands
         if _number(yes) == 0 and _lowest(_number(no), x):
             return condition
     return None

@@ -6,7 +6,7 @@ no gradient to tell them apart) are not made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,9 +67,13 @@ def _conversion_mutations(node: fx.Node, axis: Axis) -> Iterator[Mutation]:
         whole[src.dim] = src.global_size
     for type_ in _other_types(whole, axis.size):
         if type_ != dst and not is_free(dst, type_, grad):
-            yield Mutation("retarget result", node.name, f"{src} -> {type_}", lambda _, n, t=type_: _retype(n, n.args[2], t, axis.name))
+            yield Mutation(
+                "retarget result", node.name, f"{src} -> {type_}", lambda _, n, t=type_: _retype(n, n.args[2], t, axis.name)
+            )
         if type_ != src and not is_free(src, type_, grad):
-            yield Mutation("retarget source", node.name, f"{type_} -> {dst}", lambda _, n, t=type_: _retype(n, t, n.args[3], axis.name))
+            yield Mutation(
+                "retarget source", node.name, f"{type_} -> {dst}", lambda _, n, t=type_: _retype(n, t, n.args[3], axis.name)
+            )
 
 
 def _other_types(shape: list[int], n: int) -> list[Type]:
@@ -123,34 +127,36 @@ SHAPES = {aten.reshape.default, aten.view.default, aten.expand.default}
 
 
 def _argument_mutations(node: fx.Node) -> Iterator[Mutation]:
-    if node.target in OFFSETS:
-        kind, positions = OFFSETS[node.target]
-        by = 1 if node.args[positions[0]] == 0 else -1
-        yield Mutation(f"shift {kind}", node.name, f"by {by}", lambda _, n: _shift(n, positions, by))
-    if node.target in SIZES and len(set(node.args[SIZES[node.target]])) > 1:
-        at = SIZES[node.target]
-        yield Mutation("turn shard sizes", node.name, "by one rank", lambda _, n: n.update_arg(at, [*n.args[at][1:], n.args[at][0]]))
-    if node.target in SIZES and "axis" in str(node.target._schema):
-        at = SIZES[node.target] - 1
-        yield Mutation("retarget op's axis", node.name, "another axis", lambda _, n: n.update_arg(at, "other"))
-    if node.target in SHAPES:
-        sizes = list(node.args[1])
+    args: Any = node.args
+    target: Any = node.target
+    if target in OFFSETS:
+        kind, positions = OFFSETS[target]
+        by = 1 if args[positions[0]] == 0 else -1
+        moved = {k: args[k] + by for k in positions if isinstance(args[k], int)}
+        yield Mutation(f"shift {kind}", node.name, f"by {by}", lambda _, n: _update(n, moved))
+    if target in SIZES and len(set(args[SIZES[target]])) > 1:
+        first, *rest = args[SIZES[target]]
+        turned = {SIZES[target]: [*rest, first]}
+        yield Mutation("turn shard sizes", node.name, "by one rank", lambda _, n: _update(n, turned))
+    if target in SIZES and "axis" in str(target._schema):
+        yield Mutation("retarget op's axis", node.name, "another axis", lambda _, n: _update(n, {SIZES[target] - 1: "other"}))
+    if target in SHAPES:
+        sizes = list(args[1])
         k = next((k for k in range(1, len(sizes)) if 1 < sizes[k - 1] != sizes[k] > 1), None)
         if k is not None:
             swapped = [*sizes[: k - 1], sizes[k], sizes[k - 1], *sizes[k + 1 :]]
-            yield Mutation("turn local shape", node.name, f"{swapped} for {sizes}", lambda _, n: n.update_arg(1, swapped))
-    if node.target is ours.attention.default:
-        mask, causal, scale = node.args[3:6]
-        yield Mutation("flip causal mask", node.name, f"{not causal}", lambda _, n: n.update_arg(4, not causal))
-        yield Mutation("change attention scale", node.name, "by 1 %", lambda _, n: n.update_arg(5, scale * 1.01))
+            yield Mutation("turn local shape", node.name, f"{swapped} for {sizes}", lambda _, n: _update(n, {1: swapped}))
+    if target is ours.attention.default:
+        mask, causal, scale = args[3:6]
+        yield Mutation("flip causal mask", node.name, f"{not causal}", lambda _, n: _update(n, {4: not causal}))
+        yield Mutation("change attention scale", node.name, "by 1 %", lambda _, n: _update(n, {5: scale * 1.01}))
         if mask is not None:
-            yield Mutation("drop mask", node.name, mask.name, lambda _, n: n.update_arg(3, None))
+            yield Mutation("drop mask", node.name, mask.name, lambda _, n: _update(n, {3: None}))
 
 
-def _shift(node: fx.Node, positions: tuple[int, ...], by: int) -> None:
-    for k in positions:
-        if isinstance(node.args[k], int):
-            node.update_arg(k, node.args[k] + by)
+def _update(node: fx.Node, changes: Mapping[int, Any]) -> None:
+    for k, value in changes.items():
+        node.update_arg(k, value)
 
 
 def _operand_mutations(node: fx.Node) -> Iterator[Mutation]:
@@ -167,14 +173,18 @@ def _operand_mutations(node: fx.Node) -> Iterator[Mutation]:
             if other in operand.all_input_nodes:
                 continue  # half of a guard against labels that no test has
             if other is not operand and not other.meta.get("grad") and _alike(other.meta["val"], value) and other.users:
-                change = lambda graph, n, k=k, name=other.name: n.update_arg(k, next(m for m in graph.nodes if m.name == name))
-                yield Mutation("take another table", node.name, f"{other.name} for {operand.name}", change)
+                what = f"{other.name} for {operand.name}"
+                yield Mutation("take another table", node.name, what, lambda _, n, k=k, name=other.name: _take(n, k, name))
         if value.dim() and max(value.shape) > 1:
             yield Mutation("shift a table", node.name, f"{operand.name} by one position", lambda _, n, k=k: _roll(n, k))
 
 
 def _alike(a: Any, b: torch.Tensor) -> bool:
     return isinstance(a, torch.Tensor) and a.shape == b.shape and a.dtype == b.dtype
+
+
+def _take(node: fx.Node, k: int, name: str) -> None:
+    node.update_arg(k, next(n for n in node.graph.nodes if n.name == name))
 
 
 def _roll(node: fx.Node, k: int) -> None:

@@ -196,17 +196,19 @@ def pointwise(s: _Source) -> Iterator[Any]:
     for op in (aten.clone, aten.alias, aten.detach, aten.zeros_like, aten.ones_like):
         yield op.default, (x,)
     yield aten.full_like.default, (x, 2.5)
-    yield Sample(aten.copy.default, (x, s.real(3, 4, 5)), differentiable=False)
-    yield Sample(aten.copy.default, (x, s.real(5)), differentiable=False)
+    yield Sample(aten.copy.default, (x, s.real(3, 4, 5)), differentiable=0)
+    yield Sample(aten.copy.default, (x, s.real(5)), differentiable=0)
     yield aten.masked_fill.Scalar, (x, s.bools(4, 5), 1.5)
     yield aten.masked_fill.Tensor, (x, s.bools(3, 1, 5), scalar)
     yield aten.fill.Scalar, (x, 1.5)
     yield aten.fill.Tensor, (x, scalar)
-    for loss in (aten.mse_loss, aten.l1_loss, aten.smooth_l1_loss, aten.huber_loss, aten.kl_div, aten.soft_margin_loss):
+    for loss in (aten.mse_loss, aten.l1_loss, aten.smooth_l1_loss, aten.huber_loss, aten.kl_div):
         yield loss.default, (x, s.unit(3, 4, 5), 0)
     yield Sample(aten.mse_loss.default, (x, s.real(3, 4, 5)), sharded=False)
-    yield aten.binary_cross_entropy.default, (s.unit(3, 4), s.unit(3, 4), s.unit(4), 0)
-    yield aten.binary_cross_entropy_with_logits.default, (x, s.unit(3, 4, 5), None, s.unit(4, 1), 0)
+    yield Sample(aten.soft_margin_loss.default, (x, s.unit(3, 4, 5), 0), differentiable=1)
+    yield Sample(aten.binary_cross_entropy.default, (s.unit(3, 4), s.unit(3, 4), s.unit(4), 0), differentiable=2)
+    logits = (x, s.unit(3, 4, 5), None, s.unit(4, 1), 0)
+    yield Sample(aten.binary_cross_entropy_with_logits.default, logits, differentiable=2)
     yield ours.dropout.default, (x, torch.tensor(11), 0.3, 4)
     yield ours.dropout.default, (s.real(7), torch.tensor(11), 0.3, 5)
 

@@ -64,7 +64,8 @@ class _Conversion(torch.autograd.Function):
         return convert(x.clone(), axis, src, dst)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
         for op, args in backward_ops(*ctx.conversion):
             grad = op(grad, *args)
         return grad, None, None, None
@@ -79,7 +80,7 @@ def differentiable(x: Tensor, axis: str, src: Type, dst: Type) -> Tensor:
 class Sample:
     """A call of an op with real tensors among its arguments.
 
-    differentiable    False: the op has no derivative in torch
+    differentiable    how many of its first operands torch can differentiate
     sharded           False: the rule is right to offer no shards of this call
     compare           False: the values mean nothing (`empty`), only shapes are compared
     """
@@ -87,7 +88,7 @@ class Sample:
     target: Any
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    differentiable: bool = True
+    differentiable: int = 99
     sharded: bool = True
     compare: bool = True
 
@@ -129,7 +130,7 @@ def run_whole(sample: Sample, *, grad: bool) -> Run:
         return value
 
     args, kwargs = visit(tuple(sample.args)), {k: visit(v) for k, v in sample.kwargs.items()}
-    wants = [grad and sample.differentiable and t.is_floating_point() for t in found]
+    wants = [grad and k < sample.differentiable and t.is_floating_point() for k, t in enumerate(found)]
     leaves = [t.detach().clone().requires_grad_(w) for t, w in zip(found, wants, strict=True)]
     results = _call(sample.target, args, kwargs, leaves)
     generator = torch.Generator().manual_seed(1)
@@ -142,8 +143,8 @@ def run_whole(sample: Sample, *, grad: bool) -> Run:
 
 
 def _call(target: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    place = lambda o: tensors[o.index]
-    found = target(*map_operands(args, place), **map_operands(dict(kwargs), place))
+    args, kwargs = map_operands((args, dict(kwargs)), lambda o: tensors[o.index])
+    found = target(*args, **kwargs)
     return tuple(found) if isinstance(found, tuple | list) else (found,)
 
 

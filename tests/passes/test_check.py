@@ -17,8 +17,10 @@ from torch import fx
 from typed_execution import Typed, error_of, typed
 
 from shardwright.passes.check import TypeCheckError, check
+from shardwright.passes.convert import convert
 from shardwright.passes.ops import StaticCommunicator
 from shardwright.passes.ops.collectives import use_communicator
+from shardwright.passes.types import P
 
 MODELS = {"llama": {"layers": 1, "num_key_value_heads": 4}, "gpt2": {"layers": 1}, "bert": {"layers": 1}}
 PLANS = {
@@ -87,3 +89,15 @@ def test_no_mutation_gets_through(model: str, strategy: str) -> None:
     lines += [f"    {kind:28}{c['type']:6}{c['number']:6}" for kind, c in sorted(caught.items())]
     print("\n" + "\n".join(lines))
     assert not escaped, "\n".join([*lines, "got through:", *(f"    {m}" for m in escaped)])
+
+
+def test_an_error_says_where_and_which_types() -> None:
+    found = sharded("llama", "tp4")
+    gm = found.graphs[0]
+    node = next(n for n in gm.graph.nodes if n.target is convert and n.args[2] == P)
+    changed = next(m for m in mutations(gm, found.axis) if m.node == node.name and m.kind == "swap types")(gm)
+    with use_communicator(StaticCommunicator({"tp": 4}, {"tp": 0})), pytest.raises(TypeCheckError) as error:
+        check(changed, found.axis, 0, found.placeholders)
+    text = str(error.value)
+    assert node.name in text and node.meta["source"] in text and "'tp'" in text
+    assert "from I" in text and "is P" in text, text

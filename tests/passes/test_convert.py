@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -124,7 +125,7 @@ def test_lowered_along_a_second_axis(pair: tuple[Type, Type]) -> None:
     conversion = Strategy("convert", (src,), (dst,), differentiable, (*whole.call.args, first.name, src, dst), {})
     lowered = OpCall(convert, conversion.args, {}, whole.call.operands, whole.call.results)
     for label in {s.label for s in strategies(lowered, second)}:
-        again = lambda call, label=label: along(second, label, call)
+        again = partial(along, second, label)
         check_lowered(Sample(identity, ()), whole, [(first, lambda _: conversion), (second, again)])
 
 

@@ -83,7 +83,7 @@ def test_identical_blocks_are_differentiated_once(model: str) -> None:
 
 def test_frozen_parameters_get_no_gradient() -> None:
     model, batch = zoo.mlp()
-    model.layers[1].requires_grad_(False)
+    model.get_submodule("layers.1").requires_grad_(False)
     found = prepare(model, batch)
     (made,) = emit_all(found, plan(), [found.batch])
     backward = made.graphs["backward"]
@@ -94,8 +94,8 @@ def test_frozen_parameters_get_no_gradient() -> None:
 
 def test_what_precedes_frozen_parameters_only_is_not_differentiated() -> None:
     model, batch = zoo.mlp()
-    model.layers[0].requires_grad_(False)
-    model.layers[1].requires_grad_(False)
+    model.get_submodule("layers.0").requires_grad_(False)
+    model.get_submodule("layers.1").requires_grad_(False)
     backward = program(prepare(model, batch), plan()).graphs["backward"]
     targets = [str(n.target) for n in backward.graph.graph.nodes if n.op == "call_function"]
     assert set(backward.outputs) == {"grad.param.layers.2.weight", "grad.param.layers.2.bias"}

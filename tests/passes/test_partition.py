@@ -12,7 +12,12 @@ from shardwright.passes.partition import VIEWS
 from shardwright.runtime.program import GraphSpec, RankProgram
 
 LLAMA = {"layers": 2, "num_key_value_heads": 4}
-PLANS = {"one": {}, "tp2": {"tp": 2}, "sequence-parallel": {"tp": 2, "sequence_parallel": True}, "zero3": {"dp_shard": 2, "zero": 3}}
+PLANS = {
+    "one": {},
+    "tp2": {"tp": 2},
+    "sequence-parallel": {"tp": 2, "sequence_parallel": True},
+    "zero3": {"dp_shard": 2, "zero": 3},
+}
 
 
 def saved(spec: GraphSpec) -> dict[str, fx.Node]:
@@ -23,7 +28,7 @@ def saved(spec: GraphSpec) -> dict[str, fx.Node]:
 def storage(node: fx.Node) -> fx.Node:
     """The node whose memory a value lies in."""
     while node.op == "call_function" and node.target in VIEWS:
-        node = node.args[0]
+        node = node.all_input_nodes[0]
     return node
 
 

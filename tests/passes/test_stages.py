@@ -62,7 +62,9 @@ def test_a_border_within_a_block_carries_what_it_must() -> None:
 def test_parameters_stay_in_their_stages() -> None:
     gm = staged(case("llama", **LLAMA), BY_LAYER)
     for k, stage in enumerate(split_stages(gm, 3)):
-        names = {n.meta["key"].removeprefix("param.") for n in stage.graph.nodes if n.op == "placeholder" if "param." in n.meta["key"]}
+        names = {
+            n.meta["key"].removeprefix("param.") for n in stage.graph.nodes if n.op == "placeholder" if "param." in n.meta["key"]
+        }
         assert names and {stage_of_name(n, BY_LAYER) for n in names} == {k}
 
 

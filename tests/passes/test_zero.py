@@ -58,7 +58,9 @@ def test_each_parameter_is_gathered_once_in_its_block_just_before_its_use() -> N
             first = min(
                 position[u]
                 for g in gm.graph.nodes
-                if g.meta.get("parameter") and g.target is convert and (g is gather or g.meta["block"] == gather.meta["block"] is not None)
+                if g.meta.get("parameter")
+                and g.target is convert
+                and (g is gather or g.meta["block"] == gather.meta["block"] is not None)
                 for u in g.users
             )
             between = [n for n, i in position.items() if position[gather] < i < first]
@@ -67,7 +69,7 @@ def test_each_parameter_is_gathered_once_in_its_block_just_before_its_use() -> N
 
 def test_frozen_parameters_are_gathered_and_get_no_gradient() -> None:
     model, batch = zoo.mlp()
-    model.layers[1].requires_grad_(False)
+    model.get_submodule("layers.1").requires_grad_(False)
     found = typed(prepare(model, batch), plan(dp_shard=RANKS, zero=3))
     check_every_rank(found)
     assert error_of(found, found.graphs) < 1.0

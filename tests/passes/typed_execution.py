@@ -23,7 +23,7 @@ from shardwright.passes.ops import StaticCommunicator
 from shardwright.passes.ops.collectives import use_communicator
 from shardwright.passes.rules.base import Axis
 from shardwright.passes.shard import shard
-from shardwright.passes.types import Type, Varying, gradient_type
+from shardwright.passes.types import Type, gradient_type
 from shardwright.passes.zero import gather_parameters, zero_cut
 from shardwright.runtime.lockstep import run_ranks
 from shardwright.runtime.program import Mesh
@@ -88,7 +88,9 @@ def error_of(model: Typed, graphs: Sequence[fx.GraphModule]) -> float:
             return loss.detach(), dict(zip(leaves, found, strict=True))
 
     ranks = run_ranks(n, body)
-    loss_type = next(node.meta["types"][model.axis.name] for key, node in named_results(graphs[0]) if key == model.case.captured.loss)
+    loss_type = next(
+        node.meta["types"][model.axis.name] for key, node in named_results(graphs[0]) if key == model.case.captured.loss
+    )
     worst = _error(join([loss for loss, _ in ranks], loss_type), model.case.loss, 1.0)
     largest = max(float(g.abs().max()) for g in model.case.gradients.values())
     for key, expected in model.case.gradients.items():
