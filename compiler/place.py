@@ -233,14 +233,15 @@ class _Builder:
         )
 
     def _allowed(self, a: Type, b: Type, meta: TensorMeta, d: _Decision) -> bool:
-        """Conversions that the axis can make: over time only slices of what is known before the step."""
+        """Conversions that the axis can make: over time only slices of what is known before the step; over data no other shares."""
         if self.policy.role == "time":
             if d.node.op == "placeholder":
                 return b == self.policy.slices.get(d.node.meta["key"])
             return a == I and isinstance(b, Varying)
         if self.policy.role == "tensor":
             return self._tensor_axis_makes(a, b, meta)
-        return True
+        # Samples stay where the call put them, unequal shares included: micro-batches and lengths are of these.
+        return not (isinstance(a, Varying) and isinstance(b, Varying) and a.dim == b.dim)
 
     def _tensor_axis_makes(self, a: Type, b: Type, meta: TensorMeta) -> bool:
         """Between sharded products an activation is I (tensor parallelism) or cut by its tokens (sequence parallelism): the layouts
