@@ -19,9 +19,9 @@ from typing import Any
 from torch import fx
 
 from ..passes.convert import is_free
-from ..passes.graph_tools import is_getitem, metas, op_call
+from ..passes.graph_tools import Calls, is_getitem, metas, op_calls
 from ..passes.partition import VIEWS
-from ..passes.rules.base import Axis, TensorMeta
+from ..passes.rules.base import Axis, OpCall, TensorMeta
 from ..passes.rules.base import Strategy as NodeStrategy
 from ..passes.types import I, Type
 from ..runtime.program import Mesh
@@ -33,8 +33,6 @@ from .plan import Alternative, Plan, Prediction
 from .prices import Volume, held, size_of
 from .strategy import Limits, Request, Strategy, StrategyError
 from .topology import Topology, collective_seconds
-
-NOTHING = NodeStrategy("whole", (), ())
 
 
 class DoesNotFit(ValueError):
@@ -102,6 +100,7 @@ class _Search:
         self.rows, self.captured = rows, sum(problem.local_batches)
         self.tensor: dict[tuple[int, bool], TensorCost] = {}
         self.stream = least_crossing(problem.graph)
+        self.calls = op_calls(problem.graph)
 
     def candidates(self) -> Iterable[Candidate]:
         pins = self.request.strategy
@@ -147,7 +146,7 @@ class _Search:
         n = mesh.size("tp")
         if (n, sequence) not in self.tensor:
             only = Mesh(("tp",), (n,)) if n > 1 else Mesh((), ())
-            self.tensor[n, sequence] = graph_on_tensor_axis(self.problem, only, sequence, self.topology)
+            self.tensor[n, sequence] = graph_on_tensor_axis(self.problem, only, sequence, self.topology, self.calls)
         return self.tensor[n, sequence]
 
     def price(self, plan: Plan) -> Candidate:
@@ -222,71 +221,68 @@ def microbatch_counts(stages: int, rows: int) -> list[int]:
     return sorted(c for c in counts if c >= 1)
 
 
-def graph_on_tensor_axis(problem: Problem, mesh: Mesh, sequence: bool, topology: Topology) -> TensorCost:
-    """Place the graph over tp as emission would, and add up what every rank then does."""
-    gm = problem.graph
-    n = mesh.size("tp")
-    axis = Axis("tp", n)
+def graph_on_tensor_axis(problem: Problem, mesh: Mesh, sequence: bool, topology: Topology, calls: Calls) -> TensorCost:
+    """Place the graph over tp as emission would, and add up what every rank then does. `calls`: `op_calls` of the graph."""
+    axis = Axis("tp", mesh.size("tp"))
     placement: Placement | None = None
-    if n > 1:
+    if axis.size > 1:
         prices = Volume(parameters=True, activations=0.05 if sequence else 0.0)
-        placement = place(gm, axis, Policy("tensor", {}, problem.loss, scatter=sequence), prices)
+        placement = place(problem.graph, axis, Policy("tensor", {}, problem.loss, scatter=sequence), prices, calls)
     seconds = Seconds(topology, mesh)
-    compute = traffic = activations = parameters = 0.0
-    ops = 0
-    known: dict[Any, float] = {}
-    converted: set[tuple[fx.Node, int, Type]] = set()
-    for node in gm.graph.nodes:
+    compute = activations = 0.0
+    known: dict[tuple[int, int], tuple[float, float]] = {}
+    for node, (call, _) in calls.items():
+        strategy = placement.choice[node.name] if placement else None
+        key = id(call), id(strategy)  # identical blocks share both objects
+        if key not in known:
+            strategy = strategy or NodeStrategy("whole", (I,) * len(call.operands), (I,) * len(call.results))
+            known[key] = seconds.node(call, strategy, axis, ()), _kept(call, strategy, axis)
+        compute += known[key][0]
+        activations += known[key][1]
+    parameters = traffic = 0.0
+    for node in problem.graph.graph.nodes:
         if node.op == "placeholder" and node.meta["key"].startswith("param."):
             type_ = placement.placeholders[node.meta["key"]] if placement else I
             parameters += size_of(metas(node)[0]) * held(type_, axis)
-            if placement:
-                traffic += seconds.placeholder(type_, metas(node)[0], axis)
-        if node.op != "call_function" or is_getitem(node):
-            continue
-        call, sources = op_call(node)
-        strategy = (
-            placement.choice[node.name] if placement else replace(NOTHING, ins=(I,) * len(sources), outs=(I,) * len(call.results))
-        )
-        key = (call.target, call.operands, call.results, strategy.ins, strategy.outs)
-        if key not in known:
-            known[key] = seconds.node(call, strategy, axis, ())
-        compute += known[key]
-        ops += 1
-        if node.target not in VIEWS:
-            activations += sum(size_of(m) * held(t, axis) for m, t in zip(call.results, strategy.outs, strict=True) if m.grad)
-        if placement:
-            traffic += _conversions(node, sources, strategy, placement, seconds, axis, converted)
-    return TensorCost(compute, traffic, activations, parameters, 3 * ops)
+            traffic += seconds.placeholder(type_, metas(node)[0], axis) if placement else 0.0
+    traffic += _conversions(calls, placement, seconds) if placement else 0.0
+    return TensorCost(compute, traffic, activations, parameters, 3 * len(calls))
 
 
-def _conversions(
-    node: fx.Node,
-    sources: Sequence[fx.Node],
-    strategy: NodeStrategy,
-    placement: Placement,
-    seconds: Seconds,
-    axis: Axis,
-    converted: set[tuple[fx.Node, int, Type]],
-) -> float:
-    """Seconds of the conversions that a node's operands need and no earlier node paid for."""
+def _kept(call: OpCall, strategy: NodeStrategy, axis: Axis) -> float:
+    """Bytes of a call's results that a rank keeps for the backward."""
+    if call.target in VIEWS:
+        return 0.0
+    return sum(size_of(m) * held(t, axis) for m, t in zip(call.results, strategy.outs, strict=True) if m.grad)
+
+
+def _conversions(calls: Calls, placement: Placement, seconds: Seconds) -> float:
+    """Seconds of the conversions that operands need, each made once for a value and a type."""
     total = 0.0
-    for source, needed in zip(sources, strategy.ins, strict=True):
-        have, value, k = _produced(source, placement)
-        if is_free(have, needed, value.grad) or (source, k, needed) in converted:
-            continue
-        converted.add((source, k, needed))
-        total += seconds.conversion(have, needed, value, axis)
+    made: set[tuple[fx.Node, int, Type]] = set()
+    known: dict[tuple[Type, Type, TensorMeta], float] = {}
+    for node, (_, sources) in calls.items():
+        for source, needed in zip(sources, placement.choice[node.name].ins, strict=True):
+            have, k = _produced(source, placement)
+            if have is needed or (source, k, needed) in made:
+                continue
+            (meta,) = metas(source)
+            if is_free(have, needed, meta.grad):
+                continue
+            made.add((source, k, needed))
+            if (have, needed, meta) not in known:
+                known[have, needed, meta] = seconds.conversion(have, needed, meta, placement.axis)
+            total += known[have, needed, meta]
     return total
 
 
-def _produced(node: fx.Node, placement: Placement) -> tuple[Type, TensorMeta, int]:
-    meta = metas(node)[0]
+def _produced(node: fx.Node, placement: Placement) -> tuple[Type, int]:
+    """The type of a value, and which of its node's results it is."""
     place: Any = node.args if is_getitem(node) else (node, 0)
     node, k = place
     if node.op == "placeholder":
-        return placement.placeholders[node.meta["key"]], meta, k
-    return placement.choice[node.name].outs[k], meta, k
+        return placement.placeholders[node.meta["key"]], k
+    return placement.choice[node.name].outs[k], k
 
 
 def least_crossing(gm: fx.GraphModule) -> float:

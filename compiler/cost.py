@@ -207,8 +207,7 @@ def local_meta(meta: TensorMeta, type_: Type) -> TensorMeta:
     """The largest part of a value that one rank holds under `type_`."""
     if not isinstance(type_, Varying):
         return meta
-    largest = max(type_.local_size(i) for i in range(len(type_.sections[0])))
-    return replace(meta, shape=(*meta.shape[: type_.dim], largest, *meta.shape[type_.dim + 1 :]))
+    return replace(meta, shape=(*meta.shape[: type_.dim], type_.largest_size, *meta.shape[type_.dim + 1 :]))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ..passes.buckets import bucket
 from ..passes.check import check
 from ..passes.differentiate import Seed, Templates, differentiate
 from ..passes.fuse import fuse_loss
-from ..passes.graph_tools import Values, named_results
+from ..passes.graph_tools import Values, named_results, op_calls
 from ..passes.ops import StaticCommunicator, use_communicator
 from ..passes.partition import partition
 from ..passes.prologue import TIME, split_prologue
@@ -114,8 +114,9 @@ def lower(problem: Problem, plan: Plan, coordinates: Mapping[str, int], values: 
         prices = Volume(parameters=True, activations=0.05 if plan.sequence_parallel else 0.0)
         steps.append((Axis("tp", plan.mesh.size("tp")), coordinates["tp"], policy, prices))
     for axis, index, policy, prices in steps:
-        placement = place(gm, axis, policy, prices)
-        gm = shard(gm, axis, index, placement.choice, placement.placeholders, placement.outputs, values)
+        calls = op_calls(gm)
+        placement = place(gm, axis, policy, prices, calls)
+        gm = shard(gm, axis, index, placement.choice, placement.placeholders, placement.outputs, values, calls)
         check(gm, axis, index, placement.placeholders)
         placements[axis.name] = placement
     return Lowered(gm, placements)

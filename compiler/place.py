@@ -13,7 +13,7 @@ import numpy as np
 from torch import fx
 
 from ..passes.convert import exists, is_free
-from ..passes.graph_tools import is_getitem, metas, op_call, where
+from ..passes.graph_tools import Calls, is_getitem, metas, op_calls, where
 from ..passes.rules.base import (
     Axis,
     OpCall,
@@ -63,9 +63,12 @@ class Placement:
     bound: float
 
 
-def place(gm: fx.GraphModule, axis: Axis, policy: Policy, prices: Prices) -> Placement:
-    """The cheapest placement of `gm` along `axis`. Raises ShardingError naming the node where none exists."""
-    builder = _Builder(gm, axis, policy, prices)
+def place(gm: fx.GraphModule, axis: Axis, policy: Policy, prices: Prices, calls: Calls | None = None) -> Placement:
+    """The cheapest placement of `gm` along `axis`. Raises ShardingError naming the node where none exists.
+
+    calls    `op_calls(gm)`, where the caller has it
+    """
+    builder = _Builder(gm, axis, policy, prices, op_calls(gm) if calls is None else calls)
     builder.read()
     problem = builder.problem()
     try:
@@ -93,8 +96,8 @@ class _Decision:
 
 
 class _Builder:
-    def __init__(self, gm: fx.GraphModule, axis: Axis, policy: Policy, prices: Prices) -> None:
-        self.gm, self.axis, self.policy, self.prices = gm, axis, policy, prices
+    def __init__(self, gm: fx.GraphModule, axis: Axis, policy: Policy, prices: Prices, calls: Calls) -> None:
+        self.gm, self.axis, self.policy, self.prices, self.calls = gm, axis, policy, prices, calls
         self.decisions: dict[str, _Decision] = {}
         self.meta: dict[Value, TensorMeta] = {}
         self.twins: Mapping[str, str] = gm.meta.get("twins", {})  # node name -> name of the first node at its place
@@ -119,20 +122,20 @@ class _Builder:
             if name in self.decisions:
                 decision = self.decisions[name]
                 decision.count += 1
-                operands = tuple(self.value_of(n) for n in op_call(node)[1]) if node.op != "placeholder" else ()
+                operands = tuple(self.value_of(n) for n in self.calls[node][1]) if node.op != "placeholder" else ()
                 if operands != decision.operands:
                     decision.carried[operands] = None
                 continue
-            for k, m in enumerate(metas(node)):
-                self.meta[name, k] = m
-            decision = _Decision(name, node, [], values=tuple((name, k) for k in range(len(metas(node)))))
+            results = {(name, k): m for k, m in enumerate(metas(node))}
+            self.meta.update(results)
+            decision = _Decision(name, node, [], values=tuple(results))
             self.decisions[name] = decision
             if node.op == "placeholder":
                 pinned = self.policy.pinned.get(node.meta["key"]) or self.policy.slices.get(node.meta["key"])
                 if isinstance(pinned, Varying):
                     given[name, 0] = pinned
                 continue
-            decision.call, sources = op_call(node)
+            decision.call, sources = self.calls[node]
             decision.operands = tuple(self.value_of(s) for s in sources)
             sites.append(Site(decision.call, find_rule(decision.call, self.axis), decision.operands, decision.values))
         again = [replace(s, operands=o) for s in sites for o in self.decisions[s.results[0][0]].carried]
@@ -237,11 +240,19 @@ class _Builder:
         if self.policy.role == "time":
             if d.node.op == "placeholder":
                 return b == self.policy.slices.get(d.node.meta["key"])
-            return a == I and isinstance(b, Varying)
+            return a == I and isinstance(b, Varying) and self._is_slice_of_batch(b)
         if self.policy.role == "tensor":
             return self._tensor_axis_makes(a, b, meta)
         # Samples stay where the call put them, unequal shares included: micro-batches and lengths are of these.
         return not (isinstance(a, Varying) and isinstance(b, Varying) and a.dim == b.dim)
+
+    def _is_slice_of_batch(self, type_: Varying) -> bool:
+        """Whether every section is cut as the batch is: micro-batches of as many samples have equal shapes throughout."""
+        batches = {t.sections[0] for t in self.policy.slices.values() if isinstance(t, Varying)}
+        return all(
+            any(all(n * sum(batch) == m * sum(section) for n, m in zip(section, batch, strict=True)) for batch in batches)
+            for section in type_.sections
+        )
 
     def _tensor_axis_makes(self, a: Type, b: Type, meta: TensorMeta) -> bool:
         """Between sharded products an activation is I (tensor parallelism) or cut by its tokens (sequence parallelism): the layouts

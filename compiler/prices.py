@@ -32,7 +32,7 @@ def held(type_: Type, axis: Axis) -> float:
     """The largest share of a value that one rank of the axis holds."""
     if not isinstance(type_, Varying):
         return 1.0
-    return max(type_.local_size(i) for i in range(axis.size)) / max(1, type_.global_size)
+    return type_.largest_size / max(1, type_.global_size)
 
 
 COLLECTIVE_VOLUME = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 0.5, "slice": 0.02, "free": 0.001}
@@ -77,7 +77,7 @@ class Volume:
 
     def node(self, call: OpCall, strategy: Strategy, axis: Axis, from_parameters: tuple[bool, ...]) -> float:
         name = call.target.name().split("::")[-1].split(".")[0] if isinstance(call.target, OpOverload) else ""
-        share = min((held(t, axis) for t in (*strategy.ins, *strategy.outs)), default=1.0)
+        share = min((self.share(t, axis) for t in (*strategy.ins, *strategy.outs)), default=1.0)
         total = float(sum(size_of(m) for m in (*call.operands, *call.results)))
         if name in PRODUCTS:
             whole = float(share == 1.0)
@@ -91,6 +91,10 @@ class Volume:
         kept = sum(size_of(m) * held(t, axis) for m, t in zip(call.results, strategy.outs, strict=True) if m.grad)
         return self.ELEMENTWISE * total * share + self.activations * kept
 
+    def share(self, type_: Type, axis: Axis) -> float:
+        """The share of a value that a rank works on. Of the batch, the mean: how it lies on the ranks is not ours to even out."""
+        return held(type_, axis) if self.parameters or not isinstance(type_, Varying) else 1.0 / axis.size
+
     def placeholder(self, type_: Type, meta: TensorMeta, axis: Axis) -> float:
         """A Replicate parameter's gradient is reduced once a step, in a bucket; a sharded one costs nothing."""
         if type_ == R and meta.grad:
@@ -99,4 +103,6 @@ class Volume:
 
     def conversion(self, src: Type, dst: Type, meta: TensorMeta, axis: Axis) -> float:
         forward, backward = conversion_kinds(src, dst, meta.grad)
-        return (COLLECTIVE_VOLUME[forward] + COLLECTIVE_VOLUME[backward]) * max(size_of(meta), 64)
+        # What is gathered of the batch must be as long on every rank: count tokens by a sum, however few bytes they are.
+        least = 64 if self.parameters or not isinstance(src, Varying) else 1024
+        return (COLLECTIVE_VOLUME[forward] + COLLECTIVE_VOLUME[backward]) * max(size_of(meta), least)

@@ -28,6 +28,7 @@ def check(gm: fx.GraphModule, axis: Axis, index: int, placeholders: Mapping[str,
 
     placeholders: program key -> the type each input really has; where given, the graph must agree with it.
     """
+    passed: set[Any] = set()
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             _check_placeholder(node, axis, placeholders)
@@ -42,7 +43,7 @@ def check(gm: fx.GraphModule, axis: Axis, index: int, placeholders: Mapping[str,
         elif node.target is convert and node.args[1] == axis.name:
             _check_convert(node, axis)
         else:
-            _check_op(node, axis, index)
+            _check_op(node, axis, index, passed)
 
 
 def _type(node: Any, axis: Axis) -> Any:
@@ -79,11 +80,34 @@ def _check_convert(node: fx.Node, axis: Axis) -> None:
         raise TypeCheckError(f"{where(node)}: there is no conversion {src} -> {dst} over {axis.name!r}")
 
 
-def _check_op(node: fx.Node, axis: Axis, index: int) -> None:
+def _check_op(node: fx.Node, axis: Axis, index: int, passed: set[Any]) -> None:
+    """`passed` has what was found right already: identical blocks share their calls, types and values."""
     known = node.meta.get("calls", {}).get(axis.name)
     if known is None:
         raise TypeCheckError(f"{where(node)} was not derived from a call over axis {axis.name!r}")
     call: OpCall = known[0]
+    sources: dict[fx.Node, int] = {}
+    arguments = _numbered((node.args, node.kwargs), sources)
+    facts = ((id(_type(s, axis)), bool(s.meta.get("grad"))) for s in sources)
+    key = (id(call), node.target, arguments, *facts, id(_type(node, axis)), id(node.meta["val"]))
+    if key not in passed:
+        _derive(node, call, axis, index)
+        passed.add(key)
+
+
+def _numbered(value: Any, sources: dict[fx.Node, int]) -> Any:
+    """Arguments in hashable form, nodes by the order in which they come first: `sources`."""
+    if isinstance(value, fx.Node):
+        return fx.Node, sources.setdefault(value, len(sources))
+    if isinstance(value, tuple | list):
+        return tuple(_numbered(v, sources) for v in value)
+    if isinstance(value, dict):
+        return tuple((k, _numbered(v, sources)) for k, v in value.items())
+    return type(value), value
+
+
+def _derive(node: fx.Node, call: OpCall, axis: Axis, index: int) -> None:
+    """Find the strategy of `call` that `node` is the local form of."""
     _, sources = op_call(node)
     have = tuple(_type(s, axis) for s in sources)
     own = _type(node, axis)

@@ -15,16 +15,18 @@ from torch import fx
 
 from .convert import convert, exists, is_free
 from .graph_tools import (
+    Calls,
+    LazyGraphModule,
     Values,
     call,
     copy_facts,
     is_getitem,
     metas,
-    op_call,
+    op_calls,
     place_operands,
     where,
 )
-from .rules.base import Axis, Strategy, localize
+from .rules.base import Axis, LocalCall, Strategy, localize
 from .types import I, Type, Varying, local_shape
 
 
@@ -40,14 +42,16 @@ def shard(
     placeholders: Mapping[str, Type],
     outputs: Mapping[int, Type],
     values: Values,
+    calls: Calls | None = None,
 ) -> fx.GraphModule:
     """The graph of rank `index` of `axis`.
 
     choice          node name -> strategy, for every call_function but getitem
     placeholders    program key -> type; Invariant where absent
     outputs         position among the outputs -> the type it must leave with; as it comes where absent
+    calls           `op_calls(gm)`, where the caller has it
     """
-    lowering = _Lowering(gm, axis, index, values)
+    lowering = _Lowering(axis, index, values, op_calls(gm) if calls is None else calls)
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             lowering.placeholder(node, placeholders.get(node.meta["key"], I))
@@ -57,16 +61,19 @@ def shard(
             lowering.getitem(node)
         else:
             lowering.op(node, choice[node.name])
-    result = fx.GraphModule(gm, lowering.graph)
+    result = LazyGraphModule(gm, lowering.graph)
     result.meta.update(gm.meta)
     result.meta["twins"] = {**gm.meta.get("twins", {}), **lowering.twins(gm.meta.get("twins", {}))}
     return result
 
 
 class _Lowering:
-    def __init__(self, gm: fx.GraphModule, axis: Axis, index: int, values: Values) -> None:
-        self.axis, self.index, self.values = axis, index, values
+    def __init__(self, axis: Axis, index: int, values: Values, calls: Calls) -> None:
+        self.axis, self.index, self.values, self.calls = axis, index, values, calls
         self.graph = fx.Graph()
+        # By identity: identical blocks share calls and strategies.
+        self.local: dict[tuple[int, int], LocalCall] = {}
+        self.local_values: dict[tuple[int, ...], Any] = {}
         self.new: dict[fx.Node, fx.Node] = {}
         self.converted: dict[tuple[fx.Node, Type], fx.Node] = {}
         self.names: dict[str, list[tuple[str, str]]] = {}
@@ -89,15 +96,24 @@ class _Lowering:
         self.new[node] = made
 
     def op(self, node: fx.Node, strategy: Strategy) -> None:
-        op, sources = op_call(node)
+        op, sources = self.calls[node]
         operands = tuple(self.as_type(self.new[s], t, node) for s, t in zip(sources, strategy.ins, strict=True))
-        target, args, kwargs = localize(op, strategy, self.index)
-        made = call(self.graph, self.values, target, place_operands(args, operands), place_operands(kwargs, operands), node.name)
+        key = id(op), id(strategy)
+        if key not in self.local:
+            self.local[key] = localize(op, strategy, self.index)
+        target, args, kwargs = self.local[key]
+        args, kwargs = place_operands(args, operands), place_operands(kwargs, operands)
+        made = self.graph.create_node("call_function", target, args, kwargs, name=node.name)
+        full_key = *key, *(id(o.meta["val"]) for o in operands)
+        if full_key not in self.local_values:
+            made.meta["val"] = self.values.of(target, made.args, made.kwargs)
+            self.check_shapes(node, made, strategy)
+            self.local_values[full_key] = made.meta["val"]
+        made.meta["val"] = self.local_values[full_key]
         copy_facts(node, made)
         made.meta["types"][self.axis.name] = strategy.outs if isinstance(node.meta["val"], tuple | list) else strategy.outs[0]
         made.meta["calls"][self.axis.name] = (op, strategy)
         self.new[node] = made
-        self.check_shapes(node, made, strategy)
 
     def check_shapes(self, node: fx.Node, made: fx.Node, strategy: Strategy) -> None:
         for before, after, type_ in zip(metas(node), metas(made), strategy.outs, strict=True):

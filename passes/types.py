@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Literal
 
 Sections = tuple[tuple[int, ...], ...]
@@ -57,14 +58,26 @@ class Varying:
         if self.dim < 0 or not self.sections or len({len(s) for s in self.sections}) != 1:
             raise ValueError(f"malformed shard: dim {self.dim}, sections {self.sections}")
 
-    @property
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.dim, self.sections))
+
+    @cached_property
     def global_size(self) -> int:
         return sum(map(sum, self.sections))
+
+    @cached_property
+    def largest_size(self) -> int:
+        """The most that a rank holds."""
+        return max(map(sum, zip(*self.sections, strict=True)))
 
     def local_size(self, index: int) -> int:
         return sum(section[index] for section in self.sections)
 
-    @property
+    @cached_property
     def is_even(self) -> bool:
         return all(len(set(section)) == 1 for section in self.sections)
 
@@ -97,6 +110,7 @@ def balanced_sizes(size: int, n: int) -> tuple[int, ...]:
     return tuple(size // n + (i < size % n) for i in range(n))
 
 
+@cache
 def even_sections(size: int, n: int, unit: int = 1) -> Sections:
     """One section of `size`, cut among n ranks as equally as multiples of `unit` (which must divide `size`) allow."""
     return (tuple(c * unit for c in balanced_sizes(size // unit, n)),)

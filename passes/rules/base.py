@@ -92,13 +92,16 @@ class Slot:
 
     def place(self, sections: Sections) -> Varying:
         """The shard of the dim, from the cut of the factor."""
-        scaled = tuple(tuple(length * self.inner for length in section) for section in sections)
-        return Varying(self.dim, scaled * self.outer)
+        if self.inner != 1:
+            sections = tuple(tuple(length * self.inner for length in section) for section in sections)
+        return Varying(self.dim, sections * self.outer)
 
     def factor_sections(self, sections: Sections) -> Sections | None:
         """The cut of the factor that gives `sections` on the dim, or None when there is none."""
         if len(sections) % self.outer:
             return None
+        if self.inner == self.outer == 1:
+            return sections
         period = len(sections) // self.outer
         if sections != sections[:period] * self.outer or any(n % self.inner for s in sections for n in s):
             return None
