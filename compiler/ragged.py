@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from ..passes.ops.collectives import COMMUNICATION
+from ..passes.ops.collectives import COMMUNICATION, ops
 from ..passes.types import Partial
 from ..runtime.errors import MismatchError
 from ..runtime.faults import Control, Shapes
@@ -60,8 +61,18 @@ def _fixed_count(program: RankProgram, data: Sequence[str]) -> str:
 
 
 def _exchanged(program: RankProgram, data: Sequence[str]) -> list[tuple[str, str, str]]:
-    return [
-        (str(node.target), str(node.args[1]), str(map_arg(node.args[0], lambda n: tuple(n.meta["val"].shape))))
-        for node in _nodes(program)
-        if node.target in COMMUNICATION and str(node.args[1]).split("+")[0] in data
-    ]
+    """(op, axis, shapes of what the ranks hold together) of each collective: shards may differ, their wholes may not."""
+    found = []
+    for node in _nodes(program):
+        if node.target in COMMUNICATION and str(node.args[1]).split("+")[0] in data:
+            wholes = node if node.target in GATHERS else node.args[0]
+            found.append((str(node.target), str(node.args[1]), str(map_arg(wholes, _shapes))))
+    return found
+
+
+GATHERS = frozenset({ops.all_gather.default, ops.all_gather_bucket.default})
+
+
+def _shapes(node: fx.Node) -> Any:
+    value = node.meta["val"]
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else [tuple(v.shape) for v in value]

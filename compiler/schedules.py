@@ -1,6 +1,6 @@
 """The instruction list of one rank: the pipeline order between what a step needs before and after it.
 
-gather parameters (ZeRO-1/2) ▶ prologue ▶ forwards and backwards, with sends and receives ▶ reduce gradients ▶ loss
+gather parameters (ZeRO-1/2) ▶ prologue ▶ forwards and backwards, with sends and receives ▶ reduce gradients ▶ loss ▶ buffers
 """
 
 from __future__ import annotations
@@ -86,6 +86,8 @@ def build(
     if training:
         found.extend(_reductions(plan, step))
     found.extend(_loss(plan, stage, step, outputs))
+    if plan.stages > 1:
+        found.extend(_buffers(outputs))
     return tuple(found)
 
 
@@ -93,7 +95,7 @@ def _grads(keys: Iterable[str]) -> tuple[str, ...]:
     return tuple(f"grad.{key}" for key in keys)
 
 
-def _buckets(items: Iterable[tuple[str, TensorSpec]]) -> list[tuple[str, ...]]:
+def _buckets(items: Iterable[tuple[str, TensorSpec | OutputSpec]]) -> list[tuple[str, ...]]:
     """Consecutive keys of one dtype, up to BUCKET_BYTES of whole tensors together."""
     found: list[list[str]] = []
     room, dtype = 0, None
@@ -150,3 +152,10 @@ def _loss(plan: Plan, stage: int, step: Step, outputs: Sequence[OutputSpec]) -> 
         yield Instruction("all_reduce", (step.loss,), axis="+".join(step.loss_axes))
     if plan.stages > 1:
         yield Instruction("broadcast", (step.loss,), axis="pp", peer=home)
+
+
+def _buffers(outputs: Sequence[OutputSpec]) -> Iterable[Instruction]:
+    """Buffers that a stage updates (BatchNorm's statistics), to all stages: whichever reads them next has them."""
+    for home in sorted({o.stage for o in outputs if o.key.startswith("buffer.")}):
+        for keys in _buckets((o.key, o) for o in outputs if o.stage == home and o.key.startswith("buffer.")):
+            yield Instruction("broadcast", keys, axis="pp", peer=home)

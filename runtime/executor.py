@@ -5,6 +5,7 @@ What the schedule means is resolved once, by `plan_steps`; graphs run as the ver
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -225,11 +226,13 @@ class Executor:
 
     def _broadcast(self, step: Step, values: list[Any]) -> None:
         axis, root = step.instruction.axis, step.instruction.peer
-        for i, write in enumerate(step.writes):
-            shape = step.shapes[i]
-            assert shape is not None
-            x = values[step.reads[i]] if step.reads else torch.empty(shape[0], dtype=shape[1], device=self.device)
-            value = self.communicator.broadcast(x, axis, root)
+        facts = [fact for fact in step.shapes if fact is not None]
+        shapes = [shape for shape, _ in facts]
+        if step.reads:
+            bucket = pack([values[slot] for slot in step.reads])
+        else:
+            bucket = torch.empty(sum(map(math.prod, shapes)), dtype=facts[0][1], device=self.device)
+        for write, value in zip(step.writes, unpack(self.communicator.broadcast(bucket, axis, root), shapes), strict=True):
             if write is not None:
                 values[write.slot] = value
         for slot in step.dead:

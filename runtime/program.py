@@ -132,7 +132,8 @@ class Instruction:
                 way = "to" if self.kind == "send" else "from"
                 return f"{self.kind} {', '.join(self.keys)} [{self.microbatch}] {way} rank {self.peer}"
             case "broadcast":
-                return f"broadcast {', '.join(self.keys)} over {self.axis} from index {self.peer}"
+                what = ", ".join(self.keys) if len(self.keys) < 3 else f"{len(self.keys)} tensors"
+                return f"broadcast {what} over {self.axis} from index {self.peer}"
             case _:
                 return f"{self.kind} over {self.axis}: {len(self.keys)} tensors"
 

@@ -311,7 +311,9 @@ class _Planner:
         m = instruction.microbatch
         index, _ = axis_place(self.program, instruction.axis)
         root = index == instruction.peer
-        reads = tuple(self._read(key, m, instruction) for key in instruction.keys) if root else ()
+        # A buffer as the last update left it, not as a micro-batch saw it.
+        scopes = {key: -1 if key.startswith("buffer.") else m for key in instruction.keys}
+        reads = tuple(self._read(key, scopes[key], instruction) for key in instruction.keys) if root else ()
         shapes = tuple(self._result_shape(key, m, instruction) for key in instruction.keys)
         writes = []
         for key in instruction.keys:
