@@ -56,6 +56,7 @@ class Problem:
     aliases         tied names: canonical -> others
     persistent      names of buffers that are in the state dict
     trainable       names of parameters with requires_grad; None: those that the loss depends on
+    share_outputs   whether every pipeline stage gets all outputs, not the loss alone
     """
 
     graph: fx.GraphModule
@@ -67,6 +68,7 @@ class Problem:
     training: bool = True
     persistent: frozenset[str] = frozenset()
     trainable: frozenset[str] | None = None
+    share_outputs: bool = False
 
 
 @dataclass(frozen=True)
@@ -241,6 +243,7 @@ class _Emission:
             gradients,
             loss,
             self.pending(home) if home is not None else (),
+            self.problem.share_outputs,
         )
 
     def neighbours(self) -> tuple[int, int]:

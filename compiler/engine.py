@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,15 +19,16 @@ from ..runtime.faults import Agreement, Agreements, CallFacts, Control, Flags, S
 from ..runtime.materialize import materialize
 from ..runtime.parameters import ParameterStore
 from ..runtime.program import Key, Mesh, RankProgram
+from .agreement import same_graph, same_model
 from .bind import BatchMode, Bound, batch_keys, batch_size, bind, local_batches
 from .call_structure import CallStructure, flatten_call
 from .capture import CaptureError, capture
 from .choose import choose, likely_data_size
-from .emit import emit
+from .emit import Problem, emit
 from .fidelity import check_capture
 from .layout import with_layout
 from .plan import Plan
-from .ragged import check_ragged
+from .ragged import check_ragged, same_lengths
 from .strategy import Request
 from .topology import Topology
 
@@ -110,9 +110,11 @@ class ModelEngine:
         """The first call: capture, plan, emit, and put the parameters where the plan wants them."""
         facts = self.describe(args, kwargs)
         agreed = Agreements(self.control).agree(facts, Flags(self.model.training, True), ())
+        same_model(self.control, self.model)
         if self.options.verify:
             together(self.control, "comparing the captured model with the eager one", lambda: self._verify(args, kwargs))
-        self.plan = together(self.control, "planning", lambda: self._choose(args, kwargs, agreed.shapes))
+        text = together(self.control, "planning", lambda: self._choose(args, kwargs, agreed.shapes))
+        self.plan = Plan.from_json(self.control.exchange_text(text)[0])
         self.groups = batch_groups(self.plan.mesh, shared=self.options.batch == "global")
         self.communicator = self.connect(self.plan.mesh)
         self._first = self._compile(args, kwargs, self.model.training, True, agreed.shapes, keep_layout=False)
@@ -133,30 +135,27 @@ class ModelEngine:
         captured = capture(self.model, args, kwargs, loss_fn=self.options.loss_fn)
         check_capture(captured, self.model, args, kwargs, self.options.loss_fn)
 
-    def _choose(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: Sequence[Shapes]) -> Plan:
-        """Rank 0 decides; the others take its plan."""
-        text = ""
-        if self.control.rank == 0:
-            self.report("choosing a plan")
-            options = self.options
-            rows = batch_size(shapes[0])
-            guess = likely_data_size(options.request, rows, options.batch)
-            batches = balanced_sizes(rows, guess) if options.batch == "global" else (rows,) * guess
-            probe = self._bind(args, kwargs, batches, shapes, self.model.training, True)
-            topology = options.topology or Topology.preset("cpu", devices=options.request.world_size)
-            found = choose(
-                probe.problem,
-                options.request,
-                topology,
-                rows=rows,
-                memory_limit=options.memory_limit,
-                batch=options.batch,
-                microbatches=options.microbatches,
-            )
-            found = replace(found, device=self.device.type)
-            self._captured = probe
-            text = found.to_json()
-        return Plan.from_json(self.control.exchange_text(text)[0])
+    def _choose(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: Sequence[Shapes]) -> str:
+        """Rank 0 decides, and gives the plan as JSON; the others give ""."""
+        if self.control.rank != 0:
+            return ""
+        self.report("choosing a plan")
+        options = self.options
+        rows = batch_size(shapes[0])
+        guess = likely_data_size(options.request, rows, options.batch)
+        batches = balanced_sizes(rows, guess) if options.batch == "global" else (rows,) * guess
+        probe = self._bind(args, kwargs, batches, shapes, self.model.training, True)
+        found = choose(
+            probe.problem,
+            options.request,
+            options.topology or Topology.preset("cpu", devices=options.request.world_size),
+            rows=rows,
+            memory_limit=options.memory_limit,
+            batch=options.batch,
+            microbatches=options.microbatches,
+        )
+        self._captured = probe
+        return replace(found, device=self.device.type).to_json()
 
     def _bind(
         self,
@@ -211,8 +210,32 @@ class ModelEngine:
         shapes: Sequence[Shapes],
         keep_layout: bool = True,
     ) -> BoundCall:
+        """The program of a call. A collective: what goes wrong on one rank is an error on all."""
+        assert self.plan is not None and self.communicator is not None
+        problem, plan, call, program = together(
+            self.control, "compiling the call", lambda: self._emit(args, kwargs, training, grad, shapes, keep_layout)
+        )
+        same_graph(self.control, plan, problem.graph, same_shapes=same_lengths(shapes, problem.batch_inputs))
+        check_ragged(program, shapes, batch_keys(shapes), self.control)
+        if not keep_layout:
+            self.plan = plan
+        executor = Executor(program, self.communicator, self.device)
+        everything = plan.stages == 1 or self.options.outputs == "all"
+        shown = frozenset(o.key for o in program.outputs if o.key == problem.loss or everything)
+        return BoundCall(program, executor, call, problem.loss, self.device, shown, self.options.batch == "global")
+
+    def _emit(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        training: bool,
+        grad: bool,
+        shapes: Sequence[Shapes],
+        keep_layout: bool,
+    ) -> tuple[Problem, Plan, CallStructure, RankProgram]:
+        """This rank's part of `_compile`, without its peers."""
         plan = self.plan
-        assert plan is not None and self.communicator is not None
+        assert plan is not None
         batches = local_batches(shapes, [group[0] for group in self._data_groups(plan)], self.options.batch)
         if min(batches) < 1:
             raise MismatchError(
@@ -221,33 +244,12 @@ class ModelEngine:
             )
         self.report("capturing the model")
         bound = self._bind(args, kwargs, batches, shapes, training, grad)
+        problem = replace(bound.problem, share_outputs=self.options.outputs == "all")
         plan = replace(plan, microbatches=max(1, min(plan.microbatches, *batches)))
         self.report("emitting the program")
         if not keep_layout:
-            plan = with_layout(bound.problem, plan)
-            self.plan = plan
-        program = emit(bound.problem, plan, self.control.rank)
-        check_ragged(program, shapes, batch_keys(shapes), self.control)
-        self._agree_on(plan, bound)
-        executor = Executor(program, self.communicator, self.device)
-        shown = frozenset(
-            o.key for o in program.outputs if o.key == bound.problem.loss or plan.stages == 1 or self.options.outputs == "all"
-        )
-        call, loss = bound.captured.call, bound.problem.loss
-        return BoundCall(program, executor, call, loss, self.device, shown, self.options.batch == "global")
-
-    def _agree_on(self, plan: Plan, bound: Bound) -> None:
-        """Ranks with another model or plan are found out here, before anything runs."""
-        names = sorted(
-            (n.meta["key"], tuple(n.meta["val"].shape), str(n.meta["val"].dtype))
-            for n in bound.problem.graph.graph.nodes
-            if n.op == "placeholder" and n.meta["key"].startswith(("param.", "buffer."))
-        )
-        own = f"{plan.hash} {hashlib.sha256(repr(names).encode()).hexdigest()[:16]} {len(names)} parameters and buffers"
-        found = self.control.exchange_text(own)
-        if len(set(found)) > 1:
-            lines = "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(found))
-            raise MismatchError(f"the ranks hold different models or plans (plan, hash of names and shapes, count):{lines}")
+            plan = with_layout(problem, plan)
+        return problem, plan, bound.captured.call, emit(problem, plan, self.control.rank)
 
     @staticmethod
     def _data_groups(plan: Plan) -> tuple[tuple[int, ...], ...]:
@@ -265,6 +267,5 @@ class ModelEngine:
         facts = self.describe(args, kwargs)
         key = self._key(facts, training, grad, agreed.shapes)
         if key not in self.programs:
-            work = lambda: self._compile(args, kwargs, training, grad, agreed.shapes)  # noqa: E731
-            self.programs[key] = together(self.control, "compiling the call", work)
+            self.programs[key] = self._compile(args, kwargs, training, grad, agreed.shapes)
         return self.programs[key]

@@ -18,6 +18,11 @@ from ..runtime.program import RankProgram
 aten = torch.ops.aten
 
 
+def same_lengths(shapes: Sequence[Shapes], batch_inputs: Sequence[str]) -> bool:
+    """Whether the ranks' batches differ in the number of samples alone."""
+    return len({tuple(s[k][0][1:] for k in batch_inputs) for s in shapes}) == 1
+
+
 def check_ragged(program: RankProgram, shapes: Sequence[Shapes], batch_inputs: Sequence[str], control: Control) -> None:
     """Refuse, on every rank, what would be wrong when data ranks hold batches of different lengths.
 
@@ -25,7 +30,7 @@ def check_ragged(program: RankProgram, shapes: Sequence[Shapes], batch_inputs: S
     Divided by a constant of one rank's shapes (a plain `.mean()`) it is not. A tensor that is exchanged over a data axis must
     have one shape on all ranks.
     """
-    if len({tuple(s[k][0][1:] for k in batch_inputs) for s in shapes}) == 1:
+    if same_lengths(shapes, batch_inputs):
         return
     data = tuple(axis for axis in program.mesh.axes if axis.startswith("dp"))
     problem = _fixed_count(program, data)

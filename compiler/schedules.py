@@ -29,6 +29,7 @@ class Step:
     entering_gradients, ...      those of them that carry a gradient
     gradients   parameter key -> (its spec, axes its gradient is still to be summed over, stages that share it)
     loss_axes   axes the loss is still to be summed over
+    share       whether outputs other than the loss go to every stage
     """
 
     suffixes: tuple[str, ...]
@@ -41,6 +42,7 @@ class Step:
     gradients: Mapping[str, tuple[TensorSpec, tuple[str, ...], tuple[int, ...]]]
     loss: str | None
     loss_axes: tuple[str, ...]
+    share: bool = False
 
 
 def crossing(gm: fx.GraphModule, stage: int) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
@@ -87,6 +89,8 @@ def build(
         found.extend(_reductions(plan, step))
     found.extend(_loss(plan, stage, step, outputs))
     if plan.stages > 1:
+        others = [o for o in outputs if o.key.startswith("out.") and o.key != step.loss] if step.share else []
+        found.extend(Instruction("broadcast", (o.key,), axis="pp", peer=o.stage) for o in others)
         found.extend(_buffers(outputs))
     return tuple(found)
 

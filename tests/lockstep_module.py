@@ -143,7 +143,7 @@ def wholes(parallel: ParallelModule, of: str = "data") -> dict[str, Tensor]:
 
 
 def assert_same(results: Iterable[Mapping[str, Tensor]], expected: Mapping[str, Tensor], tolerance: float = 1e-9) -> None:
-    """Each rank's tensors are those of `expected`, to `tolerance` of their largest entry, and together the ranks have all of them."""
+    """Each rank's tensors are those of `expected`, to `tolerance` of their largest entry; together the ranks have all of them."""
     expected = {k: x.detach() for k, x in expected.items()}
     largest = max(float(x.abs().max()) for x in expected.values())
     seen: set[str] = set()

@@ -118,10 +118,8 @@ def test_parameters_after_three_steps(model: str, strategy: str) -> None:
         return found, wholes(parallel), parallel.state_dict(full=True, rank0_only=False)
 
     results = on_ranks(original, coupled(model, PARALLEL[strategy]), body, example=batch, batch="global")
-    for rank, (found, _, _) in enumerate(results):
-        torch.testing.assert_close(
-            torch.tensor(found), torch.tensor(facts), rtol=1e-7, atol=1e-9, msg=lambda m: f"rank {rank}: {m}"
-        )
+    for found, _, _ in results:
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(facts), rtol=1e-7, atol=1e-9)
         assert found == results[0][0], "loss and norm are equal on all ranks"
     assert_same([parameters for _, parameters, _ in results], dict(plain.named_parameters()), 1e-8)
     for _, _, state in results:
@@ -330,9 +328,11 @@ class Nested(nn.Module):
         return Returned(loss, {"hidden": hidden, "out": (out, None)}, note=options["note"])
 
 
-def test_nested_inputs_and_outputs(strategy: Strategy) -> None:
+@pytest.mark.parametrize("outputs", ["loss", "all"])
+def test_nested_inputs_and_outputs(outputs: str, strategy: Strategy) -> None:
+    """Sharded outputs know their whole; under a pipeline, those besides the loss come back where they are asked for."""
     plain = Nested().double()
-    x, shift, y = (torch.randn(4, n, dtype=torch.float64) for n in (6, 8, 3))
+    x, shift, y = (torch.randn(5, n, dtype=torch.float64) for n in (6, 8, 3))
     given = Given(x, [{"shift": shift}, None, 3])
     options = {"y": y, "weight": 2.5, "note": "kept"}
     expected = plain(given, options=options)
@@ -342,11 +342,9 @@ def test_nested_inputs_and_outputs(strategy: Strategy) -> None:
         found = parallel(given, options=options)
         assert type(found) is Returned and found.note == "kept" and set(found.parts) == {"hidden", "out"}
         assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-9)
-        if strategy.pp is None:
-            for got, wanted in (
-                (found.parts["hidden"], expected.parts["hidden"]),
-                (found.parts["out"][0], expected.parts["out"][0]),
-            ):
+        if strategy.pp is None or outputs == "all":
+            pairs = (found.parts["hidden"], expected.parts["hidden"]), (found.parts["out"][0], expected.parts["out"][0])
+            for got, wanted in pairs:
                 assert got.shape == wanted.shape
                 torch.testing.assert_close(full_tensor(got.detach()), wanted.detach(), rtol=1e-9, atol=1e-12)
         else:
@@ -354,7 +352,7 @@ def test_nested_inputs_and_outputs(strategy: Strategy) -> None:
         found.loss.backward()
         return wholes(parallel, "grad")
 
-    assert_same(on_ranks(plain, strategy, body, batch="global"), gradients(plain))
+    assert_same(on_ranks(plain, strategy, body, batch="global", outputs=outputs), gradients(plain))
 
 
 def test_loss_function(strategy: Strategy) -> None:
