@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..passes.types import balanced_sizes
 from .call_structure import build, flatten_call
 from .capture import Captured, capture
+from .collector import without_collection
 from .emit import Problem
 from .prepare import prepare
 
@@ -49,6 +50,7 @@ def local_batches(shapes: Sequence[Shapes], first_ranks: Sequence[int], mode: Ba
     return tuple(batch_size(shapes[r]) for r in first_ranks)
 
 
+@without_collection()
 def bind(
     model: nn.Module,
     args: tuple[Any, ...],

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import ExportGraphSignature, InputKind, OutputKind
 
-from ..passes.graph_tools import LazyGraphModule
+from ..passes.graph_tools import LazyGraphModule, copy_call
 from ..passes.normalize import views
 from ..passes.normalize.gradients import mark_gradients
 from ..passes.normalize.rewrite import rewrite
@@ -133,7 +133,7 @@ class _Traced(nn.Module):
         args, kwargs = build(self.tree, dict(zip(self.keys, tensors, strict=True)))
         (loss_fn,) = self.loss_fn
         loss: Any = None
-        with fidelity.Watch():
+        with fidelity.Watch(), torch.fx.traceback.preserve_node_meta():
             if loss_fn is None:
                 result = self.model(*args, **kwargs)
             else:
@@ -296,8 +296,8 @@ def _readable(
             graph.output(tuple(copies[n] for n in node.args[0]))
             continue
         else:
-            copy = graph.node_copy(node, lambda n: copies[n])
-            copy.meta = _facts(node)
+            copy = copy_call(graph, node, copies)
+            copy.meta.update(_facts(node))
             if copy.target in VIEWS:
                 copy.target = aten.reshape.default
         copies[node] = copy

@@ -25,6 +25,7 @@ from ..passes.rules.base import Axis, OpCall, TensorMeta
 from ..passes.rules.base import Strategy as NodeStrategy
 from ..passes.types import I, Type
 from ..runtime.program import Mesh
+from .collector import without_collection
 from .cost import Seconds
 from .emit import Problem
 from .memory import state_memory
@@ -61,6 +62,7 @@ class Candidate:
         return self.predicted.step_seconds / self.samples
 
 
+@without_collection()
 def choose(
     problem: Problem,
     request: Request,

@@ -41,6 +41,7 @@ from ..runtime.program import (
     RankProgram,
     TensorSpec,
 )
+from .collector import without_collection
 from .place import Placement, Policy, place
 from .plan import Plan
 from .prices import Prices, Volume
@@ -124,6 +125,7 @@ def lower(problem: Problem, plan: Plan, coordinates: Mapping[str, int], values: 
     return Lowered(gm, placements)
 
 
+@without_collection()
 def emit(problem: Problem, plan: Plan, rank: int, templates: Templates | None = None) -> RankProgram:
     """The program of `rank`. `templates` may be shared by ranks: what was differentiated for one serves all."""
     return _Emission(problem, plan, rank, coordinates_of(plan, rank), templates or Templates(Values())).program()

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import CodeType, FrameType, FunctionType, TracebackType
+from types import CodeType, FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,20 +53,6 @@ def calling_line() -> str | None:
     """The innermost user line on the Python stack."""
     frame = user_frame(sys._getframe(1))
     return line_of(frame.f_code.co_filename, frame.f_lineno) if frame else None
-
-
-def _forward(func: Any, args: Any, kwargs: Any) -> Any: return func(*args, **kwargs)  # fmt: skip  # noqa: E704
-
-
-@functools.cache
-def trampoline(filename: str, line: int) -> Callable[..., Any]:
-    """Calls a function from a frame that stands at `filename:line` and is named `forward`.
-
-    A traced node keeps, of its Python stack, the frames named `forward` alone: without this, the line of a call made in
-    any other function would be lost.
-    """
-    code = _forward.__code__.replace(co_filename=filename, co_firstlineno=line, co_name="forward")
-    return FunctionType(code, globals())
 
 
 def line_of_traceback(traceback: TracebackType | None) -> str | None:
@@ -151,10 +137,18 @@ class Watch(TorchFunctionMode):
         return result
 
     def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call with the user's line as what traced nodes keep of the Python stack. Left to itself, torch formats the whole stack
+        for each node, and keeps of it the frames named `forward` alone."""
         caller = user_frame(sys._getframe(2))
         if caller is None:
             return func(*args, **kwargs)
-        return trampoline(caller.f_code.co_filename, caller.f_lineno)(func, args, kwargs)
+        filename, line = caller.f_code.co_filename, caller.f_lineno
+        code = linecache.getline(filename, line).strip()
+        torch.fx.traceback.set_stack_trace([f'  File "{filename}", line {line}, in {caller.f_code.co_name}\n    {code}'])
+        try:
+            return func(*args, **kwargs)
+        finally:
+            torch.fx.traceback.set_stack_trace([])
 
     def _check_function(self, func: Any) -> None:
         caller = sys._getframe(2)

@@ -12,12 +12,14 @@ from ..passes.graph_tools import Values, is_getitem, metas, op_call
 from ..passes.ops import use_communicator
 from ..passes.types import Type
 from .choose import least_crossing
+from .collector import without_collection
 from .cost import op_flops
 from .emit import Problem, coordinates_of, lower
 from .plan import Plan
 from .stages import cut_stages
 
 
+@without_collection()
 def with_layout(problem: Problem, plan: Plan) -> Plan:
     """The plan with `layout` (tp) and `stage_of` (pp) filled in. Rank 0's coordinates stand for all."""
     if plan.mesh.size("pp") > 1 and not plan.stage_of:

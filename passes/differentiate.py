@@ -24,11 +24,13 @@ from .graph_tools import (
     LazyGraphModule,
     Values,
     call,
+    copy_call,
     copy_facts,
     describe,
     is_getitem,
     map_operands,
     op_call,
+    op_calls,
     standing,
     where,
 )
@@ -40,14 +42,19 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Template:
-    """An op's forward and backward, traced alone: `results` and `grads` are nodes of `graph` (None: no gradient flows)."""
+    """An op's forward and backward, traced alone: `results` and `grads` are nodes of `graph` (None: no gradient flows).
+
+    forward     the calls that the results need, in order
+    backward    the calls that only the gradients need
+    """
 
     graph: fx.Graph
     tensors: tuple[fx.Node, ...]
     tangents: tuple[fx.Node, ...]
     results: tuple[fx.Node | None, ...]
     grads: tuple[fx.Node | None, ...]
-    forward: frozenset[fx.Node]
+    forward: tuple[fx.Node, ...]
+    backward: tuple[fx.Node, ...]
 
 
 class Templates:
@@ -128,20 +135,17 @@ def _read_template(graph: fx.Graph, inputs: int, seeds: int, results: int) -> Te
     placeholders = [n for n in nodes if n.op == "placeholder"]
     flat = list(nodes[-1].args[0]) if isinstance(nodes[-1].args[0], tuple | list) else [nodes[-1].args[0]]
     outs, grads = flat[:results], flat[results:]
-    forward: set[fx.Node] = set()
-    stack = [o for o in outs if isinstance(o, fx.Node)]
-    while stack:
-        n = stack.pop()
-        if n not in forward and n.op != "placeholder":
-            forward.add(n)
-            stack.extend(n.all_input_nodes)
+    calls = [n for n in nodes if n.op == "call_function"]
+    forward = _closure(outs, calls)
+    backward = _closure(grads, [n for n in calls if n not in forward])
     return Template(
         graph,
         tuple(placeholders[:inputs]),
         tuple(placeholders[inputs : inputs + seeds]),
         tuple(outs),
         tuple(grads),
-        frozenset(forward),
+        tuple(n for n in calls if n in forward),
+        tuple(n for n in calls if n in backward),
     )
 
 
@@ -169,6 +173,8 @@ class _Joint:
     def __init__(self, gm: fx.GraphModule, templates: Templates) -> None:
         self.gm, self.templates, self.values = gm, templates, templates.values
         self.keys: tuple[str, ...] = gm.meta["outputs"]
+        self.calls = op_calls(gm)
+        self.found: dict[Any, Template] = {}  # by identity: identical blocks share calls and values
         self.graph = fx.Graph()
         self.new: dict[fx.Node, Any] = {}
         self.inner: dict[fx.Node, tuple[Any, ...]] = {}
@@ -228,7 +234,7 @@ class _Joint:
             self.flows.add(node)
 
     def _forward_op(self, node: fx.Node) -> None:
-        _, sources = op_call(node)
+        _, sources = self.calls[node]
         results = node.meta["val"]
         several = isinstance(results, tuple | list)
         results = results if several else (results,)
@@ -239,9 +245,9 @@ class _Joint:
         # A cotangent is taken to be contiguous until it is known; `_backward_op` looks again.
         assumed = [self.values.tensor(tuple(r.shape), r.dtype) if t else None for r, t in zip(results, tangents, strict=True)]
         inputs = [self.new[s].meta["val"] for s in sources]
-        template = self.templates.of(node, inputs, wants, assumed)
+        template = self._template(node, inputs, wants, assumed)
         place: dict[fx.Node, Any] = dict(zip(template.tensors, (self.new[s] for s in sources), strict=True))
-        self._copy(template, [n for n in template.graph.nodes if n in template.forward], place, node, "forward")
+        self._copy(template.forward, place, node, "forward")
         made = tuple(place[r] if isinstance(r, fx.Node) else r for r in template.results)
         self.inner[node] = (template, place, wants, assumed)
         self.new[node] = made if several else made[0]
@@ -250,10 +256,16 @@ class _Joint:
             if isinstance(m, fx.Node) and r in template.forward:
                 m.meta["types"] = {axis: t[k] if isinstance(t, tuple) else t for axis, t in types.items()}
 
-    def _copy(self, template: Template, nodes: list[fx.Node], place: dict[fx.Node, Any], origin: fx.Node, phase: str) -> None:
+    def _template(self, node: fx.Node, inputs: Sequence[Any], wants: tuple[bool, ...], tangents: Sequence[Any]) -> Template:
+        key = (id(self.calls[node][0]), *map(id, inputs), wants, *map(id, tangents))
+        if key not in self.found:
+            self.found[key] = self.templates.of(node, inputs, wants, tangents)
+        return self.found[key]
+
+    def _copy(self, nodes: Iterable[fx.Node], place: dict[fx.Node, Any], origin: fx.Node, phase: str) -> None:
         for n in nodes:
-            made = self.graph.node_copy(n, lambda old: place[old])
-            made.meta = {"val": n.meta.get("val"), "types": {}}  # the call's types are those of its results alone
+            made = copy_call(self.graph, n, place)
+            made.meta.update(val=n.meta.get("val"), types={})  # the call's types are those of its results alone
             place[n] = self.mark(made, origin, phase)
 
     def seed(self, roots: Mapping[str, Seed]) -> None:
@@ -323,17 +335,14 @@ class _Joint:
         if not any(c is not None for c in cotangents):
             return
         here = [None if c is None else c.meta["val"] for c in cotangents]
-        if describe(here) != describe(assumed):
+        if any(a is not b for a, b in zip(here, assumed, strict=True)) and describe(here) != describe(assumed):
             # Some results got no gradient, or one with other strides: the same forward, another backward.
             template, place = self._again(node, wants, here, template, place)
         place = dict(place)
         for tangent, c in zip(template.tangents, (c for c in cotangents if c is not None), strict=True):
             place[tangent] = c
-        nodes = [n for n in template.graph.nodes if n.op == "call_function" and n not in template.forward]
-        needed = _closure(template.grads, nodes)
-        self._copy(template, [n for n in nodes if n in needed], place, node, "backward")
-        _, sources = op_call(node)
-        for source, grad in zip(sources, template.grads, strict=True):
+        self._copy(template.backward, place, node, "backward")
+        for source, grad in zip(self.calls[node][1], template.grads, strict=True):
             if isinstance(grad, fx.Node):
                 made = place[grad]
                 if made.op != "placeholder" and not made.meta.get("types"):
@@ -343,14 +352,12 @@ class _Joint:
     def _again(
         self, node: fx.Node, wants: tuple[bool, ...], cotangents: Sequence[Any], old: Template, place: dict[fx.Node, Any]
     ) -> tuple[Template, dict[fx.Node, Any]]:
-        _, sources = op_call(node)
-        template = self.templates.of(node, [self.new[s].meta["val"] for s in sources], wants, cotangents)
+        inputs = [self.new[s].meta["val"] for s in self.calls[node][1]]
+        template = self._template(node, inputs, wants, cotangents)
         matched = dict(zip(template.tensors, (place[t] for t in old.tensors), strict=True))
-        olds = [n for n in old.graph.nodes if n in old.forward]
-        news = [n for n in template.graph.nodes if n in template.forward]
-        if [n.target for n in olds] != [n.target for n in news]:
+        if [n.target for n in old.forward] != [n.target for n in template.forward]:
             raise RuntimeError(f"{where(node)}: its forward depends on which of its results are differentiated")
-        matched.update(zip(news, (place[n] for n in olds), strict=True))
+        matched.update(zip(template.forward, (place[n] for n in old.forward), strict=True))
         return template, matched
 
     def finish(self, wanted: set[str] | None) -> fx.GraphModule:

@@ -218,6 +218,23 @@ def copy_facts(source: fx.Node, target: fx.Node) -> fx.Node:
     return target
 
 
+def new_call(
+    graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, name: str | None = None
+) -> fx.Node:
+    """A new call_function node. Its arguments are set last: `create_node` would look through them for symbolic sizes."""
+    node = graph.create_node("call_function", target, name=name)
+    node.args = args
+    if kwargs:
+        node.kwargs = dict(kwargs)
+    return node
+
+
+def copy_call(graph: fx.Graph, node: fx.Node, new: Mapping[fx.Node, Any]) -> fx.Node:
+    """A call_function node of another graph, without its facts; `new` has the nodes to stand for its operands."""
+    kwargs = fx.node.map_arg(node.kwargs, new.__getitem__) if node.kwargs else None
+    return new_call(graph, node.target, fx.node.map_arg(node.args, new.__getitem__), kwargs, node.name)
+
+
 def call(
     graph: fx.Graph,
     values: Values,
@@ -227,7 +244,7 @@ def call(
     name: str | None = None,
 ) -> fx.Node:
     """A new call_function node with its value."""
-    node = graph.create_node("call_function", target, args, dict(kwargs or {}), name=name)
+    node = new_call(graph, target, args, kwargs, name)
     node.meta["val"] = values.of(target, node.args, node.kwargs)
     return node
 
@@ -257,12 +274,12 @@ def extract(gm: fx.GraphModule, results: Sequence[tuple[str, fx.Node]], given: M
     for n in gm.graph.nodes:
         if n in needed and (n.op == "placeholder" or n in given):
             new[n] = graph.placeholder(n.name)
-            new[n].meta = dict(n.meta)
+            new[n].meta.update(n.meta)
             new[n].meta["key"] = given.get(n) or n.meta["key"]
     for n in gm.graph.nodes:
         if n in needed and n not in new:
-            new[n] = graph.node_copy(n, lambda old: new[old])
-            new[n].meta = dict(n.meta)
+            new[n] = copy_call(graph, n, new)
+            new[n].meta.update(n.meta)
     graph.output(tuple(new[n] for _, n in results))
     made = LazyGraphModule(torch.nn.Module(), graph)
     made.meta.update(gm.meta)

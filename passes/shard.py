@@ -22,6 +22,7 @@ from .graph_tools import (
     copy_facts,
     is_getitem,
     metas,
+    new_call,
     op_calls,
     place_operands,
     where,
@@ -103,7 +104,7 @@ class _Lowering:
             self.local[key] = localize(op, strategy, self.index)
         target, args, kwargs = self.local[key]
         args, kwargs = place_operands(args, operands), place_operands(kwargs, operands)
-        made = self.graph.create_node("call_function", target, args, kwargs, name=node.name)
+        made = new_call(self.graph, target, args, kwargs, node.name)
         full_key = *key, *(id(o.meta["val"]) for o in operands)
         if full_key not in self.local_values:
             made.meta["val"] = self.values.of(target, made.args, made.kwargs)

@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -100,8 +101,9 @@ def check_meta(case: Case, folder: Path) -> None:
     torch.testing.assert_close(loss_of(parallel(**batch)).detach(), loss_of(model(**batch)).detach(), rtol=1e-9, atol=0)
 
 
-def attempt(work: Callable[[], None]) -> str:
+def attempt(name: str, work: Callable[[], None]) -> str:
     """What went wrong on any rank, "" if nothing."""
+    start = time.perf_counter()
     try:
         work()
         error = ""
@@ -109,6 +111,8 @@ def attempt(work: Callable[[], None]) -> str:
         error = f"rank {RANK}: {traceback.format_exc()}"
     errors: list[Any] = [None] * 4
     dist.all_gather_object(errors, error)
+    if RANK == 0:
+        print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)
     return "\n".join(filter(None, errors))
 
 
@@ -128,9 +132,9 @@ def main(folder: Path) -> None:
     results = {}
     auto_parallelize(*_tiny())  # starts the process group
     for name, case in CASES.items():
-        results[name] = attempt(lambda case=case: check(case))
-    results["sharded state"] = attempt(lambda: check_sharded_state(FEATURES["sharded state"]))
-    results["meta"] = attempt(lambda: check_meta(FEATURES["meta"], folder))
+        results[name] = attempt(name, lambda case=case: check(case))
+    results["sharded state"] = attempt("sharded state", lambda: check_sharded_state(FEATURES["sharded state"]))
+    results["meta"] = attempt("meta", lambda: check_meta(FEATURES["meta"], folder))
     if RANK == 0:
         (folder / "results.json").write_text(json.dumps(results))
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun stops the others as soon as one has died: let them have their say

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from ...compiler.torch_compat import OpOverload
-from ..graph_tools import LazyGraphModule
+from ..graph_tools import LazyGraphModule, new_call
 from .gradients import CUTS
 
 aten = torch.ops.aten
@@ -77,7 +77,7 @@ class Builder:
         args = map_leaves(args, self.plain)
         kwargs = {k: map_leaves(v, self.plain) for k, v in kwargs.items()}
         name = target._schema.name.split("::")[1] if isinstance(target, OpOverload) else None
-        node = self.graph.create_node("call_function", target, args, kwargs, name)
+        node = new_call(self.graph, target, args, kwargs, name)
         node.meta["val"] = self._value(target, node)
         if self.origin is not None:
             node.meta.update({k: self.origin.meta[k] for k in FACTS if k in self.origin.meta})
