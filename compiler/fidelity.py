@@ -12,6 +12,7 @@ from types import CodeType, FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.fx.traceback
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.fx.node
 from torch import fx
 
 from ..compiler.torch_compat import FakeTensor, OpOverload, fake_mode

@@ -97,7 +97,9 @@ def check_meta(case: Case, folder: Path) -> None:
     dist.barrier()
     with torch.device("meta"):
         empty = type(model)().double()
-    parallel = auto_parallelize(empty, example_inputs=batch, strategy=case.strategy, batch="global", state=folder / "model.safetensors")
+    parallel = auto_parallelize(
+        empty, example_inputs=batch, strategy=case.strategy, batch="global", state=folder / "model.safetensors"
+    )
     torch.testing.assert_close(loss_of(parallel(**batch)).detach(), loss_of(model(**batch)).detach(), rtol=1e-9, atol=0)
 
 
