@@ -232,8 +232,8 @@ def new_call(
 
 def copy_call(graph: fx.Graph, node: fx.Node, new: Mapping[fx.Node, Any]) -> fx.Node:
     """A call_function node of another graph, without its facts; `new` has the nodes to stand for its operands."""
-    kwargs = fx.node.map_arg(node.kwargs, new.__getitem__) if node.kwargs else None
-    return new_call(graph, node.target, fx.node.map_arg(node.args, new.__getitem__), kwargs, node.name)
+    kwargs = torch.fx.node.map_arg(node.kwargs, new.__getitem__) if node.kwargs else None
+    return new_call(graph, node.target, torch.fx.node.map_arg(node.args, new.__getitem__), kwargs, node.name)
 
 
 def call(
