@@ -14,6 +14,8 @@ from torchrun_cases import CASES, FEATURES
 
 HERE = Path(__file__).parent
 
+pytestmark = pytest.mark.slow  # minutes of torchrun: `pytest --slow tests/test_torchrun.py`
+
 
 @dataclass(frozen=True)
 class Job:
