@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -156,10 +157,16 @@ def _default_store() -> Any:
     return default_store()
 
 
+@cache
+def _measured(world_size: int) -> Topology:
+    """This job's CPUs, once: later models are priced alike."""
+    return Topology.measure("cpu", seconds=1.0)
+
+
 def _topology(device: torch.device, world_size: int) -> Topology:
     """Prices for this machine: a shipped profile of the GPU; a CPU is measured (about a second, a collective)."""
     if device.type != "cuda":
-        return Topology.measure(device, seconds=1.0) if dist.is_initialized() else Topology.preset("cpu", devices=world_size)
+        return _measured(world_size) if dist.is_initialized() else Topology.preset("cpu", devices=world_size)
     name = torch.cuda.get_device_name(device).lower()
     known = next((p for p in ("b200", "h200", "h100", "a100-80", "a100-40") if p.split("-")[0] in name), None)
     if known == "a100-80" and torch.cuda.get_device_properties(device).total_memory < 60 * 2**30:

@@ -26,6 +26,8 @@ from .transports import GlooTransport, NcclTransport, Transport, as_bytes
 MICROBATCH = "mb"
 T = TypeVar("T")
 
+_AFTER_A_LOSS = "The rank that failed first says why in its own log; the job has to be started again, from its last checkpoint."
+
 
 class MeshCommunicator(Communicator, Protocol):
     """A communicator that also knows its mesh and sends from rank to rank: what the executor and the parameters need.
@@ -183,6 +185,13 @@ class ProcessGroupCommunicator(Standing):
             self._transports[group.ranks] = found
         return found
 
+    def process_group(self, axis: str) -> dist.ProcessGroup:
+        """torch's group of this rank's peers on an axis of the mesh. Raises ShardwrightError for an axis of size 1."""
+        found = self._transports.get(self.group(axis).ranks)
+        if found is None:
+            raise ShardwrightError(f"no process group joins axis {axis!r} of size {self.size(axis)}")
+        return found.group
+
     def _call(self, what: str, where: AxisGroup | int, work: Callable[[], T]) -> T:
         """Run `work`, turning what torch.distributed raises into an error that says what was being done, with whom."""
         if self._lost is not None:
@@ -195,11 +204,9 @@ class ProcessGroupCommunicator(Standing):
             else:
                 place = f"{what} rank {where}"
             reason = self._abort_reason()
+            reason = reason.split(_AFTER_A_LOSS)[0].rstrip(". ")
             cause = f"A peer said: {reason}" if reason else f"torch.distributed said: {_first_sentence(error)}"
-            self._lost = PeerLostError(
-                f"{describe_rank(self.mesh, self.rank)} lost a peer in {place}. {cause}. "
-                "The rank that failed first says why in its own log; the job has to be started again, from its last checkpoint."
-            )
+            self._lost = PeerLostError(f"{describe_rank(self.mesh, self.rank)} lost a peer in {place}. {cause}. {_AFTER_A_LOSS}")
             raise self._lost.at(self.position) from error
 
     def _abort_reason(self) -> str:

@@ -41,26 +41,40 @@ def parameter_names(model: nn.Module) -> Iterator[tuple[str, bool]]:
 # --- DTensors -------------------------------------------------------------------------------------------------------
 
 
+def _tensor_axes(layout: Layout) -> tuple[str, ...]:
+    """The axes that a DTensor of one stage lives on."""
+    return tuple(axis for axis in layout.mesh.axes if axis != PIPELINE and layout.mesh.size(axis) > 1)
+
+
 def _mesh_of(layout: Layout) -> DeviceMesh | None:
-    """The job's DeviceMesh (of this rank's stage, under a pipeline), None where there is none. A collective on first use."""
+    """The job's DeviceMesh (of this rank's stage, under a pipeline), None where there is none.
+
+    Made of the groups that the communicator has, without talking to anyone: stages may ask for it at different times.
+    """
     communicator = layout.communicator
-    axes = tuple(axis for axis in layout.mesh.axes if axis != PIPELINE)
+    axes = _tensor_axes(layout)
     if not isinstance(communicator, ProcessGroupCommunicator) or not dist.is_initialized() or not axes:
         return None
-    whole = _device_meshes.get(communicator)
-    if whole is None:
+    found = _device_meshes.get(communicator)
+    if found is None:
         from torch.distributed.device_mesh import DeviceMesh
 
-        ranks = torch.arange(layout.mesh.world_size).view(layout.mesh.sizes)
-        whole = _device_meshes[communicator] = DeviceMesh(communicator.device.type, ranks, mesh_dim_names=layout.mesh.axes)
-    return whole[axes] if axes != layout.mesh.axes else whole
+        mesh, here = layout.mesh, layout.mesh.coordinates(communicator.rank)
+        whole = torch.arange(mesh.world_size).view(mesh.sizes)
+        ranks = whole[tuple(here[axis] if axis == PIPELINE else slice(None) for axis in mesh.axes)].view([mesh.size(a) for a in axes])
+        groups = [communicator.process_group(axis) for axis in axes]
+        found = DeviceMesh.from_group(
+            groups if len(groups) > 1 else groups[0], communicator.device.type, ranks, mesh_dim_names=axes
+        )
+        _device_meshes[communicator] = found
+    return found
 
 
 def _placements(layout: Layout) -> tuple[Placement, ...]:
     from torch.distributed.tensor import Replicate, Shard
 
     dims = {axis: cut.dim for cut in layout.cuts for axis in cut.axis.split("+")}
-    return tuple(Shard(dims[axis]) if axis in dims else Replicate() for axis in layout.mesh.axes if axis != PIPELINE)
+    return tuple(Shard(dims[axis]) if axis in dims else Replicate() for axis in _tensor_axes(layout))
 
 
 def is_plain(layout: Layout) -> bool:

@@ -25,6 +25,8 @@ def _function(new: str, old: str) -> Callable[..., Any]:
 
 
 class Transport(Protocol):
+    group: dist.ProcessGroup
+
     def all_reduce(self, x: Tensor, op: str, overwrite: bool) -> Tensor:
         """`overwrite`: x may be made the result."""
         ...
@@ -60,13 +62,13 @@ class GlooTransport:
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
+        self.group = group
         self._size = dist.get_world_size(group)
         self._index = dist.get_rank(group)
 
     def _exchange(self, rows: Tensor) -> Tensor:
         received = torch.empty_like(rows)
-        dist.all_to_all_single(as_bytes(received), as_bytes(rows), group=self._group)
+        dist.all_to_all_single(as_bytes(received), as_bytes(rows), group=self.group)
         return received
 
     def _copies(self, x: Tensor) -> Tensor:
@@ -90,8 +92,8 @@ class GlooTransport:
         work = []
         for step in range(1, self._size):
             source, target = (self._index - step) % self._size, (self._index + step) % self._size
-            work.append(dist.irecv(as_bytes(rows[source]), group=self._group, group_src=source))
-            work.append(dist.isend(own, group=self._group, group_dst=target))
+            work.append(dist.irecv(as_bytes(rows[source]), group=self.group, group_src=source))
+            work.append(dist.isend(own, group=self.group, group_dst=target))
         rows[self._index].copy_(x)
         for w in work:
             if w is not None:
@@ -105,7 +107,7 @@ class GlooTransport:
         return self._exchange(x)
 
     def broadcast_(self, x: Tensor, root: int) -> None:
-        dist.broadcast(as_bytes(x), group=self._group, group_src=root)
+        dist.broadcast(as_bytes(x), group=self.group, group_src=root)
 
 
 _NCCL_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
@@ -115,7 +117,7 @@ class NcclTransport:
     """NCCL's own collectives."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
+        self.group = group
         self._size = dist.get_world_size(group)
         self._all_gather = _function("all_gather_single", "all_gather_into_tensor")
         self._reduce_scatter = _function("reduce_scatter_single", "reduce_scatter_tensor")
@@ -124,23 +126,23 @@ class NcclTransport:
         if op not in _NCCL_OPS:
             raise ValueError(f"unknown reduction {op!r}: one of {', '.join(REDUCE_OPS)}")
         result = x if overwrite else x.clone()
-        dist.all_reduce(result, op=_NCCL_OPS[op], group=self._group)
+        dist.all_reduce(result, op=_NCCL_OPS[op], group=self.group)
         return result
 
     def all_gather(self, x: Tensor) -> Tensor:
         rows = x.new_empty(self._size, *x.shape)
-        self._all_gather(rows.view(-1), x.view(-1), group=self._group)
+        self._all_gather(rows.view(-1), x.view(-1), group=self.group)
         return rows
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         row = x.new_empty(x.shape[1:])
-        self._reduce_scatter(row.view(-1), x.view(-1), group=self._group)
+        self._reduce_scatter(row.view(-1), x.view(-1), group=self.group)
         return row
 
     def all_to_all(self, x: Tensor) -> Tensor:
         received = torch.empty_like(x)
-        dist.all_to_all_single(received, x, group=self._group)
+        dist.all_to_all_single(received, x, group=self.group)
         return received
 
     def broadcast_(self, x: Tensor, root: int) -> None:
-        dist.broadcast(x, group=self._group, group_src=root)
+        dist.broadcast(x, group=self.group, group_src=root)

@@ -39,7 +39,7 @@ def loss_of(output: Any) -> Tensor:
 
 def made(case: Case) -> tuple[torch.nn.Module, dict[str, Tensor]]:
     model, batch = zoo.MODELS[case.model](**case.options)
-    return model.double(), {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+    return model.to(case.dtype), {k: v.to(case.dtype) if v.is_floating_point() else v for k, v in batch.items()}
 
 
 def train(model: Any, batch: dict[str, Tensor], clip: Callable[[], Tensor]) -> list[list[float]]:
@@ -96,7 +96,7 @@ def check_meta(case: Case, folder: Path) -> None:
         save_file(model.state_dict(), folder / "model.safetensors")
     dist.barrier()
     with torch.device("meta"):
-        empty = type(model)().double()
+        empty = made(case)[0]
     parallel = auto_parallelize(
         empty, example_inputs=batch, strategy=case.strategy, batch="global", state=folder / "model.safetensors"
     )
