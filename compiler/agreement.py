@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, fx, nn
 
@@ -11,6 +11,11 @@ from ..passes.graph_tools import where
 from ..runtime.errors import MismatchError
 from ..runtime.faults import Control
 from .plan import Plan
+
+
+def same_request(control: Control, request: Mapping[str, object]) -> None:
+    """Raises MismatchError, on every rank, naming the first argument of `auto_parallelize` that differs. A collective."""
+    _same(control, [f"{name}={value}" for name, value in request.items()], "ask for different plans")
 
 
 def same_model(control: Control, model: nn.Module) -> None:

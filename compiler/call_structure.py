@@ -122,6 +122,19 @@ def build(tree: Tree, values: Mapping[str, Any]) -> Any:
             return _build_dataclass(tree.type, named)
 
 
+def path_of(tree: Tree, key: str) -> str | None:
+    """Where a slot stands in a tree, as `past.0.keys`; "" for the whole, None if it is not there."""
+    if isinstance(tree, Slot):
+        return "" if tree.key == key else None
+    if isinstance(tree, Constant):
+        return None
+    for name, child in zip(tree.names, tree.children, strict=True):
+        found = path_of(child, key)
+        if found is not None:
+            return f"{name}.{found}".rstrip(".")
+    return None
+
+
 def _build_mapping(type_: type, named: dict[Any, Any]) -> Any:
     result = type_()
     for name, value in named.items():
@@ -196,6 +209,10 @@ class CallStructure:
     def rebuild(self, values: Mapping[str, Any]) -> Any:
         """The model's output object from `out.K` values; a key that is missing gives None."""
         return build(self.output, values)
+
+    def place_of(self, key: str) -> str:
+        """Where an output stands in what the model returns."""
+        return path_of(self.output, key) or key
 
 
 def split_target(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:

@@ -14,16 +14,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx
 
 from ..passes.convert import is_free
 from ..passes.graph_tools import Calls, is_getitem, metas, op_calls
 from ..passes.partition import VIEWS
+from ..passes.prologue import TIME
 from ..passes.rules.base import Axis, OpCall, TensorMeta
 from ..passes.rules.base import Strategy as NodeStrategy
-from ..passes.types import I, Type
+from ..passes.shard import ShardingError
+from ..passes.types import I, Type, Varying, balanced_sizes
 from ..runtime.program import Mesh
 from .collector import without_collection
 from .cost import Seconds
@@ -32,8 +34,9 @@ from .memory import state_memory
 from .place import Placement, Policy, place
 from .plan import Alternative, Plan, Prediction
 from .prices import Volume, held, size_of
-from .strategy import Limits, Request, Strategy, StrategyError
+from .strategy import Limits, Request, Strategy, StrategyError, divisors
 from .topology import Topology, collective_seconds
+from .units import bytes_text
 
 
 class DoesNotFit(ValueError):
@@ -85,7 +88,7 @@ def choose(
     limit = topology.device.memory if memory_limit is None else float(memory_limit)
     fitting = [c for c in candidates if c.predicted.peak_bytes <= limit]
     if not fitting:
-        raise DoesNotFit(_why_nothing_fits(candidates, limit))
+        raise DoesNotFit(_why_nothing_fits(search, candidates, limit))
     best = fitting[0]
     others = [_alternative(c, best, limit) for c in candidates if c is not best]
     return replace(
@@ -103,6 +106,8 @@ class _Search:
         self.tensor: dict[tuple[int, bool], TensorCost] = {}
         self.stream = least_crossing(problem.graph)
         self.calls = op_calls(problem.graph)
+        self.coupled: ShardingError | Literal[False] | None = None
+        """Why the batch cannot be cut into micro-batches, False where it can; None: not looked at yet."""
 
     def candidates(self) -> Iterable[Candidate]:
         pins = self.request.strategy
@@ -113,14 +118,17 @@ class _Search:
             batch=self.rows if self.batch == "global" else None,
             hybrid=True,
         )
-        failures: list[str] = []
-        found = False
         for mesh in self.request.meshes(limits):
             for plan in self.variants(mesh, pins):
-                found = True
                 yield self.price(plan)
-        if not found:
-            raise StrategyError("; ".join(failures) or "no plan agrees with the request")
+
+    def without_pins(self) -> _Search | None:
+        """The same search with nothing pinned, None if nothing is."""
+        free = Strategy()
+        if self.request.strategy == free:
+            return None
+        request = replace(self.request, strategy=free)
+        return _Search(self.problem, request, self.topology, self.rows, self.batch, None)
 
     def variants(self, mesh: Mesh, pins: Strategy) -> Iterable[Plan]:
         """Plans over one mesh: ZeRO level, sequence parallelism, micro-batches."""
@@ -130,8 +138,14 @@ class _Search:
             [pins.sequence_parallel] if pins.sequence_parallel is not None else ([False, True] if mesh.size("tp") > 1 else [False])
         )
         data = mesh.size("dp_replicate") * mesh.size("dp_shard")
+        if self.batch == "global" and data > self.rows:
+            sizes = ", ".join(str(d) for d in divisors(mesh.world_size) if d <= self.rows)
+            raise StrategyError(
+                f"dim 0 of the batch, {self.rows} samples, cannot be cut over {data} data ranks: dp of {sizes} works, "
+                "or a larger batch"
+            )
         local = self.rows if self.batch == "local" else self.rows // data
-        counts = [self.microbatches] if self.microbatches is not None else microbatch_counts(mesh.size("pp"), local)
+        counts = self.microbatch_counts(mesh.size("pp"), local)
         for zero in levels:
             for sp in sequence:
                 for count in counts:
@@ -142,6 +156,20 @@ class _Search:
                         schedule=pins.schedule or "1f1b",
                         microbatches=max(1, min(int(count), max(1, local))),
                     )
+
+    def microbatch_counts(self, stages: int, rows: int) -> list[int]:
+        """Raises ShardingError, naming the op, where a number is pinned and samples are coupled."""
+        counts = microbatch_counts(stages, rows) if self.microbatches is None else [self.microbatches]
+        if self.microbatches is not None and self.microbatches > rows:
+            raise StrategyError(
+                f"microbatches={self.microbatches} cannot cut dim 0 of the batch, which has {rows} samples for each data rank: "
+                f"{f'1 to {rows} work' if rows > 1 else 'only 1 works'}"
+            )
+        if self.coupled is None and min(max(counts), rows) > 1:
+            self.coupled = coupling(self.problem, self.calls) or False
+        if self.coupled and self.microbatches is not None and min(self.microbatches, rows) > 1:
+            raise self.coupled
+        return [1] if self.coupled else counts
 
     def tensor_cost(self, mesh: Mesh, sequence: bool) -> TensorCost:
         """Costs of the graph over the mesh's tp axis; depends on the other axes only through where tp lies."""
@@ -221,6 +249,17 @@ def microbatch_counts(stages: int, rows: int) -> list[int]:
         return [1]
     counts = {min(rows, stages * k) for k in (1, 2, 4, 8)}
     return sorted(c for c in counts if c >= 1)
+
+
+def coupling(problem: Problem, calls: Calls) -> ShardingError | None:
+    """Why the batch cannot be cut into micro-batches, naming the op that couples samples; None where it can."""
+    rows = sum(problem.local_batches)
+    slices: dict[str, Type] = {key: Varying(0, (balanced_sizes(rows, 2),)) for key in problem.batch_inputs}
+    try:
+        place(problem.graph, Axis(TIME, 2), Policy("time", {}, problem.loss, slices=slices), Volume(), calls)
+    except ShardingError as error:
+        return error
+    return None
 
 
 def graph_on_tensor_axis(problem: Problem, mesh: Mesh, sequence: bool, topology: Topology, calls: Calls) -> TensorCost:
@@ -310,7 +349,7 @@ def name_of(plan: Plan) -> str:
 
 def _alternative(c: Candidate, best: Candidate, limit: float) -> Alternative:
     if c.predicted.peak_bytes > limit:
-        reason = f"needs {_gib(c.predicted.peak_bytes - limit)} more than the limit"
+        reason = f"needs {bytes_text(c.predicted.peak_bytes - limit)} more than the limit"
     else:
         reason = f"{c.per_sample / best.per_sample:.2f} x the time per sample"
         worse = max(("data", "tensor", "pipeline", "compute", "optimizer"), key=lambda k: _per(c, k) - _per(best, k))
@@ -334,18 +373,25 @@ def _reasons(best: Candidate, fitting: Sequence[Candidate], all_: Sequence[Candi
     return tuple(found)
 
 
-def _why_nothing_fits(candidates: Sequence[Candidate], limit: float) -> str:
+def _why_nothing_fits(search: _Search, candidates: Sequence[Candidate], limit: float) -> str:
     least = min(candidates, key=lambda c: c.predicted.peak_bytes)
-    over = least.predicted.peak_bytes - limit
-    state, kept = least.predicted.parts["state bytes"], least.predicted.parts["activation bytes"]
-    advice = "a smaller batch" if kept > over else "more devices, or tensors of a smaller dtype"
-    factor = math.ceil(least.predicted.peak_bytes / limit)
+    peak, parts = least.predicted.peak_bytes, least.predicted.parts
+    state, kept = parts["state bytes"], parts["activation bytes"]
+    ways = []
+    freed = search.without_pins()
+    fitting = [c for c in freed.candidates() if c.predicted.peak_bytes <= limit] if freed is not None else []
+    if fitting:
+        best = min(fitting, key=lambda c: c.per_sample)
+        ways.append(f"{name_of(best.plan)}, which your strategy rules out ({bytes_text(best.predicted.peak_bytes)})")
+    rows = int(search.rows * (limit - state) / kept) if kept else 0
+    if 1 <= rows < search.rows:
+        ways.append(f"a batch of {rows} samples instead of {search.rows}")
+    if not fitting:
+        ways.append(f"about {math.ceil(peak / limit)} x the devices")
+    ways.append(f"memory_limit={math.ceil(peak):d} where the devices have it")
     return (
-        f"no plan fits {_gib(limit)} per rank: the smallest, {name_of(least.plan)}, needs {_gib(least.predicted.peak_bytes)} "
-        f"({_gib(state)} of parameters, gradients and optimizer state, {_gib(kept)} of activations), {_gib(over)} too much. "
-        f"{advice.capitalize()} would fit; about {factor} x the devices, or memory_limit={least.predicted.peak_bytes:.3g}"
+        f"no plan fits {bytes_text(limit)} per rank: the smallest, {name_of(least.plan)}, needs {bytes_text(peak)} "
+        f"({bytes_text(state)} of parameters, gradients and optimizer state, {bytes_text(kept)} of activations), "
+        f"{bytes_text(peak - limit)} too much. "
+        f"What would fit: {'; '.join(ways)}"
     )
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"

@@ -19,7 +19,7 @@ from ..runtime.faults import Agreement, Agreements, CallFacts, Control, Flags, S
 from ..runtime.materialize import materialize
 from ..runtime.parameters import ParameterStore
 from ..runtime.program import Key, Mesh, RankProgram
-from .agreement import same_graph, same_model
+from .agreement import same_graph, same_model, same_request
 from .bind import BatchMode, Bound, batch_keys, batch_size, bind, local_batches
 from .call_structure import CallStructure, flatten_call
 from .capture import CaptureError, capture
@@ -48,6 +48,12 @@ class Options:
     verify: bool = False
     source: Any = None
 
+    def shared(self) -> dict[str, object]:
+        """What every rank must ask for alike."""
+        names = ("batch", "outputs", "microbatches", "memory_limit", "precision", "verify")
+        request = {"mesh": f"{self.request.world_size} ranks, {' x '.join(self.request.order)}", "strategy": self.request.strategy}
+        return request | {name: getattr(self, name) for name in names}
+
 
 @dataclass(frozen=True)
 class BoundCall:
@@ -73,6 +79,9 @@ class BoundCall:
 
     def rebuild(self, outputs: Mapping[Key, Any]) -> Any:
         return self.call.rebuild({k: v for k, v in outputs.items() if k in self.shown})
+
+    def place_of(self, key: Key) -> str:
+        return self.call.place_of(key)
 
 
 @dataclass
@@ -110,6 +119,7 @@ class ModelEngine:
         """The first call: capture, plan, emit, and put the parameters where the plan wants them."""
         facts = self.describe(args, kwargs)
         agreed = Agreements(self.control).agree(facts, Flags(self.model.training, True), ())
+        same_request(self.control, self.options.shared())
         same_model(self.control, self.model)
         if self.options.verify:
             together(self.control, "comparing the captured model with the eager one", lambda: self._verify(args, kwargs))

@@ -11,6 +11,7 @@ from rich.table import Table
 from ..passes.types import Type, Varying
 from .choose import name_of
 from .plan import Plan
+from .units import bytes_text, seconds_text
 
 
 def explain(plan: Plan, name: str | None = None, width: int = 110) -> str:
@@ -20,9 +21,8 @@ def explain(plan: Plan, name: str | None = None, width: int = 110) -> str:
     console = Console(file=io.StringIO(), width=width, force_terminal=False)
     console.print(f"Plan {plan.hash}: {name_of(plan)}")
     if plan.predicted is not None:
-        console.print(
-            f"Predicted: {seconds(plan.predicted.step_seconds)} a step, {size(plan.predicted.peak_bytes)} a rank at the peak"
-        )
+        step, peak = seconds_text(plan.predicted.step_seconds), bytes_text(plan.predicted.peak_bytes)
+        console.print(f"Predicted: {step} a step, {peak} a rank at the peak")
     for reason in plan.reasons:
         console.print(reason)
     if plan.layout:
@@ -44,7 +44,7 @@ def explain(plan: Plan, name: str | None = None, width: int = 110) -> str:
         for column in ("plan", "step", "memory", "why it lost"):
             table.add_column(column, justify="right" if column in ("step", "memory") else "left")
         for other in plan.alternatives:
-            table.add_row(other.name, seconds(other.step_seconds), size(other.peak_bytes), other.reason)
+            table.add_row(other.name, seconds_text(other.step_seconds), bytes_text(other.peak_bytes), other.reason)
         console.print(table)
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
@@ -72,17 +72,3 @@ def describe(type_: Type) -> str:
             f"Shard({type_.dim}{even})" if type_.is_plain else f"Shard({type_.dim}), {len(type_.sections)} sections each cut{even}"
         )
     return "Replicate, gradient summed once a step" if str(type_) == "R" else "Replicate"
-
-
-def seconds(value: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
-        if value >= scale:
-            return f"{value / scale:.3g} {unit}"
-    return f"{value / 1e-6:.3g} us"
-
-
-def size(value: float) -> str:
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if value >= scale:
-            return f"{value / scale:.3g} {unit}"
-    return f"{value:.0f} B"

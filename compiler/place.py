@@ -284,12 +284,46 @@ class _Builder:
     def explain(self, error: AssignError) -> ShardingError:
         names = [where(self.order[i].node) for i in error.nodes if i < len(self.order)][:4]
         if self.policy.role == "time":
+            culprit = self._couples_samples()
             return ShardingError(
                 "the batch cannot be cut into micro-batches: an op couples samples of different micro-batches, at "
-                + ("; ".join(names) or "an output")
-                + ". Use microbatches=1."
+                + (where(culprit) if culprit is not None else "; ".join(names) or "an output")
+                + ". Use microbatches=1"
             )
         return ShardingError(f"no placement over axis {self.axis.name!r} exists: {error}; at " + "; ".join(names))
+
+    def _couples_samples(self) -> fx.Node | None:
+        """The first node that, with all samples of a micro-batch but no others, cannot be computed; or, where it is sums over
+        samples that it lacks, the node that sums them."""
+        possible: dict[Value, set[Type]] = {}
+        samples = {(d.name, 0) for d in self.order if d.node.op == "placeholder" and d.node.meta["key"] in self.policy.slices}
+        for d in self.order:
+            feasible = (
+                d.options if d.node.op == "placeholder" else [s for s in d.options if self._reachable(d, s, possible, samples)]
+            )
+            if samples & {*d.operands}:
+                samples |= {*d.values}
+            if not feasible:
+                return self._summed_by(d, possible)
+            for k, value in enumerate(d.values):
+                possible[value] = {self._canonical(s.outs[k], self.meta[value].grad) for s in feasible}
+        return None
+
+    def _reachable(self, d: _Decision, s: Strategy, possible: Mapping[Value, set[Type]], samples: set[Value]) -> bool:
+        def reached(value: Value, need: Type) -> bool:
+            meta, maker = self.meta[value], self.decisions[value[0]]
+            if meta.grad and value in samples and need == R:
+                return False  # each micro-batch would compute all samples, whose loss cannot be summed
+            return any(
+                is_free(have, need, meta.grad) or (exists(have, need, meta.grad) and self._allowed(have, need, meta, maker))
+                for have in possible[value]
+            )
+
+        return all(reached(value, need) for value, need in zip(d.operands, s.ins, strict=True))
+
+    def _summed_by(self, d: _Decision, possible: Mapping[Value, set[Type]]) -> fx.Node:
+        partial = next((v for v in d.operands if all(isinstance(t, Partial) for t in possible[v])), None)
+        return d.node if partial is None else self._summed_by(self.decisions[partial[0]], possible)
 
     def placement(self, solution: Solution) -> Placement:
         chosen = {d.name: d.options[solution.choice[i]] for i, d in enumerate(self.order)}

@@ -43,6 +43,7 @@ class BoundProgram(Protocol):
     loss      key of the output that is differentiable, None if there is none
     flatten   the call's tensors by key, on the program's device
     rebuild   the model's own output object, None in place of keys that are missing
+    place_of  where an output stands in it, as `past.0.keys`
     """
 
     @property
@@ -54,6 +55,7 @@ class BoundProgram(Protocol):
 
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[Key, Tensor]: ...
     def rebuild(self, outputs: Mapping[Key, Any]) -> Any: ...
+    def place_of(self, key: Key) -> str: ...
 
 
 class Engine(Protocol):
@@ -146,7 +148,7 @@ class ParallelModule(nn.Module):
         grad = torch.is_grad_enabled()
         bound, delivery, outputs = self._step(args, kwargs, grad=grad)
         if grad:
-            outputs = attach(delivery, bound.loss, outputs, lambda key: _path(bound, key))
+            outputs = attach(delivery, bound.loss, outputs, bound.place_of)
         return bound.rebuild(outputs)
 
     def train_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -423,11 +425,6 @@ def _refusing(name: str, model: str) -> Callable[..., Any]:
 
     refuse.__name__ = name
     return refuse
-
-
-def _path(bound: BoundProgram, key: Key) -> str:
-    """Where an output stands in what the model returns, as far as its key tells."""
-    return key.removeprefix("out.")
 
 
 def _fill(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], options: dict[str, Any]) -> None:

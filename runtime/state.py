@@ -61,7 +61,9 @@ def _mesh_of(layout: Layout) -> DeviceMesh | None:
 
         mesh, here = layout.mesh, layout.mesh.coordinates(communicator.rank)
         whole = torch.arange(mesh.world_size).view(mesh.sizes)
-        ranks = whole[tuple(here[axis] if axis == PIPELINE else slice(None) for axis in mesh.axes)].view([mesh.size(a) for a in axes])
+        ranks = whole[tuple(here[axis] if axis == PIPELINE else slice(None) for axis in mesh.axes)].view(
+            [mesh.size(a) for a in axes]
+        )
         groups = [communicator.process_group(axis) for axis in axes]
         found = DeviceMesh.from_group(
             groups if len(groups) > 1 else groups[0], communicator.device.type, ranks, mesh_dim_names=axes

@@ -47,6 +47,9 @@ class Bound:
     def rebuild(self, outputs: Mapping[str, Any]) -> Any:
         return SimpleNamespace(loss=outputs.get("out.loss"), y=outputs.get("out.y"))
 
+    def place_of(self, key: str) -> str:
+        return key.removeprefix("out.")
+
 
 class Engine:
     """Runs one program, and its forward alone where no gradients are wanted."""
