@@ -3,55 +3,39 @@
 A step of a candidate takes
 
     seconds = (compute + tensor traffic) / stages x (micro-batches + stages - 1) / micro-batches
-              + (1 - overlap) x (gradient and parameter traffic over the data axes) + stage transfers + optimizer
+              + gradient and parameter traffic over the data axes + stage transfers + optimizer
 
-with compute and traffic summed over the placement that the passes would make. Data-parallel candidates with a local batch
-differ in the samples they train on: what is compared is seconds per sample.
+with compute and traffic summed over the placement that the passes would make; the runtime overlaps none of them.
+Data-parallel candidates with a local batch differ in the samples they train on: what is compared is seconds per sample.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
-from torch import fx
-
-from ..passes.convert import is_free
-from ..passes.graph_tools import Calls, is_getitem, metas, op_calls
-from ..passes.partition import VIEWS
+from ..passes.graph_tools import Calls, op_calls
 from ..passes.prologue import TIME
-from ..passes.rules.base import Axis, OpCall, TensorMeta
-from ..passes.rules.base import Strategy as NodeStrategy
+from ..passes.rules.base import Axis
 from ..passes.shard import ShardingError
-from ..passes.types import I, Type, Varying, balanced_sizes
+from ..passes.types import Type, Varying, balanced_sizes
 from ..runtime.program import Mesh
 from .collector import without_collection
-from .cost import Seconds
 from .emit import Problem
+from .graph_cost import GraphCost, graph_cost, least_crossing
 from .memory import state_memory
-from .place import Placement, Policy, place
+from .place import Policy, place
 from .plan import Alternative, Plan, Prediction
-from .prices import Volume, held, size_of
+from .prices import Volume
 from .strategy import Limits, Request, Strategy, StrategyError, divisors
-from .topology import Topology, collective_seconds
+from .topology import CollectiveKind, Topology, collective_bytes, collective_seconds
 from .units import bytes_text
 
 
 class DoesNotFit(ValueError):
     """No plan fits the memory limit: says by how much the smallest misses, and what would fit."""
-
-
-@dataclass(frozen=True)
-class TensorCost:
-    """A graph on one tensor-parallel rank, for one data rank's whole batch. Seconds and bytes, forward and backward."""
-
-    compute: float
-    traffic: float
-    activations: float
-    parameters: float
-    ops: int
 
 
 @dataclass(frozen=True)
@@ -103,7 +87,7 @@ class _Search:
         self.problem, self.request, self.topology, self.batch = problem, request, topology, batch
         self.microbatches = microbatches if microbatches is not None else request.strategy.microbatches
         self.rows, self.captured = rows, sum(problem.local_batches)
-        self.tensor: dict[tuple[int, bool], TensorCost] = {}
+        self.costs: dict[tuple[int, bool], GraphCost] = {}
         self.stream = least_crossing(problem.graph)
         self.calls = op_calls(problem.graph)
         self.coupled: ShardingError | Literal[False] | None = None
@@ -171,13 +155,13 @@ class _Search:
             raise self.coupled
         return [1] if self.coupled else counts
 
-    def tensor_cost(self, mesh: Mesh, sequence: bool) -> TensorCost:
+    def tensor_cost(self, mesh: Mesh, sequence: bool) -> GraphCost:
         """Costs of the graph over the mesh's tp axis; depends on the other axes only through where tp lies."""
         n = mesh.size("tp")
-        if (n, sequence) not in self.tensor:
+        if (n, sequence) not in self.costs:
             only = Mesh(("tp",), (n,)) if n > 1 else Mesh((), ())
-            self.tensor[n, sequence] = graph_on_tensor_axis(self.problem, only, sequence, self.topology, self.calls)
-        return self.tensor[n, sequence]
+            self.costs[n, sequence] = graph_cost(self.problem, only, sequence, self.topology, self.calls)
+        return self.costs[n, sequence]
 
     def price(self, plan: Plan) -> Candidate:
         mesh, top = plan.mesh, self.topology
@@ -189,10 +173,11 @@ class _Search:
         bubble = (m + stages - 1) / m
         pipelined = work / stages * bubble
         bytes_held = cost.parameters / stages
+        moved = [*self._data_traffic(plan, cost)]
         parts = {
             "compute": cost.compute * share / stages * bubble + launches / stages,
             "tensor": cost.traffic * share / stages * bubble,
-            "data": self._data_seconds(plan, bytes_held),
+            "data": sum(n * collective_seconds(kind, size, top.span(mesh, axis)) for axis, kind, size, n in moved),
             "pipeline": self._pipeline_seconds(plan, share),
             "optimizer": self._optimizer_seconds(plan, bytes_held),
         }
@@ -202,33 +187,40 @@ class _Search:
         activations = cost.activations * share / stages * flying / m
         peak = state.total + activations
         samples = self.rows * data if self.batch == "local" else self.rows
-        return Candidate(
-            plan, samples, Prediction(seconds, peak, parts={**parts, "state bytes": state.total, "activation bytes": activations})
-        )
+        traffic = {axis: 0.0 for axis in mesh.axes}
+        for axis, kind, size, n in moved:
+            traffic[axis] += n * collective_bytes(kind, size, mesh.size(axis))
+        if "tp" in traffic:
+            traffic["tp"] += (cost.received * share + cost.received_once) / stages
+        if "pp" in traffic:
+            traffic["pp"] += 2 * (stages - 1) / stages * self._border(plan, share) * m
+        parts |= {"state bytes": state.total, "activation bytes": activations}
+        return Candidate(plan, samples, Prediction(seconds, peak, traffic, parts))
 
-    def _data_seconds(self, plan: Plan, size: float) -> float:
-        """Gradients summed (and parameters gathered) over the data axes, less what is hidden behind compute."""
-        if plan.data_size == 1:
-            return 0.0
-        total = 0.0
+    def _data_traffic(self, plan: Plan, cost: GraphCost) -> Iterator[tuple[str, CollectiveKind, float, int]]:
+        """(axis, kind, bytes, times a step): gradients summed, and parameters gathered, over the data axes."""
+        held, trainable, again = (x / plan.stages for x in (cost.parameters, cost.trainable, cost.read_again))
         for axis in plan.data_axes:
-            span = self.topology.span(plan.mesh, axis)
             if axis == "dp_shard" and plan.zero:
-                gathers = 2 * plan.microbatches if plan.zero == 3 else 1
-                reduces = plan.microbatches if plan.zero == 3 else 1
-                total += gathers * collective_seconds("all_gather", size, span)
-                total += reduces * collective_seconds("reduce_scatter", size, span)
-                size /= plan.mesh.size(axis)
-            else:
-                total += collective_seconds("all_reduce", size, span)
-        return total
+                times = plan.microbatches if plan.zero == 3 else 1
+                yield axis, "all_gather", held if plan.zero == 3 else trainable, times
+                if plan.zero == 3:
+                    yield axis, "all_gather", again, times
+                yield axis, "reduce_scatter", trainable, times
+        shards = plan.mesh.size("dp_shard") if plan.zero else 1
+        for axis in plan.data_axes:
+            if axis != "dp_shard" or not plan.zero:
+                yield axis, "all_reduce", trainable / shards, 1
+
+    def _border(self, plan: Plan, share: float) -> float:
+        """Bytes that a micro-batch's activations have at a stage border, and their gradients."""
+        return self.stream * share / plan.microbatches / (plan.mesh.size("tp") if plan.sequence_parallel else 1)
 
     def _pipeline_seconds(self, plan: Plan, share: float) -> float:
         if plan.stages == 1:
             return 0.0
-        border = self.stream * share / plan.microbatches / (plan.mesh.size("tp") if plan.sequence_parallel else 1)
         span = self.topology.span(plan.mesh, "pp")
-        return 2 * (plan.microbatches + plan.stages - 2) * collective_seconds("send", border, span)
+        return 2 * (plan.microbatches + plan.stages - 2) * collective_seconds("send", self._border(plan, share), span)
 
     def _optimizer_seconds(self, plan: Plan, size: float) -> float:
         """Read parameter, gradient and two moments, write three of them (AdamW)."""
@@ -260,76 +252,6 @@ def coupling(problem: Problem, calls: Calls) -> ShardingError | None:
     except ShardingError as error:
         return error
     return None
-
-
-def graph_on_tensor_axis(problem: Problem, mesh: Mesh, sequence: bool, topology: Topology, calls: Calls) -> TensorCost:
-    """Place the graph over tp as emission would, and add up what every rank then does. `calls`: `op_calls` of the graph."""
-    axis = Axis("tp", mesh.size("tp"))
-    placement: Placement | None = None
-    if axis.size > 1:
-        prices = Volume(parameters=True, activations=0.05 if sequence else 0.0)
-        placement = place(problem.graph, axis, Policy("tensor", {}, problem.loss, scatter=sequence), prices, calls)
-    seconds = Seconds(topology, mesh)
-    compute = activations = 0.0
-    known: dict[tuple[int, int], tuple[float, float]] = {}
-    for node, (call, _) in calls.items():
-        strategy = placement.choice[node.name] if placement else None
-        key = id(call), id(strategy)  # identical blocks share both objects
-        if key not in known:
-            strategy = strategy or NodeStrategy("whole", (I,) * len(call.operands), (I,) * len(call.results))
-            known[key] = seconds.node(call, strategy, axis, ()), _kept(call, strategy, axis)
-        compute += known[key][0]
-        activations += known[key][1]
-    parameters = traffic = 0.0
-    for node in problem.graph.graph.nodes:
-        if node.op == "placeholder" and node.meta["key"].startswith("param."):
-            type_ = placement.placeholders[node.meta["key"]] if placement else I
-            parameters += size_of(metas(node)[0]) * held(type_, axis)
-            traffic += seconds.placeholder(type_, metas(node)[0], axis) if placement else 0.0
-    traffic += _conversions(calls, placement, seconds) if placement else 0.0
-    return TensorCost(compute, traffic, activations, parameters, 3 * len(calls))
-
-
-def _kept(call: OpCall, strategy: NodeStrategy, axis: Axis) -> float:
-    """Bytes of a call's results that a rank keeps for the backward."""
-    if call.target in VIEWS:
-        return 0.0
-    return sum(size_of(m) * held(t, axis) for m, t in zip(call.results, strategy.outs, strict=True) if m.grad)
-
-
-def _conversions(calls: Calls, placement: Placement, seconds: Seconds) -> float:
-    """Seconds of the conversions that operands need, each made once for a value and a type."""
-    total = 0.0
-    made: set[tuple[fx.Node, int, Type]] = set()
-    known: dict[tuple[Type, Type, TensorMeta], float] = {}
-    for node, (_, sources) in calls.items():
-        for source, needed in zip(sources, placement.choice[node.name].ins, strict=True):
-            have, k = _produced(source, placement)
-            if have is needed or (source, k, needed) in made:
-                continue
-            (meta,) = metas(source)
-            if is_free(have, needed, meta.grad):
-                continue
-            made.add((source, k, needed))
-            if (have, needed, meta) not in known:
-                known[have, needed, meta] = seconds.conversion(have, needed, meta, placement.axis)
-            total += known[have, needed, meta]
-    return total
-
-
-def _produced(node: fx.Node, placement: Placement) -> tuple[Type, int]:
-    """The type of a value, and which of its node's results it is."""
-    place: Any = node.args if is_getitem(node) else (node, 0)
-    node, k = place
-    if node.op == "placeholder":
-        return placement.placeholders[node.meta["key"]], k
-    return placement.choice[node.name].outs[k], k
-
-
-def least_crossing(gm: fx.GraphModule) -> float:
-    """Bytes of the residual stream: the most common size among differentiable values with the batch in them."""
-    sizes = [size_of(metas(n)[0]) for n in gm.graph.nodes if n.op == "call_function" and n.meta.get("grad") and len(metas(n)) == 1]
-    return float(max(set(sizes), key=sizes.count)) if sizes else 0.0
 
 
 def name_of(plan: Plan) -> str:

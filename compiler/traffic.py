@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,6 +12,7 @@ from torch import fx
 from ..passes.ops.collectives import COMMUNICATION
 from ..runtime.program import Instruction, RankProgram, TensorSpec
 from .cost import communication_of
+from .topology import collective_bytes
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ def traffic(program: RankProgram) -> list[Collective]:
     specs = {f"param.{s.name}": s for s in program.parameters}
     outputs = {o.key: float(o.dtype.itemsize) for o in program.outputs}
     found: list[Collective] = []
+    scattered: set[str] = set()
     for instruction in program.schedule:
         match instruction.kind:
             case "run":
@@ -55,16 +59,28 @@ def traffic(program: RankProgram) -> list[Collective]:
             case "receive":
                 pass
             case _:
-                size = sum(outputs.get(k) or _whole_bytes(program, specs[k.removeprefix("grad.")]) for k in instruction.keys)
+                names = [(k, specs.get(k.removeprefix("grad."))) for k in instruction.keys]
+                size = sum(outputs[k] if s is None else _bytes(program, s, k in scattered) for k, s in names)
+                if instruction.kind == "reduce_scatter":
+                    scattered.update(instruction.keys)
                 found.append(Collective(instruction.kind.replace("gather", "all_gather"), instruction.axis, size, "schedule"))
     return found
 
 
-def _whole_bytes(program: RankProgram, spec: TensorSpec) -> float:
-    """Bytes of a parameter as the graphs take it: cut by every axis but those it is gathered over."""
+def received(program: RankProgram) -> dict[str, float]:
+    """Bytes that the rank receives in one step, by axis, as named in the program. Over "pp" counted where they are sent."""
+    found: dict[str, float] = defaultdict(float)
+    for c in traffic(program):
+        n = math.prod(program.mesh.size(axis) for axis in c.axis.partition(":")[0].split("+"))
+        found[c.axis] += collective_bytes(c.kind, c.size, n)  # type: ignore[arg-type]
+    return dict(found)
+
+
+def _bytes(program: RankProgram, spec: TensorSpec, scattered: bool) -> float:
+    """Bytes of a parameter as the graphs take it, cut by every axis but those it is gathered over; or of its scattered gradient."""
     shape = list(spec.shape)
     for cut in spec.cuts:
-        if cut.axis not in spec.gathered:
+        if scattered or cut.axis not in spec.gathered:
             shape[cut.dim] = sum(section[program.coordinates[cut.axis]] for section in cut.sections)
     size = float(spec.dtype.itemsize)
     for n in shape:

@@ -13,11 +13,17 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
-from programs import case, lowered, plan, program
+from harness import problem_of
+from programs import case, lowered, plan, program, shares
 from zoo import BATCH, LENGTH
 
+from shardwright.compiler.choose import choose
 from shardwright.compiler.cost import op_flops
-from shardwright.compiler.traffic import Collective, traffic
+from shardwright.compiler.emit import emit
+from shardwright.compiler.layout import with_layout
+from shardwright.compiler.strategy import Strategy, resolve
+from shardwright.compiler.topology import Topology
+from shardwright.compiler.traffic import Collective, received, traffic
 from shardwright.passes.graph_tools import op_call
 from shardwright.passes.types import Varying
 
@@ -160,3 +166,35 @@ def test_fused_projection_is_cut_by_heads() -> None:
     cut = wanted.layout["transformer.h.0.attn.c_attn.weight"]
     assert cut == Varying(1, ((8, 8, 8, 8),) * 3), f"columns of queries, keys and values each by heads, not {cut}"
     assert wanted.layout["transformer.h.0.attn.c_proj.weight"] == Varying(0, ((8, 8, 8, 8),))
+
+
+PREDICTED = {
+    "dp4": Strategy(dp=4, zero=0),
+    "zero2": Strategy(dp=4, zero=2),
+    "zero3": Strategy(dp=4, zero=3),
+    "hsdp": Strategy(dp_replicate=2, dp_shard=2, zero=2),
+    "tp4": Strategy(tp=4, sequence_parallel=False),
+    "sp4": Strategy(tp=4, sequence_parallel=True),
+    "zero3tp2": Strategy(dp=2, tp=2, zero=3),
+    "pp2": Strategy(pp=2, dp=2, zero=1, microbatches=2),
+    "tp2pp2": Strategy(pp=2, tp=2, microbatches=2),
+}
+
+
+@pytest.mark.parametrize("name", PREDICTED)
+def test_plans_predict_the_bytes_of_their_programs(name: str) -> None:
+    """By axis, the mean over ranks; what a loss exchanges, a few numbers per token, apart."""
+    found = case("llama", layers=LAYERS, num_key_value_heads=4, vocab_size=128)
+    topology = Topology.preset("cpu", devices=RANKS)
+    request = resolve("auto", PREDICTED[name], RANKS)
+    problem = problem_of(found, [found.batch])
+    chosen = choose(problem, request, topology, rows=found.batch, memory_limit=None, batch="global")
+    problem = problem_of(found, shares(found, chosen))
+    chosen = with_layout(problem, chosen)
+    counted: Counter[str] = Counter()
+    for rank in range(RANKS):
+        for axis, size in received(emit(problem, chosen, rank)).items():
+            counted[axis.partition(":")[0]] += size / RANKS
+    assert chosen.predicted is not None and set(chosen.predicted.traffic) == set(chosen.mesh.axes)
+    for axis, size in chosen.predicted.traffic.items():
+        assert size == pytest.approx(counted[axis], rel=0.01, abs=4 * SMALL), axis

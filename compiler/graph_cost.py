@@ -1,0 +1,140 @@
+"""What a captured graph costs on one rank of a tensor axis, before anything is emitted: seconds, bytes held, bytes received."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from ..passes.convert import is_free
+from ..passes.graph_tools import Calls, is_getitem, metas
+from ..passes.partition import VIEWS
+from ..passes.rules.base import Axis, OpCall, TensorMeta
+from ..passes.rules.base import Strategy as NodeStrategy
+from ..passes.types import I, R, Type
+from ..runtime.program import Mesh
+from .cost import Seconds, conversion_bytes, op_name, size_of
+from .emit import Problem
+from .place import Placement, Policy, place
+from .prices import Volume, held
+from .topology import Topology, collective_bytes
+
+VALUE_FREE = frozenset("add add_ sub rsub embedding embedding_shard select index_select".split())
+"""Ops whose backward needs the value of no operand: a parameter that only they use is not gathered again for it."""
+
+CASTS = frozenset({"_to_copy", "to"})
+
+
+@dataclass(frozen=True)
+class GraphCost:
+    """A graph on one rank of a tensor axis, for one data rank's whole batch, forward and backward.
+
+    compute, traffic        seconds
+    activations             bytes that the forward keeps
+    parameters              bytes held of all parameters; of these `trainable` have gradients, `read_again` are used in the backward
+    received                bytes received over the tensor axis: of the batch, and of gradients summed once a step
+    ops                     kernels of a forward and backward
+    """
+
+    compute: float
+    traffic: float
+    activations: float
+    parameters: float
+    trainable: float
+    read_again: float
+    received: float
+    received_once: float
+    ops: int
+
+
+def graph_cost(problem: Problem, mesh: Mesh, sequence: bool, topology: Topology, calls: Calls) -> GraphCost:
+    """Place the graph over tp as emission would, and add up what every rank then does.
+
+    mesh      of one axis, "tp", or none       calls     `op_calls` of the graph
+    """
+    axis = Axis("tp", mesh.size("tp"))
+    placement: Placement | None = None
+    if axis.size > 1:
+        prices = Volume(parameters=True, activations=0.05 if sequence else 0.0)
+        placement = place(problem.graph, axis, Policy("tensor", {}, problem.loss, scatter=sequence), prices, calls)
+    seconds = Seconds(topology, mesh)
+    compute = activations = 0.0
+    known: dict[tuple[int, int], tuple[float, float]] = {}
+    for node, (call, _) in calls.items():
+        strategy = placement.choice[node.name] if placement else None
+        key = id(call), id(strategy)  # identical blocks share both objects
+        if key not in known:
+            strategy = strategy or NodeStrategy("whole", (I,) * len(call.operands), (I,) * len(call.results))
+            known[key] = seconds.node(call, strategy, axis, ()), _kept(call, strategy, axis)
+        compute += known[key][0]
+        activations += known[key][1]
+    parameters = trainable = again = traffic = once = 0.0
+    for node in problem.graph.graph.nodes:
+        if node.op == "placeholder" and node.meta["key"].startswith("param."):
+            meta, type_ = metas(node)[0], placement.placeholders[node.meta["key"]] if placement else I
+            size = size_of(meta) * held(type_, axis)
+            parameters += size
+            trainable += size if meta.grad else 0.0
+            again += size if _read_again(node) else 0.0
+            if placement and type_ == R and meta.grad:
+                traffic += seconds.placeholder(type_, meta, axis)
+                once += collective_bytes("all_reduce", size, axis.size)
+    received = 0.0
+    if placement is not None:
+        traffic += sum(_priced(calls, placement, lambda a, b, m: seconds.conversion(a, b, m, axis)))
+        received = sum(_priced(calls, placement, lambda a, b, m: conversion_bytes(a, b, size_of(m), axis.size, m.grad).total))
+    return GraphCost(compute, traffic, activations, parameters, trainable, again, received, once, 3 * len(calls))
+
+
+def _read_again(parameter: fx.Node) -> bool:
+    """Whether the backward needs the parameter's value: some user, views looked through, multiplies by it."""
+    return any(
+        _read_again(user) if user.target in VIEWS or op_name(user.target) in CASTS else op_name(user.target) not in VALUE_FREE
+        for user in parameter.users
+        if user.op == "call_function"
+    )
+
+
+def _kept(call: OpCall, strategy: NodeStrategy, axis: Axis) -> float:
+    """Bytes of a call's results that a rank keeps for the backward."""
+    if call.target in VIEWS:
+        return 0.0
+    return sum(size_of(m) * held(t, axis) for m, t in zip(call.results, strategy.outs, strict=True) if m.grad)
+
+
+Price = Callable[[Type, Type, TensorMeta], float]
+
+
+def _priced(calls: Calls, placement: Placement, price: Price) -> Iterator[float]:
+    """The prices of the conversions that operands need, each made once for a value and a type."""
+    made: set[tuple[fx.Node, int, Type]] = set()
+    known: dict[tuple[Type, Type, TensorMeta], float] = {}
+    for node, (_, sources) in calls.items():
+        for source, needed in zip(sources, placement.choice[node.name].ins, strict=True):
+            have, k = _produced(source, placement)
+            if have is needed or (source, k, needed) in made:
+                continue
+            (meta,) = metas(source)
+            if is_free(have, needed, meta.grad):
+                continue
+            made.add((source, k, needed))
+            if (have, needed, meta) not in known:
+                known[have, needed, meta] = price(have, needed, meta)
+            yield known[have, needed, meta]
+
+
+def _produced(node: fx.Node, placement: Placement) -> tuple[Type, int]:
+    """The type of a value, and which of its node's results it is."""
+    place: Any = node.args if is_getitem(node) else (node, 0)
+    node, k = place
+    if node.op == "placeholder":
+        return placement.placeholders[node.meta["key"]], k
+    return placement.choice[node.name].outs[k], k
+
+
+def least_crossing(gm: fx.GraphModule) -> float:
+    """Bytes of the residual stream: the most common size among differentiable values with the batch in them."""
+    sizes = [size_of(metas(n)[0]) for n in gm.graph.nodes if n.op == "call_function" and n.meta.get("grad") and len(metas(n)) == 1]
+    return float(max(set(sizes), key=sizes.count)) if sizes else 0.0
