@@ -17,7 +17,7 @@ demo: $(INSTALLED)
 	@$(BIN)/python examples/run_demo.py
 
 test: $(INSTALLED)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check --quiet --output-format concise .

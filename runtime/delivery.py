@@ -49,8 +49,7 @@ class Delivery:
         if self._gradients is None:
             raise ShardwrightError(
                 "backward() was called a second time on one loss: a step computes its gradients once, and they have been added "
-                "already. "
-                "Call the model again for new ones, or scale the loss once (backward() of a sum of losses adds each once)"
+                "already. Call the model again for new ones, or scale the loss once (backward() of a sum of losses adds each once)"
             )
         gradients, self._gradients = self._gradients, None
         if scale is not None:
@@ -173,9 +172,8 @@ class _Deliver(torch.autograd.Function):
             if grad is not None:
                 raise ShardwrightError(
                     f"a gradient was sent into the output {name!r}: only the loss that the model returns is differentiable here, "
-                    "because "
-                    "its gradients are computed with the outputs. Compute the loss inside the model, or give auto_parallelize a "
-                    "loss_fn"
+                    "because its gradients are computed with the outputs. Compute the loss inside the model, or give "
+                    "auto_parallelize a loss_fn"
                 )
         if torch.is_grad_enabled():
             raise ShardwrightError(

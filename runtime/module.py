@@ -207,8 +207,7 @@ class ParallelModule(nn.Module):
         if torch.is_autocast_enabled(kind) and not self._engine.captured_autocast:
             raise ShardwrightError(
                 "torch.autocast around a parallel model: its program has its dtypes already. Leave autocast out, and give the "
-                "precision to "
-                "auto_parallelize(..., precision=torch.bfloat16), or a model in that dtype"
+                "precision to auto_parallelize(..., precision=torch.bfloat16), or a model in that dtype"
             )
 
     def _refuse_unfrozen(self, store: ParameterStore) -> None:
@@ -216,8 +215,7 @@ class ParallelModule(nn.Module):
             if slot.parameter.requires_grad and not slot.spec.trainable:
                 raise ShardwrightError(
                     f"parameter {name!r} was frozen when the model was planned and requires a gradient now, which its program "
-                    "does not "
-                    "compute; set requires_grad before auto_parallelize"
+                    "does not compute; set requires_grad before auto_parallelize"
                 )
 
     def _output(self, store: ParameterStore, spec: OutputSpec, value: Tensor) -> Tensor:
@@ -249,8 +247,7 @@ class ParallelModule(nn.Module):
             raise ShardwrightError(
                 f"{what} before the model was captured: how parameters are sharded is decided from a batch. Give "
                 "auto_parallelize(..., example_inputs=batch), or make the optimizer with parallel.optimizer(cls, **options), "
-                "which waits "
-                "for the first call"
+                "which waits for the first call"
             )
         return self._store
 
@@ -407,8 +404,7 @@ _NO_LOSS = (
 )
 _NO_GRADIENTS = (
     "backward() of a forward that ran in eval mode: only the forward was computed. Call parallel.train() first (a model with its "
-    "dropout set "
-    "to 0 trains as in eval mode)"
+    "dropout set to 0 trains as in eval mode)"
 )
 
 

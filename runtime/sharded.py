@@ -213,8 +213,7 @@ def refusal(func: Any) -> ShardwrightError:
     return ShardwrightError(
         f"{func.name()} mixes elements of a tensor of which this rank holds only a shard, so its result would be wrong. "
         "An optimizer must be elementwise (SGD, Adam, AdamW, RMSprop, Adagrad, ...); Adafactor, LBFGS, Muon and Shampoo are not, "
-        "and "
-        "torch.nn.utils.clip_grad_norm_ would see this rank's shards alone: call parallel.clip_grad_norm_(max_norm). "
+        "and torch.nn.utils.clip_grad_norm_ would see this rank's shards alone: call parallel.clip_grad_norm_(max_norm). "
         "To look at values use .full_tensor(), which gathers the whole, or .to_local(), this rank's shard."
     )
 
@@ -271,8 +270,7 @@ def _checked(x: ShardedTensor, func: Any) -> ShardedTensor:
     if x.unreduced is not None and _base(func) not in ("detach", "alias"):
         raise ShardwrightError(
             f"{func.name()} was called on a gradient that no_sync() left unreduced; run the last micro-batch of an accumulation "
-            "outside "
-            "no_sync(), so that gradients are summed over the ranks, before clipping or stepping (zero_grad() drops it)"
+            "outside no_sync(), so that gradients are summed over the ranks, before clipping or stepping (zero_grad() drops it)"
         )
     return x
 

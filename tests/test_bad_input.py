@@ -227,10 +227,10 @@ def test_an_exception_in_the_users_code_on_one_rank() -> None:
     ended = []
 
     def body(parallel: ParallelModule, rank: int) -> None:
-        parallel.train_step(**batch)
-        if rank == 1:
-            raise KeyError("the user's loader")
         try:
+            parallel.train_step(**batch)
+            if rank == 1:
+                raise KeyError("the user's loader")
             parallel.train_step(**batch)
         except PeerLostError as error:
             ended.append(str(error))
