@@ -1,7 +1,7 @@
 """From a normalized graph and a plan to the program of one rank. A pure function: no devices, no process group.
 
 for each data axis, then micro-batches, then tp:  place ▶ shard ▶ check
-▶ stages ▶ prologue ▶ ZeRO gathers ▶ differentiate ▶ partition ▶ buckets ▶ schedule
+▶ stages ▶ prologue ▶ ZeRO gathers ▶ differentiate ▶ partition ▶ buckets ▶ hoist, segment ▶ schedule
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from ..passes.check import check
 from ..passes.differentiate import Seed, Templates, differentiate
 from ..passes.fuse import fuse_loss
 from ..passes.graph_tools import Values, named_results, op_calls
+from ..passes.hoist import hoist
 from ..passes.ops import StaticCommunicator, use_communicator
 from ..passes.partition import partition
 from ..passes.prologue import TIME, split_prologue
 from ..passes.rules.base import Axis
+from ..passes.segment import segment
 from ..passes.shard import shard
 from ..passes.stages import split_stages
 from ..passes.types import (
@@ -45,7 +47,11 @@ from .collector import without_collection
 from .place import Placement, Policy, place
 from .plan import Plan
 from .prices import Prices, Volume
-from .schedules import Step, build, crossing
+from .schedules import Step, build, crossing, part_name
+
+SEGMENT_BYTES = 4 * 2**20
+"""Gradients in a part of the backward graph: enough that latency does not count, few enough that most are summed while others
+are computed."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,7 @@ class _Emission:
         self.coordinates = {k: v for k, v in communicator.indices.items() if k != TIME}
         self.stage = self.coordinates.get("pp", 0)
         self.graphs: dict[str, GraphSpec] = {}
+        self.parts: dict[str, tuple[frozenset[str], ...]] = {}
         self.specs: dict[str, TensorSpec] = {}
         self.transfers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
 
@@ -207,9 +214,12 @@ class _Emission:
             roots[self.problem.loss] = "one"
         joint = differentiate(gm, roots if self.problem.training and self.problem.loss else {}, self.templates)
         forward, backward = partition(fuse_loss(joint, values))
-        self.add("forward" + suffix, bucket(forward, values))
+        self.add("forward" + suffix, hoist(bucket(forward, values)))
         if backward.meta["outputs"]:
-            self.add("backward" + suffix, bucket(backward, values))
+            parts = segment(bucket(backward, values), SEGMENT_BYTES) if self.plan.data_size > 1 else [bucket(backward, values)]
+            for k, part in enumerate(parts):
+                self.add(part_name("backward" + suffix, k), part)
+            self.parts[suffix] = tuple(frozenset(part.meta["outputs"]) for part in parts)
 
     def note_transfers(self, gm: fx.GraphModule, microbatches: Iterable[int]) -> None:
         """Shapes of what crosses stage borders."""
@@ -229,8 +239,7 @@ class _Emission:
                 if n.op == "placeholder" and n.meta["key"].startswith("param."):
                     users.setdefault(n.meta["key"], []).append(k)
         parameters = {k: s for k, s in self.specs.items() if k.startswith("param.")}
-        backward = self.graphs.get("backward")
-        given = {k.removeprefix("grad.") for k in backward.outputs} if backward else set()
+        given = {k.removeprefix("grad.") for parts in self.parts.values() for part in parts for k in part}
         gradients = {k: (parameters[k], self.reduced_axes(k), tuple(users[k])) for k in reversed(parameters) if k in given}
         loss = self.problem.loss
         home = dict(named_results(self.lowered.graph)).get(loss) if loss else None
@@ -242,6 +251,7 @@ class _Emission:
             entering_gradients,
             leaving_gradients,
             parameters,
+            self.parts,
             gradients,
             loss,
             self.pending(home) if home is not None else (),

@@ -1,12 +1,14 @@
 """The instruction list of one rank: the pipeline order between what a step needs before and after it.
 
-gather parameters (ZeRO-1/2) ▶ prologue ▶ forwards and backwards, with sends and receives ▶ reduce gradients ▶ loss ▶ buffers
+gather parameters (ZeRO-1/2) ▶ prologue ▶ forwards and backwards, with sends and receives; in the last backward, reductions
+of gradients ▶ loss ▶ the reductions left ▶ buffers
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import fx
 
@@ -27,6 +29,7 @@ class Step:
     suffixes    per micro-batch, the suffix of its graphs' names
     entering, leaving            keys of activations from the stage before, to the stage after
     entering_gradients, ...      those of them that carry a gradient
+    parts       by suffix: the keys that each part of that backward graph gives (passes/segment.py)
     gradients   parameter key -> (its spec, axes its gradient is still to be summed over, stages that share it)
     loss_axes   axes the loss is still to be summed over
     share       whether outputs other than the loss go to every stage
@@ -39,6 +42,7 @@ class Step:
     entering_gradients: tuple[str, ...]
     leaving_gradients: tuple[str, ...]
     parameters: Mapping[str, TensorSpec]
+    parts: Mapping[str, tuple[frozenset[str], ...]]
     gradients: Mapping[str, tuple[TensorSpec, tuple[str, ...], tuple[int, ...]]]
     loss: str | None
     loss_axes: tuple[str, ...]
@@ -71,7 +75,10 @@ def build(
     if "prologue" in step.graphs:
         found.append(Instruction("run", graph="prologue"))
     training = any(g.startswith("backward") for g in step.graphs)
-    for phase, k in ORDERS[plan.schedule](plan.stages, plan.microbatches, stage):
+    order = list(ORDERS[plan.schedule](plan.stages, plan.microbatches, stage))
+    last = max((i for i, (phase, _) in enumerate(order) if phase == "backward"), default=-1)
+    reductions = _Reductions(step)
+    for i, (phase, k) in enumerate(order):
         suffix = step.suffixes[k]
         if phase == "forward":
             if step.entering:
@@ -82,17 +89,24 @@ def build(
         elif training:
             if step.leaving_gradients:
                 found.append(Instruction("receive", _grads(step.leaving_gradients), microbatch=k, peer=after))
-            found.append(Instruction("run", graph="backward" + suffix, microbatch=k))
+            for part, keys in enumerate(step.parts[suffix]):
+                found.append(Instruction("run", graph=part_name("backward" + suffix, part), microbatch=k))
+                if i == last:
+                    found.extend(reductions.first(keys))
             if step.entering_gradients:
                 found.append(Instruction("send", _grads(step.entering_gradients), microbatch=k, peer=before))
-    if training:
-        found.extend(_reductions(plan, step))
     found.extend(_loss(plan, stage, step, outputs))
+    if training:
+        found.extend(reductions.rest())
     if plan.stages > 1:
         others = [o for o in outputs if o.key.startswith("out.") and o.key != step.loss] if step.share else []
         found.extend(Instruction("broadcast", (o.key,), axis="pp", peer=o.stage) for o in others)
         found.extend(_buffers(outputs))
     return tuple(found)
+
+
+def part_name(graph: str, part: int) -> str:
+    return f"{graph}_part{part}" if part else graph
 
 
 def _grads(keys: Iterable[str]) -> tuple[str, ...]:
@@ -121,30 +135,52 @@ def _gathers(parameters: Mapping[str, TensorSpec]) -> Iterable[Instruction]:
             yield Instruction("gather", keys, axis=axis)
 
 
-def _reductions(plan: Plan, step: Step) -> Iterable[Instruction]:
-    """Sum gradients over tp, then the data axes (ZeRO keeps a shard after dp_shard), then the stages that share a parameter."""
-    grads = {f"grad.{key}": entry for key, entry in step.gradients.items()}
+class _Reductions:
+    """Sums of gradients: over tp, then the data axes (ZeRO keeps a shard after dp_shard), then the stages that share a parameter.
 
-    def emit(kind: str, axis: str, keys: Iterable[str]) -> Iterable[Instruction]:
-        for bucket in _buckets((k, grads[k][0]) for k in keys):
-            yield Instruction(kind, bucket, axis=axis)  # type: ignore[arg-type]
+    The first sum of each gradient may start as soon as its part of the last backward has run; what is summed again, or by the
+    side of its stage's others, waits for the end.
+    """
 
-    yield from emit("all_reduce", "tp", [k for k, (_, axes, _) in grads.items() if "tp" in axes])
-    scattered = [k for k, (spec, axes, _) in grads.items() if "dp_shard" in axes and "dp_shard" in spec.gathered]
-    yield from emit("reduce_scatter", "dp_shard", scattered)
-    groups: dict[str, list[str]] = {}
-    for key, (_, axes, _) in grads.items():
-        left = [a for a in axes if a in DATA_AXES and not (a == "dp_shard" and key in scattered)]
-        if left:
-            groups.setdefault("+".join(left), []).append(key)
-    for axis, keys in groups.items():
-        yield from emit("all_reduce", axis, keys)
-    tied: dict[str, list[str]] = {}
-    for key, (_, _, stages) in grads.items():
-        if len(stages) > 1:
-            tied.setdefault("pp:" + ",".join(map(str, stages)), []).append(key)
-    for axis, keys in tied.items():
-        yield from emit("all_reduce", axis, keys)
+    def __init__(self, step: Step) -> None:
+        self.grads = {f"grad.{key}": entry for key, entry in step.gradients.items()}
+
+    def first(self, keys: frozenset[str]) -> Iterable[Instruction]:
+        """The first sums over the data axes of those of `keys` that are not to be summed over tp before."""
+        chosen = [k for k, (_, axes, _) in self.grads.items() if k in keys and "tp" not in axes]
+        yield from self._over_data(chosen, again=False)
+
+    def rest(self) -> Iterable[Instruction]:
+        yield from self._emit("all_reduce", "tp", [k for k, (_, axes, _) in self.grads.items() if "tp" in axes])
+        yield from self._over_data([k for k, (_, axes, _) in self.grads.items() if "tp" in axes], again=False)
+        yield from self._over_data(list(self.grads), again=True)
+        tied: dict[str, list[str]] = {}
+        for key, (_, _, stages) in self.grads.items():
+            if len(stages) > 1:
+                tied.setdefault("pp:" + ",".join(map(str, stages)), []).append(key)
+        for axis, keys in tied.items():
+            yield from self._emit("all_reduce", axis, keys)
+
+    def _over_data(self, keys: list[str], again: bool) -> Iterable[Instruction]:
+        """`again`: what is left after a reduce-scatter over dp_shard."""
+        scattered = [k for k in keys if self._is_scattered(k)]
+        if not again:
+            yield from self._emit("reduce_scatter", "dp_shard", scattered)
+        groups: dict[str, list[str]] = {}
+        for key in scattered if again else [k for k in keys if k not in scattered]:
+            left = [a for a in self.grads[key][1] if a in DATA_AXES and not (again and a == "dp_shard")]
+            if left:
+                groups.setdefault("+".join(left), []).append(key)
+        for axis, members in groups.items():
+            yield from self._emit("all_reduce", axis, members)
+
+    def _is_scattered(self, key: str) -> bool:
+        spec, axes, _ = self.grads[key]
+        return "dp_shard" in axes and "dp_shard" in spec.gathered
+
+    def _emit(self, kind: Literal["all_reduce", "reduce_scatter"], axis: str, keys: Iterable[str]) -> Iterable[Instruction]:
+        for bucket in _buckets((k, self.grads[k][0]) for k in keys):
+            yield Instruction(kind, bucket, axis=axis)
 
 
 def _loss(plan: Plan, stage: int, step: Step, outputs: Sequence[OutputSpec]) -> Iterable[Instruction]:

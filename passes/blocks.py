@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from .graph_tools import node_bytes
 from .ops.random import ops
 
 _TRIES = 64
@@ -127,7 +128,7 @@ class _Table:
         self.refs = np.full((n, max(width, 1)), self.NONE, dtype=np.int64)
         for i, row in enumerate(operands):
             self.refs[i, : len(row)] = row
-        self.size = np.array([_bytes(node) for node in self.nodes], dtype=np.int64)
+        self.size = np.array([node_bytes(node) for node in self.nodes], dtype=np.int64)
         self.last_use = np.array(
             [max((index.get(user, n) for user in node.users), default=-1) for node in self.nodes], dtype=np.int64
         )
@@ -171,10 +172,6 @@ def _meta(node: fx.Node) -> tuple[Any, ...]:
         str(node.meta.get("key", "")).split(".")[0] if node.op == "placeholder" and not _is_value(node) else node.op == "get_attr"
     )
     return (role, bool(node.meta.get("grad")), *((tuple(t.shape), t.dtype) for t in _tensors(node)))
-
-
-def _bytes(node: fx.Node) -> int:
-    return sum(t.numel() * t.element_size() for t in _tensors(node))
 
 
 def _search(table: _Table, low: int, high: int) -> list[tuple[int, int, int]]:

@@ -288,6 +288,13 @@ def extract(gm: fx.GraphModule, results: Sequence[tuple[str, fx.Node]], given: M
     return made
 
 
+def node_bytes(node: fx.Node) -> int:
+    """Bytes of what a node gives, 0 for what is no tensor."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, tuple | list) else (value,)
+    return sum(v.numel() * v.element_size() for v in values if isinstance(v, torch.Tensor))
+
+
 def output_node(gm: fx.GraphModule) -> fx.Node:
     return next(n for n in gm.graph.nodes if n.op == "output")
 

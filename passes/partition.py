@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from .graph_tools import extract, named_results
+from .graph_tools import extract, named_results, node_bytes
 from .ops.collectives import ops
 
 aten = torch.ops.aten
@@ -61,11 +61,6 @@ def _ancestors(roots: list[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _bytes(node: fx.Node) -> int:
-    value = node.meta["val"]
-    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
-
-
 def _choose_saved(needed: set[fx.Node]) -> list[fx.Node]:
     """The forward values to keep; what else the backward uses follows from these and the placeholders by views and gathers."""
     wanted = sorted((n for n in needed if n.meta["phase"] == "forward" and n.op == "call_function"), key=lambda n: n.name)
@@ -75,7 +70,7 @@ def _choose_saved(needed: set[fx.Node]) -> list[fx.Node]:
         if base.op == "placeholder":
             continue
         # A view keeps its storage alive anyway: keep the base itself, unless the view is a small part of it.
-        saved[base if base in needed or _bytes(base) <= _bytes(node) else node] = None
+        saved[base if base in needed or node_bytes(base) <= node_bytes(node) else node] = None
     return list(saved)
 
 

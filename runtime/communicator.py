@@ -47,6 +47,14 @@ class MeshCommunicator(Communicator, Protocol):
         """`all_reduce` whose result may be `x` itself, overwritten: `x` is not to be used again."""
         ...
 
+    def start_reduce(self, x: Tensor, axis: str) -> Callable[[], Tensor]:
+        """`reduce_` of a sum that may go on while the rank computes: what is returned waits for it and gives it."""
+        ...
+
+    def start_reduce_scatter(self, x: Tensor, axis: str) -> Callable[[], Tensor]:
+        """`reduce_scatter`, likewise; `x` is not to be used again."""
+        ...
+
     def broadcast(self, x: Tensor, axis: str, root_index: int) -> Tensor:
         """The `x` of index `root_index`; the others' say its shape and dtype."""
         ...
@@ -250,6 +258,22 @@ class ProcessGroupCommunicator(Standing):
             return x.clone()
         transport = self._transport(group)
         return self._call("all_to_all", group, lambda: transport.all_to_all(x))
+
+    def start_reduce(self, x: Tensor, axis: str) -> Callable[[], Tensor]:
+        group = self.group(axis)
+        if len(group.ranks) == 1 or not x.numel():
+            return lambda: x
+        transport = self._transport(group)
+        finish = self._call("all_reduce", group, lambda: transport.start_all_reduce(x))
+        return lambda: self._call("all_reduce", group, finish)
+
+    def start_reduce_scatter(self, x: Tensor, axis: str) -> Callable[[], Tensor]:
+        group = self.group(axis)
+        if len(group.ranks) == 1 or not x.numel():
+            return lambda: x[0]
+        transport = self._transport(group)
+        finish = self._call("reduce_scatter", group, lambda: transport.start_reduce_scatter(x))
+        return lambda: self._call("reduce_scatter", group, finish)
 
     def broadcast(self, x: Tensor, axis: str, root_index: int) -> Tensor:
         group = self.group(axis)

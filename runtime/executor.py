@@ -59,6 +59,8 @@ class Executor:
         self.plan = plan_steps(program)
         self._constants = {key: value.to(self.device) for key, value in program.constants.items()}
         self._functions = functions or {name: compile_graph(spec, name, self.device) for name, spec in program.graphs.items()}
+        self._unsettled: list[tuple[frozenset[int], Callable[[], None]]] = []
+        """Collectives that were started, by the slots they write."""
         self._handlers: dict[str, Callable[[Step, list[Any]], None]] = {
             "run": self._run_graph,
             "gather": self._gather,
@@ -82,6 +84,7 @@ class Executor:
         Raises MismatchError for tensors that are missing or that the micro-batches do not cut.
         """
         values: list[Any] = [None] * self.plan.slots
+        self._unsettled = []
         with torch.no_grad(), self._without_autocast(), use_communicator(self.communicator):
             self._enter(values, working, inputs, seed)
             for i, step in enumerate(self.plan.steps):
@@ -90,6 +93,7 @@ class Executor:
                 self._take(step, values)
                 for join in self.plan.joins.get(i, ()):
                     self._join(join, values)
+            self._settle()
             self.communicator.position = "the end of the step"
             self.communicator.flush()
             self.communicator.position = ""
@@ -111,6 +115,7 @@ class Executor:
             for step in self.plan.steps:
                 if step.deferrable:
                     self._take(step, values)
+            self._settle()
             self.communicator.position = ""
         return {key: values[slot] for key, slot in self.plan.gradients}
 
@@ -146,6 +151,8 @@ class Executor:
                     values[slot] = x if cut is None else take_shard(x, cut.dim, cut.sections, m)
 
     def _take(self, step: Step, values: list[Any]) -> None:
+        if self._unsettled:
+            self._settle(step.reads)
         self.communicator.position = step.title
         try:
             self._handlers[step.instruction.kind](step, values)
@@ -209,20 +216,54 @@ class Executor:
 
     def _all_reduce(self, step: Step, values: list[Any]) -> None:
         operands = self._operands(step, values)
-        shapes = [x.shape for x in operands if x is not None]
-        reduced = unpack(self.communicator.reduce_(pack(operands), step.instruction.axis), shapes)
-        for write, value in zip(step.writes, reduced, strict=True):
-            if write is not None:
-                values[write.slot] = value
+        axis = step.instruction.axis
+        large = {
+            i: self.communicator.start_reduce(x, axis)
+            for i, x in enumerate(operands)
+            if i in step.owned and x is not None and x.nbytes >= LARGE and x.is_contiguous()
+        }
+        small = [x for i, x in enumerate(operands) if i not in large]
+        shapes = [x.shape for x in small if x is not None]
+        del operands
+        packed = self.communicator.start_reduce(pack(small), axis) if small else None
+
+        def results() -> list[Tensor]:
+            rest = iter(unpack(packed(), shapes) if packed is not None else [])
+            return [large[i]() if i in large else next(rest) for i in range(len(large) + len(shapes))]
+
+        self._later(step, values, results)
 
     def _reduce_scatter(self, step: Step, values: list[Any]) -> None:
         layout = step.layout
         assert layout is not None
-        bucket = layout.pack(self._operands(step, values))
-        shards = layout.unpack(self.communicator.reduce_scatter(bucket, step.instruction.axis))
-        for write, value in zip(step.writes, shards, strict=True):
-            if write is not None:
-                values[write.slot] = value
+        finish = self.communicator.start_reduce_scatter(layout.pack(self._operands(step, values)), step.instruction.axis)
+        self._later(step, values, lambda: layout.unpack(finish()))
+
+    def _later(self, step: Step, values: list[Any], finish: Callable[[], list[Tensor]]) -> None:
+        """Put the results of a collective where the step writes them, once something reads one of them or the step ends."""
+
+        def settle() -> None:
+            self.communicator.position = step.title
+            try:
+                results = finish()
+            except Exception as error:
+                add_place(error, f"{step.title}, rank {self.program.rank}")
+                raise
+            for write, value in zip(step.writes, results, strict=True):
+                if write is not None:
+                    values[write.slot] = value
+
+        self._unsettled.append((frozenset(write.slot for write in step.writes if write is not None), settle))
+
+    def _settle(self, slots: Iterable[int] | None = None) -> None:
+        """Finish the collectives that were started and give one of `slots`; all of them, without."""
+        wanted = None if slots is None else frozenset(slots)
+        pending, self._unsettled = self._unsettled, []
+        for written, settle in pending:
+            if wanted is None or wanted & written:
+                settle()
+            else:
+                self._unsettled.append((written, settle))
 
     def _broadcast(self, step: Step, values: list[Any]) -> None:
         axis, root = step.instruction.axis, step.instruction.peer
@@ -243,6 +284,10 @@ class Executor:
         for slot in join.parts:
             values[slot] = None
         values[join.slot] = join_shards(parts, join.cut.dim, join.cut.sections)
+
+
+LARGE = 1 << 20
+"""Bytes from which a tensor is reduced where it lies: copying it into a bucket would take longer than another collective."""
 
 
 def _own(gradients: dict[Key, Tensor], lent: Iterable[Tensor]) -> dict[Key, Tensor]:

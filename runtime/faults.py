@@ -29,6 +29,9 @@ DATA_AXES = ("dp", "dp_replicate", "dp_shard")
 _SAMPLE = 1 << 14
 """Elements of a tensor that its checksum looks at: enough to tell batches apart, few enough to cost nothing."""
 
+_FEW = 64
+"""Ranks up to which every one of them sends to every other."""
+
 
 class Control(Protocol):
     """Small messages among all ranks of the job, beside the program's collectives."""
@@ -79,10 +82,14 @@ class GlooControl:
         self._store = store
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
-    def _all_gather(self, x: Tensor) -> list[Tensor]:
-        rows = [torch.empty_like(x) for _ in range(self.world_size)]
+    def _all_gather(self, x: Tensor) -> Tensor:
+        """Everyone's `x`, by rank: among a few ranks all at once, which takes Gloo a quarter of the time of its all-gather."""
+        rows = x.new_empty(self.world_size, *x.shape)
         try:
-            dist.all_gather(rows, x, group=self._group)
+            if self.world_size <= _FEW:
+                dist.all_to_all_single(rows, x.unsqueeze(0).expand_as(rows).contiguous(), group=self._group)
+            else:
+                dist.all_gather([*rows], x, group=self._group)
         except RuntimeError as error:
             reason = abort_reason(self._store)
             cause = f"A peer said: {reason}" if reason else f"torch.distributed said: {str(error).strip().splitlines()[0]}"
@@ -93,10 +100,10 @@ class GlooControl:
         return rows
 
     def exchange(self, header: list[int]) -> list[list[int]]:
-        return [row.tolist() for row in self._all_gather(torch.tensor(header, dtype=torch.int64))]
+        return self._all_gather(torch.tensor(header, dtype=torch.int64)).tolist()
 
     def exchange_text(self, text: str) -> list[str]:
-        return _decode(text, lambda x: torch.stack(self._all_gather(x)), torch.device("cpu"))
+        return _decode(text, self._all_gather, torch.device("cpu"))
 
 
 def _decode(text: str, gather: Callable[[Tensor], Tensor], device: torch.device) -> list[str]:

@@ -301,6 +301,14 @@ class LockstepCommunicator(Standing):
         self._rows("all_to_all", x, axis)
         return self._join("all_to_all", axis, x, lambda xs: [torch.stack([row[i] for row in xs]) for i in range(len(xs))])
 
+    def start_reduce(self, x: Tensor, axis: str) -> Callable[[], Tensor]:
+        result = self.reduce_(x, axis)
+        return lambda: result
+
+    def start_reduce_scatter(self, x: Tensor, axis: str) -> Callable[[], Tensor]:
+        result = self.reduce_scatter(x, axis)
+        return lambda: result
+
     def broadcast(self, x: Tensor, axis: str, root_index: int) -> Tensor:
         return self._join("broadcast", axis, x, lambda xs: [xs[root_index].clone() for _ in xs], f"from index {root_index}")
 

@@ -6,10 +6,12 @@ and a micro-batch keeps seeing the version it saw first: its backward reads what
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import dtype
+from torch.fx import GraphModule, Node
 
 from .buckets import ScatterLayout
 from .errors import MismatchError
@@ -55,6 +57,8 @@ class Step:
     layout: ScatterLayout | None = None
     deferrable: bool = False
     """A reduction of gradients, which may be put off to a later step."""
+    owned: frozenset[int] = frozenset()
+    """Positions of operands that share memory with nothing: a reduction may overwrite them."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,21 @@ def axis_place(program: RankProgram, axis: str) -> tuple[int, int]:
     return index, size
 
 
+def fresh_outputs(gm: GraphModule) -> frozenset[int]:
+    """Positions of the outputs whose memory is new and theirs alone: results of ops that are no views, used nowhere else. None of
+    a saved program, which has its graphs as functions."""
+    results = next((n.args[0] for n in gm.graph.nodes if n.op == "output"), ())
+    return frozenset(i for i, n in enumerate(results) if isinstance(n, Node) and results.count(n) == 1 and _is_fresh(n))  # type: ignore[union-attr]
+
+
+def _is_fresh(node: Node) -> bool:
+    source = node.args[0] if node.target is operator.getitem else node
+    if not isinstance(source, Node) or any(user.op != "output" for user in node.users):
+        return False
+    schema = getattr(source.target, "_schema", None)
+    return schema is not None and all(result.alias_info is None for result in schema.returns)
+
+
 @dataclass
 class _Planner:
     program: RankProgram
@@ -123,6 +142,7 @@ class _Planner:
     gradients: set[Key] = field(default_factory=set)
     raw: dict[Key, int] = field(default_factory=dict)
     summed: set[int] = field(default_factory=set)
+    owned: set[int] = field(default_factory=set)
     joined: dict[Key, int] = field(default_factory=dict)
     cat: dict[Key, list[tuple[int, int]]] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
@@ -196,6 +216,8 @@ class _Planner:
         m = -1 if prologue else instruction.microbatch
         reads = tuple(self._read(key, m, instruction) for key in spec.inputs)
         writes = tuple(self._write(key, m) for key in spec.outputs)
+        fresh = fresh_outputs(spec.graph)
+        self.owned |= {write.slot for i, write in enumerate(writes) if i in fresh or write.add}
         return Step(instruction, str(instruction), reads, writes, microbatch=(0, 1) if prologue else (m, self.count))
 
     def _write(self, key: Key, microbatch: int) -> Write:
@@ -305,7 +327,17 @@ class _Planner:
                 self.gradients.add(key)
                 self.raw.setdefault(key, read)
         deferrable = all(key.startswith("grad.param.") for key in instruction.keys)
-        return Step(instruction, str(instruction), tuple(reads), tuple(writes), shapes=shapes, layout=layout, deferrable=deferrable)
+        owned = frozenset(i for i, read in enumerate(reads) if read in self.owned)
+        return Step(
+            instruction,
+            str(instruction),
+            tuple(reads),
+            tuple(writes),
+            shapes=shapes,
+            layout=layout,
+            deferrable=deferrable,
+            owned=owned,
+        )
 
     def _broadcast(self, instruction: Instruction) -> Step:
         m = instruction.microbatch

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...compiler.torch_compat import OpOverload
 from .rewrite import Builder, arguments, bind, dtype_of, shape_of
 
 aten = torch.ops.aten
@@ -63,7 +64,51 @@ def affine(x: Any) -> Affine | None:
     if not isinstance(x, fx.Node) or x.op != "call_function" or dtype_of_or_none(x) not in (torch.int64, torch.int32):
         return None
     reader = AFFINE.get(x.target)
-    return reader(x) if reader else None
+    form = reader(x) if reader else None
+    return _fitted(x) if form is None else form
+
+
+EVALUATED, ANCESTORS = 1 << 20, 64
+"""The elements, and the nodes before it, up to which a value is computed to be read."""
+
+
+def _fitted(x: fx.Node) -> Affine | None:
+    """The form of a small tensor that no input decides, from its numbers: a captured graph has one shape."""
+    value = _evaluated(x)
+    if value is None or not value.numel():
+        return None
+    first = int(value.flatten()[0])
+    steps = tuple(int(value.select(d, 1).flatten()[0]) - first if n > 1 else 0 for d, n in enumerate(value.shape))
+    fit = torch.full(value.shape, first)
+    for d, (n, step) in enumerate(zip(value.shape, steps, strict=True)):
+        fit += (torch.arange(n) * step).view([n if k == d else 1 for k in range(value.dim())])
+    return Affine(tuple(value.shape), steps, first) if torch.equal(fit, value.to(torch.int64)) else None
+
+
+def _evaluated(x: fx.Node) -> torch.Tensor | None:
+    """What a node computes from constants alone, None where it depends on an input, a parameter, or on much."""
+    before: dict[fx.Node, None] = {}
+    stack = [x]
+    while stack:
+        n = stack.pop()
+        if n in before:
+            continue
+        value = n.meta.get("val")
+        small = isinstance(value, torch.Tensor) and value.numel() <= EVALUATED
+        if not isinstance(n.target, OpOverload) or not small or len(before) == ANCESTORS:
+            return None
+        if torch.Tag.nondeterministic_seeded in n.target.tags:
+            return None
+        before[n] = None
+        stack.extend(n.all_input_nodes)
+    known: dict[fx.Node, torch.Tensor] = {}
+    for n in x.graph.nodes:
+        if n in before:
+            kwargs = {k: v for k, v in n.kwargs.items() if k not in ("device", "pin_memory")}
+            known[n] = n.target(*fx.map_arg(n.args, known.__getitem__), **fx.map_arg(kwargs, known.__getitem__))
+            if n is x:
+                break
+    return known[x]
 
 
 def dtype_of_or_none(x: fx.Node) -> torch.dtype | None:
@@ -198,6 +243,7 @@ COMPARISONS: dict[Any, tuple[int, int]] = {  # sign of (x - y), and what to add,
     aten.lt.Tensor: (-1, -1),
     aten.lt.Scalar: (-1, -1),
 }
+EQUALITIES: dict[Any, bool] = {aten.eq.Tensor: True, aten.eq.Scalar: True, aten.ne.Tensor: False, aten.ne.Scalar: False}
 CONJUNCTIONS = (aten.bitwise_and.Tensor, aten.logical_and.default, aten.mul.Tensor)
 
 
@@ -209,6 +255,11 @@ def truth(x: fx.Node) -> Truth:
             form = _comparison(x, args)
             if form is not None:
                 return _decided(form)
+        if x.target in EQUALITIES:
+            form = _difference(x, args)
+            equal = None if form is None else _equal(form)
+            if equal is not None:
+                return All(()) if equal == EQUALITIES[x.target] else FALSE
         if x.target in CONJUNCTIONS and all(isinstance(a, fx.Node) and dtype_of(a) == torch.bool for a in args[:2]):
             return _both(truth(args[0]), truth(args[1]))
         if x.target in (aten.full.default, aten.full_like.default):
@@ -238,14 +289,24 @@ def _cast(x: fx.Node, inner: fx.Node) -> Truth:
 
 def _comparison(x: fx.Node, args: tuple[Any, ...]) -> Affine | None:
     sign, shift = COMPARISONS[x.target]
-    for a in args[:2]:
-        if isinstance(a, float) or (isinstance(a, fx.Node) and dtype_of(a).is_floating_point):
-            return None
-    left, right = args[:2]
-    form = _combined(shape_of(x), left, right, -1)
+    form = _difference(x, args)
     if form is None:
         return None
     return Affine(form.shape, tuple(sign * c for c in form.coefficients), sign * form.constant + shift)
+
+
+def _difference(x: fx.Node, args: tuple[Any, ...]) -> Affine | None:
+    """The first operand of a comparison less the second."""
+    for a in args[:2]:
+        if isinstance(a, float) or (isinstance(a, fx.Node) and dtype_of(a).is_floating_point):
+            return None
+    return _combined(shape_of(x), args[0], args[1], -1)
+
+
+def _equal(form: Affine) -> bool | None:
+    """Whether the form is 0 everywhere (True) or nowhere (False), as far as its bounds tell."""
+    low, high = form.bounds()
+    return True if low == high == 0 else False if low > 0 or high < 0 else None
 
 
 def _decided(form: Affine) -> Truth:

@@ -359,6 +359,12 @@ def _steps(n: int) -> Tensor:
     return torch.arange(n)
 
 
+def _same_sequence(positions: Tensor) -> Tensor:
+    """True where query and key are of one sequence, a new one beginning wherever the position does not go on."""
+    sequence = (torch.diff(positions, prepend=positions[:1] - 1) != 1).cumsum(0)
+    return sequence[:, None] == sequence[None, :]
+
+
 PROVABLE = {
     "le": lambda: _steps(5)[None, :] <= _steps(5)[:, None],
     "ge with batch": lambda: (_steps(5)[:, None] >= _steps(5)[None, :])[None, None].expand(3, 1, 5, 5),
@@ -367,6 +373,7 @@ PROVABLE = {
     "shifted": lambda: (_steps(5)[None, :] + 3) <= (_steps(5)[:, None] + 3),
     "and true": lambda: (_steps(5)[None, :] <= _steps(5)[:, None]) & (_steps(5)[:, None] >= 0),
     "wide window": lambda: (_steps(5)[None, :] <= _steps(5)[:, None]) & (_steps(5)[:, None] - _steps(5)[None, :] < 9),
+    "one packed sequence": lambda: (_steps(5)[None, :] <= _steps(5)[:, None]) & _same_sequence(_steps(5)),
     "additive": lambda: torch.where(_steps(5)[None, :] <= _steps(5)[:, None], 0.0, -torch.inf).double(),
 }
 
@@ -392,6 +399,23 @@ NOT_CAUSAL = {
 def test_other_masks_are_not_taken_for_causal(case: str) -> None:
     mask, causal = _mask_of(NOT_CAUSAL[case])
     assert mask is not None and causal is False
+
+
+def test_two_packed_sequences_keep_their_mask_beside_the_flag() -> None:
+    positions = torch.tensor([0, 1, 2, 0, 1])
+    body = lambda q, k, v, positions: F.scaled_dot_product_attention(  # noqa: E731
+        q, k, v, (_steps(5)[None, :] <= _steps(5)[:, None]) & _same_sequence(positions)
+    )
+    (node,) = attention_nodes(normal(body, *_qkv(), positions))
+    assert node.args[4] is True and node.args[3].meta["val"].shape == (5, 5)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_attention_of_transformers_is_causal_without_a_mask(cached: bool) -> None:
+    """Without a cache, transformers looks for packed sequences, by the position ids that it has just counted."""
+    model, batch = MODELS["llama"](use_cache=cached)
+    for node in attention_nodes(normalize(capture(model, (), batch).graph)):
+        assert (node.args[3], node.args[4]) == (None, True)
 
 
 def test_a_narrow_window_keeps_its_mask_beside_the_flag() -> None:

@@ -38,6 +38,8 @@ def check_all(c: MeshCommunicator) -> None:
             # A scalar, nothing at all, an odd size below the exchange's threshold, and one above it.
             for shape in ((), (0, 3), (5, 3), (301, 131)):
                 check_collectives(c, axis, dtype, shape)
+        for dtype in (torch.float32, torch.bfloat16):
+            check_collectives(c, axis, dtype, (1201, 997))  # large enough for the backend's own reduction
     check_transfers(c)
     c.barrier()
 

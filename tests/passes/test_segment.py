@@ -1,0 +1,100 @@
+"""A backward graph in parts computes what it computes in one, and its gradients are reduced while later parts run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from harness import compare, emit_all, run
+from programs import case, plan, program, shares
+from torch import fx, nn
+
+from shardwright.compiler import emit
+from shardwright.passes.graph_tools import named_results
+from shardwright.passes.segment import PARTS, segment
+from shardwright.runtime import executor
+from shardwright.runtime.steps import fresh_outputs
+
+
+def backward_of(model: str) -> fx.GraphModule:
+    return program(case(model), plan(dp_shard=2)).graphs["backward"].graph
+
+
+@pytest.mark.parametrize(("model", "least"), [("mlp", 1), ("mlp", 1000), ("llama", 1), ("llama", 20_000)])
+def test_parts_together_give_what_the_graph_gives(model: str, least: int) -> None:
+    whole = backward_of(model)
+    parts = segment(whole, least)
+    assert 1 < len(parts) <= PARTS
+    torch.manual_seed(0)
+    known = {n.meta["key"]: _random(n) for n in whole.graph.nodes if n.op == "placeholder"}
+    expected = dict(zip(whole.meta["outputs"], _run(whole, known), strict=True))
+    found: dict[str, Any] = {}
+    for part in parts:
+        found |= dict(zip(part.meta["outputs"], _run(part, known | found), strict=True))
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+    gradients = [key for part in parts for key in part.meta["outputs"] if key.startswith("grad.")]
+    assert sorted(gradients) == sorted(whole.meta["outputs"]), "each in one part"
+
+
+def test_few_gradients_stay_in_one_part() -> None:
+    whole = backward_of("mlp")
+    assert segment(whole, 1 << 20) == [whole]
+
+
+@pytest.mark.parametrize("model", ["mlp", "gpt", "resnet"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dp_shard": 4},
+        {"dp_replicate": 2, "dp_shard": 2, "zero": 2},
+        {"dp_shard": 4, "zero": 3},
+        {"dp_shard": 2, "tp": 2, "zero": 1, "sequence_parallel": True},
+        {"dp_shard": 2, "pp": 2, "zero": 1, "microbatches": 2},
+    ],
+    ids=str,
+)
+def test_equals_one_device_in_parts(model: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reduced part by part, and where they lie however small they are."""
+    monkeypatch.setattr(emit, "SEGMENT_BYTES", 64)
+    monkeypatch.setattr(executor, "LARGE", 1)
+    options = options | {"microbatches": 1} if model == "resnet" else options
+    found, wanted = case(model), plan(**options)
+    programs = emit_all(found, wanted, shares(found, wanted))
+    assert any("backward_part1" in p.graphs for p in programs)
+    compare(found, programs, run(found, programs))
+
+
+class Twice(nn.Module):
+    """Two parameters whose gradients are one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.first, self.second = nn.Linear(5, 7), nn.Parameter(torch.randn(7)), nn.Parameter(torch.randn(7))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.linear(x) + self.first + self.second).square().mean()
+
+
+def test_gradients_that_are_one_tensor_are_each_reduced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from harness import prepare
+
+    monkeypatch.setattr(executor, "LARGE", 1)
+    found = prepare(Twice(), {"x": torch.randn(4, 5)})
+    programs = emit_all(found, plan(dp_shard=4), [1, 1, 1, 1])
+    compare(found, programs, run(found, programs))
+    backward = programs[0].graphs["backward"].graph
+    fresh = {key for i, (key, _) in enumerate(named_results(backward)) if i in fresh_outputs(backward)}
+    assert not fresh & {"grad.param.first", "grad.param.second"}
+    assert fresh_outputs(backward_of("llama")), "there are gradients that are reduced where they lie"
+
+
+def _random(node: fx.Node) -> Any:
+    value = node.meta["val"]
+    made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+    return made.normal_() if value.is_floating_point() else made.zero_()
+
+
+def _run(gm: fx.GraphModule, known: dict[str, Any]) -> Any:
+    return fx.Interpreter(gm).run(*(known[n.meta["key"]] for n in gm.graph.nodes if n.op == "placeholder"))
