@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from .bind import BatchMode, Bound, batch_keys, batch_size, bind, local_batches
 from .call_structure import CallStructure, flatten_call
 from .capture import CaptureError, capture
 from .choose import choose, likely_data_size
+from .collector import give_back
 from .emit import Problem, emit
 from .fidelity import check_capture
 from .layout import with_layout
@@ -132,7 +132,7 @@ class ModelEngine:
         store = ParameterStore(self.program.parameters, self.program.buffers, self.communicator, self.device)
         self.report("placing the parameters")
         materialize(self.model, store, self.options.source)
-        gc.collect()  # graphs of planning refer to each other in cycles, and are as large as small models
+        give_back()
         return store
 
     def _verify(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
