@@ -3,7 +3,8 @@
 Requires  a forward or backward graph with raw collectives (passes/partition.py); meta["parameter"] on the gathers of
           parameters, meta["block"] on nodes.
 Ensures   per axis, block and dtype: one `all_gather_bucket` before the first use, one `reduce_scatter_bucket` after the last
-          gradient; everything else is untouched.
+          gradient; what is outside of blocks (an embedding, a head) in one for each stretch between them; everything else
+          is untouched.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ def bucket(gm: fx.GraphModule, values: Values) -> fx.GraphModule:
         (ops.reduce_scatter.default, ops.reduce_scatter_bucket.default),
     ):
         groups: dict[Hashable, list[fx.Node]] = {}
+        before: Hashable = None  # the block that a node outside of blocks follows
         for node in gm.graph.nodes:
+            block = node.meta.get("block")
+            before = before if block is None else block
             if node.op == "call_function" and node.target is target and node.meta.get("parameter"):
-                key = (node.args[1], node.meta.get("block"), node.meta["val"].dtype)
+                key = (node.args[1], block, before, node.meta["val"].dtype)
                 groups.setdefault(key, []).append(node)
         for nodes in groups.values():
             if len(nodes) > 1:

@@ -3,10 +3,13 @@
 Requires  a joint graph (passes/differentiate.py): meta["phase"], placeholder keys, meta["outputs"].
 Ensures   the forward's outputs are the joint's and then `saved.*`; the backward's inputs are `saved.*`, the placeholders it
           needs again and `grad.*` seeds, its outputs the gradients. What the backward can rebuild for nothing, views above
-          all, is rebuilt from what is kept anyway; a gathered parameter is gathered again (ZeRO-3 would otherwise keep it).
+          all, is rebuilt from what is kept anyway, right before its first use; a gathered parameter is gathered again (ZeRO-3
+          would otherwise keep it).
 """
 
 from __future__ import annotations
+
+from fractions import Fraction
 
 import torch
 from torch import fx
@@ -44,7 +47,19 @@ def partition(joint: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
     gradients = [(k, n) for k, n in results if k.startswith("grad.")]
     saved = {n: f"saved.{n.name}" for n in _choose_saved(_ancestors([n for _, n in gradients]))}
     forward = extract(joint, [*values, *((key, n) for n, key in saved.items())], {})
-    return forward, extract(joint, gradients, saved)
+    return forward, _sink_rebuilt(extract(joint, gradients, saved))
+
+
+def _sink_rebuilt(backward: fx.GraphModule) -> fx.GraphModule:
+    """What is rebuilt for the backward stands right before its first use: a parameter is gathered when its block's turn comes."""
+    place = {n: Fraction(i) for i, n in enumerate(backward.graph.nodes)}
+    rebuilt = [n for n in backward.graph.nodes if n.op == "call_function" and n.meta["phase"] == "forward"]
+    for node in reversed(rebuilt):
+        first = min(node.users, key=place.__getitem__)
+        if first.prev is not node:
+            place[node] = (place[first.prev] + place[first]) / 2
+            first.prepend(node)
+    return backward
 
 
 def _ancestors(roots: list[fx.Node]) -> set[fx.Node]:

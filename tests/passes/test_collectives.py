@@ -23,7 +23,7 @@ from shardwright.compiler.emit import emit
 from shardwright.compiler.layout import with_layout
 from shardwright.compiler.strategy import Strategy, resolve
 from shardwright.compiler.topology import Topology
-from shardwright.compiler.traffic import Collective, received, traffic
+from shardwright.compiler.traffic import Collective, graph_collectives, received, traffic
 from shardwright.passes.graph_tools import op_call
 from shardwright.passes.types import Varying
 
@@ -127,6 +127,15 @@ def test_zero_3_gathers_each_block_twice_and_scatters_it_once() -> None:
         ("backward", "all_gather"): everything - embedding,
         ("backward", "reduce_scatter"): everything,
     }
+
+
+def test_zero_3_holds_one_block_at_a_time() -> None:
+    """Each block is gathered when its turn comes, and what lies outside of them when it is used."""
+    graphs = program(case("llama", layers=LAYERS, num_key_value_heads=4), plan(dp_shard=RANKS, zero=3)).graphs
+    order = {name: [(c.kind, c.block) for c in graph_collectives(graphs[name].graph, name) if c.size > SMALL] for name in graphs}
+    assert order["forward"] == [("all_gather", block) for block in (None, 0, 1, None)]
+    backward = [(kind, block) for block in (None, 1, 0) for kind in ("all_gather", "reduce_scatter")]
+    assert order["backward"] == [*backward, ("reduce_scatter", None)]
 
 
 def test_zero_3_with_tensor_parallelism_moves_the_shards_of_tp_only() -> None:
