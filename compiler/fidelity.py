@@ -15,6 +15,7 @@ import torch
 import torch.fx.traceback
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 
 from ..passes.normalize.promote import promote_casts
 from . import torch_compat
@@ -161,6 +162,8 @@ class Watch(TorchFunctionMode):
         user = user_frame(frame.f_back)
         source = line_of(user.f_code.co_filename, user.f_lineno) if user else None
         if getattr(function, "__module__", "") == "torch.utils.checkpoint":
+            if function is not CheckpointFunction:
+                return  # before torch 2.13, checkpointing without reentry keeps its inputs by a Function that computes nothing
             raise CaptureError(
                 "reentrant activation checkpointing cannot be captured",
                 source,
