@@ -1,5 +1,6 @@
 # make demo    train a Llama on four processes (or all GPUs), and compare with one process
 # make test    the tests                make lint    ruff and pyright
+# make test-ops  sharding rules over all of PyTorch's own samples of its ops
 # make bench   side by side with peers, and planning times
 #
 # Each sets up .venv first, once; `make PYTHON=python3.12 ...` picks the interpreter.
@@ -11,13 +12,16 @@ INSTALLED := .venv/.installed
 export HF_HUB_OFFLINE := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test lint bench setup clean
+.PHONY: demo test test-ops lint bench setup clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python examples/run_demo.py
 
 test: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal
+
+test-ops: $(INSTALLED)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --ops tests/passes/test_opinfo.py
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check --quiet --output-format concise .

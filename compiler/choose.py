@@ -12,13 +12,16 @@ Data-parallel candidates with a local batch differ in the samples they train on:
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..passes.graph_tools import Calls, op_calls
+from torch import fx
+
+from ..passes.graph_tools import Calls, op_calls, where
 from ..passes.prologue import TIME
-from ..passes.rules.base import Axis
+from ..passes.rules.base import Axis, find_rule
 from ..passes.shard import ShardingError
 from ..passes.types import Type, Varying, balanced_sizes
 from ..runtime.program import Mesh
@@ -68,6 +71,7 @@ def choose(
     Raises StrategyError for a request that no mesh meets, DoesNotFit where every plan needs more memory.
     """
     search = _Search(problem, request, topology, rows, batch, microbatches)
+    _warn_of_unruled(search.calls)
     candidates = sorted(search.candidates(), key=lambda c: (c.per_sample, c.predicted.peak_bytes, c.plan.mesh.axes))
     limit = topology.device.memory if memory_limit is None else float(memory_limit)
     fitting = [c for c in candidates if c.predicted.peak_bytes <= limit]
@@ -78,6 +82,21 @@ def choose(
     return replace(
         best.plan, predicted=best.predicted, alternatives=tuple(others[:12]), reasons=_reasons(best, fitting, candidates)
     )
+
+
+def _warn_of_unruled(calls: Calls) -> None:
+    """One warning that names the ops without a sharding rule, where each is called first, and what they cost."""
+    found: dict[object, list[fx.Node]] = {}
+    for node, (call, _) in calls.items():
+        if any(o.shape for o in call.operands) and find_rule(call, Axis("", 2)) is None:
+            found.setdefault(call.target, []).append(node)
+    if found:
+        ops = "; ".join(f"{len(nodes)} x {where(nodes[0])}" for nodes in found.values())
+        warnings.warn(
+            f"ops without a sharding rule run replicated on every rank: {ops}. "
+            "shardwright.register_rule(op, text) gives an op of yours a rule",
+            stacklevel=3,
+        )
 
 
 class _Search:

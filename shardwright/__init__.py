@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .compiler.api import PlannedModel, auto_parallelize, emit, plan, verify
+    from .compiler.check_rule import check_rule
     from .compiler.plan import Plan
     from .compiler.strategy import Strategy, StrategyError
     from .compiler.topology import Topology
+    from .passes.rules.notation import register_rule
     from .runtime.errors import ShardwrightError
     from .runtime.module import ParallelModule
     from .runtime.program import RankProgram
@@ -29,6 +31,8 @@ _HOMES = {
     "emit": "compiler.api",
     "verify": "compiler.api",
     "PlannedModel": "compiler.api",
+    "check_rule": "compiler.check_rule",
+    "register_rule": "passes.rules.notation",
     "Plan": "compiler.plan",
     "Strategy": "compiler.strategy",
     "StrategyError": "compiler.strategy",
@@ -49,8 +53,10 @@ __all__ = [
     "Topology",
     "__version__",
     "auto_parallelize",
+    "check_rule",
     "emit",
     "plan",
+    "register_rule",
     "verify",
 ]
 

@@ -1,4 +1,4 @@
-"""Settings of every test: one thread, nothing downloaded; what is marked `slow` runs only with --slow."""
+"""Settings of every test: one thread, nothing downloaded."""
 
 from __future__ import annotations
 
@@ -17,20 +17,7 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="also run what is marked slow: every model under every strategy")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: left out without --slow")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--slow"):
-        return
-    left = [item for item in items if item.get_closest_marker("slow")]
-    if left:
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    parser.addoption("--ops", action="store_true", help="sharding rules over all of PyTorch's samples, not a tenth of them")
 
 
 @pytest.fixture(autouse=True)

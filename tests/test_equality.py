@@ -1,11 +1,7 @@
-"""Every model under every strategy: loss, every gradient and their norm are those of one device, in float64.
-
-The quick selection (without --slow) has each model under each kind of strategy, and each strategy under the small models.
-"""
+"""Every model under every strategy: loss, every gradient and their norm are those of one device, in float64."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -41,29 +37,11 @@ STRATEGIES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "dp2tp2pp2": ({"pp": 2, "dp_shard": 2, "tp": 2}, M2),
     "zero3tp2pp2": ({"pp": 2, "dp_shard": 2, "tp": 2}, {"zero": 3, **M2}),
 }
-EVERYWHERE = ("mlp", "gpt")
-"""Small models, under every strategy."""
-
-QUICK = {
-    "llama": "hsdp zero1 sp4 zero3tp2 pp4 tp2pp2 dp2tp2pp2",
-    "gpt2": "dp4 zero3 tp4 dp2tp2 dp2pp2 sp2pp2 zero3tp2pp2",
-    "bert": "zero2 tp4 zero3tp2 pp2 gpipe",
-    "t5": "zero3 sp4 dp2tp2 pp2",
-    "vit": "hsdp zero1 tp4 pp4 dp2pp2 tp2pp2",
-    "mixtral": "zero3 tp4 dp2tp2 dp2pp2",
-    "resnet": "dp4 zero3tp2 tp4 pp2",
-}
+MODELS = ("mlp", "gpt", "llama", "gpt2", "bert", "t5", "vit", "mixtral", "resnet")
 COUPLED = ("resnet",)
 """Models whose samples see each other: one micro-batch."""
 
 TEMPLATES = Templates(Values())
-
-
-def cases() -> Iterator[Any]:
-    for model in (*EVERYWHERE, *QUICK):
-        for strategy in STRATEGIES:
-            quick = model in EVERYWHERE or strategy in QUICK[model].split()
-            yield pytest.param(model, strategy, marks=() if quick else pytest.mark.slow, id=f"{model}-{strategy}")
 
 
 @cache
@@ -76,7 +54,8 @@ def check(case: Case, plan: Plan) -> None:
     compare(case, programs, run(case, programs))
 
 
-@pytest.mark.parametrize(("model", "strategy"), list(cases()))
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("model", MODELS)
 def test_equals_one_device(model: str, strategy: str) -> None:
     axes, options = STRATEGIES[strategy]
     if model in COUPLED and "microbatches" in options:
@@ -84,7 +63,7 @@ def test_equals_one_device(model: str, strategy: str) -> None:
     check(case_of(model), Plan(mesh(**axes), **options))
 
 
-@pytest.mark.parametrize("model", (*EVERYWHERE, *QUICK))
+@pytest.mark.parametrize("model", MODELS)
 def test_the_chosen_plan_equals_one_device(model: str) -> None:
     case = case_of(model)
     problem = problem_of(case, [case.batch])

@@ -2,6 +2,7 @@
 
 from . import (
     attention,
+    batched,
     communication,
     convolution,
     factories,
@@ -37,6 +38,7 @@ __all__ = [
     "Strategy",
     "TensorMeta",
     "attention",
+    "batched",
     "communication",
     "convolution",
     "factories",

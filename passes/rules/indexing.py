@@ -62,7 +62,7 @@ def scatter(call: OpCall, axis: Axis) -> Rule:
 @rule_for(aten.index_select.default)
 def index_select(call: OpCall, axis: Axis) -> Rule:
     shape = call.operands[0].shape
-    dim = call.arg(1, "dim") % len(shape)
+    dim = call.arg(1, "dim") % max(len(shape), 1)
     factors = [Factor(f"d{d}", s, (Slot(d), None), (Slot(d),)) for d, s in enumerate(shape) if d != dim and s > 1]
     factors.append(Factor("i", call.operands[1].shape[0], (None, Slot(0)), (Slot(dim),)))
     return Rule(tuple(factors), linear=(frozenset({0}),))

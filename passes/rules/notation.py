@@ -7,8 +7,10 @@ a result lacks is reduced by sum, unless it is named after `; block:`.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
-from .base import Factor, OpCall, Slot
+from ...compiler.torch_compat import OpOverload
+from .base import RULES, Axis, Factor, OpCall, Rule, Slot
 
 
 @cache
@@ -58,3 +60,31 @@ def factors(text: str, call: OpCall) -> tuple[Factor, ...]:
         for name, size in sizes.items()
         if size > 1 and name not in blocked
     )
+
+
+def register_rule(op: Any, text: str) -> None:
+    """Say how an op of your own may be sharded: `register_rule(torch.ops.mine.scale, "r c, r -> r c")`. Without a rule it runs
+    replicated.
+
+    op      of torch.library: `torch.ops.NAMESPACE.NAME`, or one overload of it
+    text    the dims of its tensor operands and of its results, in this file's notation: a name stands for one loop of the op. A dim
+            that a result lacks is summed over; a loop that must not be cut is named after `; block:`
+
+    `shardwright.check_rule(op, *example)` proves it by execution. Raises ValueError for text that cannot be read, and for an op
+    that has a rule.
+    """
+    target = op if isinstance(op, OpOverload) else op.default
+    if target in RULES:
+        raise ValueError(f"{target} has a sharding rule already")
+    if text.count("->") != 1:
+        raise ValueError(f"a sharding rule reads 'dims of operands -> dims of results', as in 'r c, r -> r c', not {text!r}")
+    parse(text)
+
+    def rule(call: OpCall, axis: Axis) -> Rule:
+        try:
+            return Rule(factors(text, call))
+        except ValueError as error:
+            shapes = ", ".join(str(list(o.shape)) for o in call.operands)
+            raise ValueError(f"the sharding rule {text!r} of {target} does not fit a call with {shapes}: {error}") from error
+
+    RULES[target] = rule

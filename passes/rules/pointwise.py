@@ -38,6 +38,8 @@ LINEAR = {
     aten.masked_fill.Tensor,
     aten.fill.Scalar,
     aten.fill.Tensor,
+    aten._prelu_kernel.default,
+    aten.floor_divide.default,
 )
 def pointwise(call: OpCall, axis: Axis) -> Rule | None:
     if len(call.results) != 1:

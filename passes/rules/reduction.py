@@ -43,7 +43,7 @@ def reduce(call: OpCall, axis: Axis) -> Rule:
 def kept_dims(rank: int, dims: int | Sequence[int] | None, keepdim: bool) -> dict[int, int]:
     """Dims that a reduction over `dims` (None or empty: all) leaves, and where they stand in its result."""
     listed = (dims,) if isinstance(dims, int) else dims or range(rank)
-    gone = {d % rank for d in listed}
+    gone = {d % max(rank, 1) for d in listed}  # a scalar may be reduced over dim 0
     return {d: d if keepdim else d - sum(r < d for r in gone) for d in range(rank) if d not in gone}
 
 
@@ -58,6 +58,13 @@ KEPT_DIMS = {
     aten.min.dim: (1, 2),
     aten.argmax.default: (1, 2),
     aten.argmin.default: (1, 2),
+    aten.kthvalue.default: (2, 3),
+    aten.mode.default: (1, 2),
+    aten.median.dim: (1, 2),
+    aten.nanmedian.dim: (1, 2),
+    aten.std_mean.correction: (1, 3),
+    aten.var_mean.correction: (1, 3),
+    aten.aminmax.default: (1, 2),
 }
 
 
@@ -81,6 +88,11 @@ WHOLE_DIM = {
     aten.sort.default: (1, "dim"),
     aten.topk.default: (2, "dim"),
     aten.argsort.default: (1, "dim"),
+    aten.cummax.default: (1, "dim"),
+    aten.cummin.default: (1, "dim"),
+    aten.logcumsumexp.default: (1, "dim"),
+    aten._safe_softmax.default: (1, "dim"),
+    aten.glu.default: (1, "dim"),
 }
 
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from sharded_execution import Sample, run_whole
 from torch import Tensor
 from torch._ops import OpOverload
 
+from shardwright.compiler.check_rule import Sample, run_whole
 from shardwright.passes import rules  # noqa: F401  (registers the rules)
 
 aten = torch.ops.aten
@@ -260,7 +260,70 @@ def factories(s: _Source) -> Iterator[Any]:
     yield aten.arange.start_step, (9, 2, -1)
 
 
-TABLES = (products, attention, views, reductions, lookups, pointwise, normalizations, convolutions, factories)
+def batched(s: _Source) -> Iterator[Any]:
+    """Matrices, samples and channels by themselves. The last two dims of `a` are a well-conditioned, positive definite matrix."""
+    rows = s.real(3, 5, 4, 4)
+    a = rows @ rows.mT + 4 * torch.eye(4, dtype=torch.float64)
+    half, b = torch.linalg.cholesky(a), s.real(3, 5, 4, 2)
+    lu, pivots = torch.linalg.lu_factor(a)
+    for op in (aten.cholesky, aten.linalg_cholesky_ex, aten.linalg_inv_ex, aten.linalg_lu_factor_ex):
+        yield op.default, (a,)
+    for op in (aten.linalg_lu, aten.linalg_matrix_exp, aten.linalg_qr, aten._linalg_det, aten._linalg_slogdet):
+        yield op.default, (a,)
+    # A factor of a phase is left open in these: no gradient of the vectors is asked for.
+    yield Sample(aten._linalg_eigh.default, (a,), differentiable=0)
+    yield Sample(aten.linalg_ldl_factor_ex.default, (a,), differentiable=0)
+    yield Sample(aten.linalg_eig.default, (a,), differentiable=0)
+    yield Sample(aten._linalg_svd.default, (s.real(3, 5, 4, 3),), differentiable=0)
+    yield aten.cholesky_inverse.default, (half,)
+    yield aten.cholesky_solve.default, (b, half)
+    yield aten._linalg_solve_ex.default, (a, b)
+    yield Sample(aten.linalg_householder_product.default, (s.real(3, 5, 4, 2), s.unit(3, 5, 2)), differentiable=0)
+    yield aten.linalg_lu_solve.default, (lu, pivots, b)
+    yield aten.linalg_solve_triangular.default, (half, b), {"upper": False}
+    yield aten.triangular_solve.default, (b, half, False)
+    tolerance = torch.tensor(1e-12, dtype=torch.float64)
+    yield Sample(aten.linalg_pinv.atol_rtol_tensor, (a,), {"atol": tolerance, "rtol": tolerance}, differentiable=1)
+    plane, volume = s.real(3, 5, 8, 8), s.real(3, 5, 8, 8, 4)
+    yield aten.adaptive_max_pool2d.default, (plane, [2, 2])
+    yield aten.adaptive_max_pool3d.default, (volume, [2, 2, 2])
+    yield aten._adaptive_avg_pool3d.default, (volume, [2, 2, 2])
+    yield aten.avg_pool3d.default, (volume, [2, 2, 2])
+    yield aten.max_pool3d_with_indices.default, (volume, [2, 2, 2])
+    yield aten.max_unpool2d.default, (*aten.max_pool2d_with_indices.default(plane, [2, 2], [2, 2]), [8, 8])
+    pooled = aten.max_pool3d_with_indices.default(volume, [2, 2, 2])
+    yield aten.max_unpool3d.default, (*pooled, [8, 8, 4], [2, 2, 2], [0, 0, 0])
+    yield Sample(aten.fractional_max_pool2d.default, (plane, [2, 2], [4, 4], s.unit(3, 5, 2)), differentiable=1)
+    yield Sample(aten.fractional_max_pool3d.default, (volume, [2, 2, 2], [4, 4, 2], s.unit(3, 5, 3)), differentiable=1)
+    yield aten.grid_sampler_2d.default, (plane, s.unit(3, 4, 4, 2), 0, 0, False)
+    yield aten.grid_sampler_3d.default, (volume, s.unit(3, 4, 4, 4, 3), 0, 0, False)
+    yield aten.pixel_shuffle.default, (s.real(3, 5, 4, 2, 2), 2)
+    yield aten.pixel_unshuffle.default, (s.real(3, 5, 2, 4, 4), 2)
+    yield aten.channel_shuffle.default, (s.real(5, 4, 2, 2), 2)
+    yield aten.diag_embed.default, (s.real(3, 5, 4),)
+    yield Sample(aten.diag_embed.default, (s.real(3, 5, 4), 0, 0, 1), sharded=False)
+    yield Sample(aten.linalg_solve_triangular.default, (half[:1], b), {"upper": False}, sharded=False)
+
+
+def orders(s: _Source) -> Iterator[Any]:
+    x = s.real(3, 5, 4)
+    yield aten.kthvalue.default, (x, 2, 1)
+    yield aten.mode.default, (s.ints(3, 3, 5, 4), 1)
+    yield aten.median.dim, (x, 1)
+    yield aten.nanmedian.dim, (x, 1)
+    yield aten.std_mean.correction, (x, [1]), {"correction": 1}
+    yield aten.var_mean.correction, (x, [1]), {"correction": 1}
+    yield aten.aminmax.default, (x,), {"dim": 1}
+    yield aten.cummax.default, (x, 1)
+    yield aten.cummin.default, (x, 1)
+    yield aten.logcumsumexp.default, (x, 1)
+    yield aten._safe_softmax.default, (x, 1)
+    yield aten.glu.default, (x, 2)
+    yield aten._prelu_kernel.default, (x, s.real(1, 5, 1))
+    yield Sample(aten.floor_divide.default, (s.ints(9, 3, 5), s.ints(5, 3, 5, low=1)), differentiable=0)
+
+
+TABLES = (products, attention, views, reductions, orders, lookups, pointwise, normalizations, convolutions, batched, factories)
 
 
 def tagged_pointwise_ops() -> list[OpOverload]:

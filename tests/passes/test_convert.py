@@ -7,9 +7,9 @@ from functools import partial
 
 import pytest
 import torch
-from sharded_execution import Sample, check_lowered, deal, differentiable, join, run_whole
 from torch import Tensor
 
+from shardwright.compiler.check_rule import Sample, check_lowered, deal, differentiable, join, run_whole
 from shardwright.passes.convert import Step, backward_ops, convert, exists, forward_ops, is_free, traffic
 from shardwright.passes.ops.collectives import use_communicator
 from shardwright.passes.rules.base import Axis, OpCall, Strategy, strategies

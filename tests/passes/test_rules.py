@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 from samples import aten, generic_sample, ours, samples, tagged_pointwise_ops
-from sharded_execution import Choice, Run, Sample, check_lowered, check_strategy, run_whole, splits_of
 
+from shardwright.compiler.check_rule import Choice, Run, Sample, check_lowered, check_strategy, run_whole, splits_of
 from shardwright.passes.convert import convert
 from shardwright.passes.rules.base import RULES, Axis, strategies
 from shardwright.passes.types import Varying
@@ -38,7 +38,15 @@ def test_rule(sample: Sample, axis: Axis) -> None:
     assert sharded == sample.sharded, "the rule offers " + ("nothing" if sample.sharded else "what it should not")
 
 
-@pytest.mark.parametrize("sample", [s for s in SAMPLES if s.args and torch.is_tensor(s.args[0]) and s.args[0].dim()], ids=str)
+FAILS_ON_NOTHING = {aten.pixel_shuffle.default, aten.pixel_unshuffle.default}
+"""Ops whose backward in torch itself fails on tensors without elements."""
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [s for s in SAMPLES if s.args and torch.is_tensor(s.args[0]) and s.args[0].dim() and s.target not in FAILS_ON_NOTHING],
+    ids=str,
+)
 def test_a_rank_without_samples(sample: Sample) -> None:
     """A batch smaller than its axis leaves ranks with no row of dim 0."""
     whole = run_whole(sample, grad=True)

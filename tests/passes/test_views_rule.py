@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sharded_execution import Sample, check_strategy, run_whole, splits_of
 
+from shardwright.compiler.check_rule import Sample, check_strategy, run_whole, splits_of
 from shardwright.passes.rules.base import Axis, strategies
 from shardwright.passes.rules.views import split_dims
 

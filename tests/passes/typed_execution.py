@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from harness import Case
 from programs import lowered, shares
-from sharded_execution import deal, differentiable, join
 from torch import Tensor, fx
 
+from shardwright.compiler.check_rule import deal, differentiable, join
 from shardwright.compiler.plan import Plan
 from shardwright.passes.convert import convert
 from shardwright.passes.graph_tools import Values, named_results

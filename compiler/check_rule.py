@@ -1,7 +1,8 @@
-"""Rules and conversions by execution: values are dealt to the ranks of an axis by their types, run, and put together again.
+"""Sharding rules by execution: values are dealt to the ranks of an axis by their types, run, and put together again.
 
 `deal` and `join` say what a type means in numbers. `check_strategy` runs one op call under one strategy on every
-rank, and compares results and gradients with the same call on one rank.
+rank, in this process, and compares results and gradients with the same call on one rank. `check_rule` does so for all that the rule
+of an op offers: it is what shardwright's own rules are tested with.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwright.passes.convert import backward_ops, convert
-from shardwright.passes.graph_tools import map_operands
-from shardwright.passes.ops.collectives import join_shards, take_shard, use_communicator
-from shardwright.passes.rules.base import Axis, OpCall, Operand, Strategy, TensorMeta, localize
-from shardwright.passes.types import Partial, Sections, Type, Varying, balanced_sizes, even_sections, gradient_type, local_shape
-from shardwright.runtime.lockstep import run_ranks
-from shardwright.runtime.program import Mesh
+from ..passes.convert import backward_ops, convert
+from ..passes.graph_tools import map_operands
+from ..passes.ops.collectives import join_shards, take_shard, use_communicator
+from ..passes.rules.base import Axis, OpCall, Operand, Strategy, TensorMeta, localize, strategies
+from ..passes.types import Partial, Sections, Type, Varying, balanced_sizes, even_sections, gradient_type, local_shape
+from ..runtime.lockstep import run_ranks
+from ..runtime.program import Mesh
+from .torch_compat import OpOverload
+from .verify import VerificationError
 
 
 def deal(whole: Tensor, type_: Type, n: int, generator: torch.Generator) -> list[Tensor]:
@@ -42,18 +45,19 @@ def _random_like(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def join(parts: Sequence[Tensor], type_: Type) -> Tensor:
-    """The whole that the ranks' parts stand for. Asserts that I and R parts are equal."""
+    """The whole that the ranks' parts stand for. Raises VerificationError where I or R parts differ."""
     match type_:
         case Varying(dim, sections):
             for i, part in enumerate(parts):
                 held = sum(section[i] for section in sections)
-                assert part.shape[dim] == held, f"rank {i} holds {tuple(part.shape)} where {type_} gives it {held} on dim {dim}"
+                _require(part.shape[dim] == held, f"rank {i} holds {tuple(part.shape)} where {type_} gives it {held} on dim {dim}")
             return join_shards(parts, dim, sections)
         case Partial(op):
             rows = torch.stack(list(parts))
             return rows.sum(0) if op == "sum" else rows.amax(0) if op == "max" else rows.amin(0)
     for i, part in enumerate(parts):
-        assert torch.allclose(part, parts[0], rtol=1e-10, atol=1e-12, equal_nan=True), f"{type_}: rank {i} differs from rank 0"
+        close = torch.allclose(part, parts[0], rtol=1e-10, atol=1e-12, equal_nan=True)
+        _require(close, f"{type_}: rank {i} differs from rank 0")
     return parts[0]
 
 
@@ -236,7 +240,7 @@ def _local_call(call: OpCall, strategy: Strategy, index: int) -> OpCall:
 
 
 def check_lowered(sample: Sample, whole: Run, path: Sequence[tuple[Axis, Choice]]) -> None:
-    """Assert that the ranks of the axes together compute what one rank computes, forward and backward."""
+    """Raises VerificationError unless the ranks of the axes together compute what one rank computes, forward and backward."""
     lowered, generator = Lowered(whole.call, path), torch.Generator().manual_seed(2)
     mesh = Mesh(tuple(a.name for a in lowered.axes), tuple(a.size for a in lowered.axes))
     wants = [o.grad for o in whole.call.operands]
@@ -263,12 +267,13 @@ def check_lowered(sample: Sample, whole: Run, path: Sequence[tuple[Axis, Choice]
         same(got, expected if sample.compare else torch.zeros_like(expected), f"result {k}", narrow=narrow)
     for k, expected in enumerate(whole.gradients):
         if expected is not None:
-            got = lowered.join({at: g[k] for at, (_, g) in ranks.items()}, lambda s, k=k: gradient_type(s.ins[k]))
+            parts = {at: g for at, (_, gradients) in ranks.items() if (g := gradients[k]) is not None}
+            got = lowered.join(parts, lambda s, k=k: gradient_type(s.ins[k]))
             same(got, expected, f"gradient of operand {k}", narrow=narrow)
 
 
 def check_strategy(sample: Sample, whole: Run, axis: Axis, strategy: Strategy) -> None:
-    """`check_lowered` along one axis. An AssertionError names the strategy."""
+    """`check_lowered` along one axis. A note of the error names the strategy."""
     try:
         check_lowered(sample, whole, [(axis, lambda _: strategy)])
     except Exception as error:
@@ -278,7 +283,31 @@ def check_strategy(sample: Sample, whole: Run, axis: Axis, strategy: Strategy) -
 
 
 def same(got: Tensor, expected: Tensor, what: str, *, narrow: bool = False) -> None:
-    assert got.shape == expected.shape, f"{what}: {tuple(got.shape)} for {tuple(expected.shape)}"
-    assert got.dtype == expected.dtype, f"{what}: {got.dtype} for {expected.dtype}"
+    _require(got.shape == expected.shape, f"{what}: {tuple(got.shape)} for {tuple(expected.shape)}")
+    _require(got.dtype == expected.dtype, f"{what}: {got.dtype} for {expected.dtype}")
     rtol, atol = (1e-4, 1e-5) if narrow else (1e-9, 1e-10)
-    assert torch.allclose(got, expected, rtol=rtol, atol=atol, equal_nan=True), f"{what}: off by {(got - expected).abs().max():.3g}"
+    if not torch.allclose(got, expected, rtol=rtol, atol=atol, equal_nan=True):
+        raise VerificationError(f"{what}: off by {(got - expected).abs().max():.3g}")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise VerificationError(message)
+
+
+def check_rule(op: Any, *args: Any, **kwargs: Any) -> int:
+    """Run `op(*args, **kwargs)` under every strategy that its rule offers, over two and over three ranks in this process, even and
+    uneven, forward and backward. How many were run: 0 where the op has no rule, or one that offers nothing for these shapes.
+
+    Raises VerificationError, saying under which strategy, where the ranks together do not compute what one does. Floating-point
+    tensors should be float64, and dims longer than three.
+    """
+    target = op if isinstance(op, OpOverload) else op.default
+    sample, count = Sample(target, args, kwargs), 0
+    for whole in (run_whole(sample, grad=True), run_whole(sample, grad=False)):
+        for axis in (Axis("x", 2), Axis("x", 3)):
+            for strategy in strategies(whole.call, axis, splits_of(whole.call, axis.size)):
+                if any(isinstance(t, Varying) for t in (*strategy.ins, *strategy.outs)):
+                    check_strategy(sample, whole, axis, strategy)
+                    count += 1
+    return count

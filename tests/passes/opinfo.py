@@ -1,0 +1,194 @@
+"""PyTorch's own samples of its ops (OpInfo), as the op calls that sharding rules see.
+
+An entry's function is captured and normalized as any model is; every op of the graph is then a sample with the tensors that it
+had. `examine` runs each under every strategy that its rule offers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from shardwright.compiler.capture import capture
+from shardwright.compiler.check_rule import Run, Sample, check_lowered, check_strategy, run_whole, splits_of
+from shardwright.passes.normalize import normalize
+from shardwright.passes.rules.base import Axis, OpCall, Strategy, strategies
+from shardwright.passes.types import Varying
+
+CANDIDATES, SAMPLES, ELEMENTS = 60, 4, 2000
+"""Of an entry: how many of its samples are looked at and how many are examined; the largest tensor in one."""
+
+STRATEGIES = 24
+"""Of an op call along one axis: how many are executed, evenly taken from what is offered."""
+
+DTYPES = (torch.float64, torch.int64, torch.bool, torch.float32, torch.complex128)
+ENTRIES = {f"{op.name}.{op.variant_test_name}".rstrip("."): op for op in op_db}
+TWO, THREE, OTHER = Axis("x", 2), Axis("x", 3), Axis("y", 2)
+
+
+class Function(nn.Module):
+    """`op(input, *args, **kwargs)` of a sample, as a function of its tensors alone."""
+
+    def __init__(self, op: Any, leaves: Sequence[Any], spec: Any) -> None:
+        super().__init__()
+        self.held = (op, list(leaves), spec)
+
+    def forward(self, *tensors: Tensor) -> Any:
+        op, leaves, spec = self.held
+        rest = iter(tensors)
+        given, args, kwargs = tree_unflatten([next(rest) if isinstance(x, Tensor) else x for x in leaves], spec)
+        found = op(given, *args, **kwargs)
+        return tuple(x for x in tree_flatten(found)[0] if isinstance(x, Tensor))
+
+
+@dataclass
+class Examined:
+    """What came of an entry.
+
+    refused    why its samples were not captured, "" if one was
+    factors    labels of the real shardings that its ops were offered
+    replicated ops that have none
+    wrong      strategies that gave another result than one rank
+    """
+
+    refused: str = ""
+    factors: set[str] = field(default_factory=set)
+    replicated: set[str] = field(default_factory=set)
+    wrong: list[str] = field(default_factory=list)
+    tried: int = 0
+
+
+class _Recorder(fx.Interpreter):
+    """Keeps the calls of a graph with the tensors they had."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self.calls: list[Sample] = []
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if isinstance(target, torch._ops.OpOverload):
+            self.calls.append(Sample(target, args, kwargs))
+        return super().call_function(target, args, kwargs)
+
+
+def samples_of(name: str) -> list[tuple[Any, list[Any], Any]]:
+    """(op, leaves, spec) of some samples of an entry: the first, and those with the most dims to cut."""
+    op = ENTRIES[name]
+    dtype = next((d for d in DTYPES if d in op.supported_dtypes("cpu")), None)
+    if dtype is None:
+        return []
+    torch.manual_seed(0)
+    found: list[tuple[int, tuple[Any, list[Any], Any]]] = []
+    for sample in itertools.islice(op.sample_inputs("cpu", dtype, requires_grad=False), CANDIDATES):
+        leaves, spec = tree_flatten((sample.input, sample.args, sample.kwargs))
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        if isinstance(sample.input, Tensor | list | tuple) and tensors and all(0 < t.numel() <= ELEMENTS for t in tensors):
+            found.append((sum(size > 1 for size in tensors[0].shape), (op, leaves, spec)))
+    first, rest = found[:1], sorted(found[1:], key=lambda item: -item[0])
+    return [sample for _, sample in (*first, *rest[: SAMPLES - 1])]
+
+
+def calls_of(name: str) -> Iterator[list[Sample]]:
+    """The op calls of each sample of an entry that can be captured. Raises what capture raises where none can."""
+    error: Exception | None = None
+    captured = False
+    for op, leaves, spec in samples_of(name):
+        tensors = [x.clone() for x in leaves if isinstance(x, Tensor)]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = capture(Function(op, leaves, spec), tuple(tensors), {})
+                gm = normalize(found.graph)
+            given = {**found.call.flatten(tuple(tensors), {}), **found.constants, "seed": torch.tensor(3)}
+            recorder = _Recorder(gm)
+            recorder.run(*(given[n.meta["key"]] for n in gm.graph.nodes if n.op == "placeholder"))
+        except Exception as refusal:
+            error = refusal
+            continue
+        captured = True
+        yield recorder.calls
+    if error is not None and not captured:
+        raise error
+
+
+def examine(name: str, *, execute: bool = True) -> Examined:
+    """What the rules offer for every op of an entry, over two and three ranks and over two by two; `execute`: and run it."""
+    found = Examined()
+    try:
+        for calls in calls_of(name):
+            for sample in calls:
+                _examine_call(sample, found, execute)
+    except Exception as error:
+        found.refused = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return found
+
+
+def _examine_call(sample: Sample, found: Examined, execute: bool) -> None:
+    offered = False
+    for whole in _runs(sample):
+        for axis in (TWO, THREE):
+            shardings = real_shardings(whole.call, axis)
+            found.factors |= {s.label for s in shardings}
+            offered |= bool(shardings)
+            if execute:
+                _try_all(sample, whole, axis, shardings, found)
+        if execute:
+            _try_pairs(sample, whole, found)
+    if not offered:
+        found.replicated.add(str(sample.target))
+
+
+def _runs(sample: Sample) -> list[Run]:
+    """With gradients, where torch has them, and without."""
+    plain = run_whole(sample, grad=False)
+    try:
+        whole = run_whole(sample, grad=True)
+    except RuntimeError:  # no derivative, or one that the op's other results have not
+        return [plain]
+    return [whole, plain] if any(o.grad for o in whole.call.operands) else [plain]
+
+
+def real_shardings(call: OpCall, axis: Axis) -> list[Strategy]:
+    """Strategies under which some value is cut."""
+    offered = strategies(call, axis, splits_of(call, axis.size))
+    return [s for s in offered if any(isinstance(t, Varying) for t in (*s.ins, *s.outs))]
+
+
+def _try_all(sample: Sample, whole: Run, axis: Axis, offered: Sequence[Strategy], found: Examined) -> None:
+    step = max(1, len(offered) // STRATEGIES)
+    for strategy in offered[::step]:
+        found.tried += 1
+        try:
+            check_strategy(sample, whole, axis, strategy)
+        except Exception as error:
+            notes = "; ".join(getattr(error, "__notes__", []))
+            found.wrong.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} [{notes}]")
+
+
+def _try_pairs(sample: Sample, whole: Run, found: Examined) -> None:
+    """Each factor over the first axis, and the first that is left over the second."""
+    for label in dict.fromkeys(s.label for s in real_shardings(whole.call, TWO)):
+
+        def first(call: OpCall, label: str = label) -> Any:
+            return next(s for s in strategies(call, TWO) if s.label == label)
+
+        def second(call: OpCall) -> Any:
+            offered = [s for s in strategies(call, OTHER) if any(isinstance(t, Varying) for t in (*s.ins, *s.outs))]
+            return offered[0] if offered else strategies(call, OTHER)[0]
+
+        if label not in {s.label for s in strategies(whole.call, TWO)}:
+            continue  # an uneven cut alone
+        found.tried += 1
+        try:
+            check_lowered(sample, whole, [(TWO, first), (OTHER, second)])
+        except Exception as error:
+            text = str(error).splitlines()[0] if str(error) else ""
+            found.wrong.append(f"{type(error).__name__}: {text} [{sample} over 2 x 2 ranks, {label!r} first]")

@@ -1,0 +1,41 @@
+"""Sharding rules by execution over PyTorch's own samples: a seeded tenth of the entries, or all with `--ops` (`make test-ops`)."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+pytest.importorskip("expecttest", reason="torch's own samples of its ops need it")
+
+from opinfo import ENTRIES, examine
+
+TENTH = sorted(random.Random(0).sample(sorted(ENTRIES), len(ENTRIES) // 10))
+SHARDED = 400
+"""Entries that must have at least one real sharding."""
+
+
+def chosen(config: pytest.Config) -> list[str]:
+    return sorted(ENTRIES) if config.getoption("--ops") else TENTH
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "entry" in metafunc.fixturenames:
+        metafunc.parametrize("entry", chosen(metafunc.config))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_strategy_gives_what_one_rank_gives(entry: str) -> None:
+    found = examine(entry)
+    assert not found.wrong, "\n".join(found.wrong[:5])
+    if found.refused:
+        pytest.skip(f"not captured: {found.refused}")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.timeout(900)
+def test_most_entries_have_a_real_sharding(pytestconfig: pytest.Config) -> None:
+    """Of the tenth, as large a share as of all."""
+    names = chosen(pytestconfig)
+    sharded = sum(bool(examine(name, execute=False).factors) for name in names)
+    assert sharded >= SHARDED * len(names) / len(ENTRIES), f"{sharded} of {len(names)}"

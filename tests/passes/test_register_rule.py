@@ -1,0 +1,123 @@
+"""A user's own op: replicated, with a warning, until it is given a rule, which is checked as ours are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from lockstep_module import assert_same, on_ranks, wholes
+from torch import Tensor, nn
+
+import shardwright
+from shardwright import Strategy
+from shardwright.compiler.verify import VerificationError
+from shardwright.passes.rules.base import RULES
+from shardwright.runtime.module import ParallelModule
+
+
+@torch.library.custom_op("shardwright_tests::scale_rows", mutates_args=())
+def scale_rows(x: Tensor, scale: Tensor) -> Tensor:
+    """x [r, c] times scale [r]."""
+    return x * scale[:, None]
+
+
+@scale_rows.register_fake
+def _(x: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    x, scale = ctx.saved_tensors
+    return grad * scale[:, None], (grad * x).sum(1)
+
+
+scale_rows.register_autograd(_gradients, setup_context=_save)
+OP = torch.ops.shardwright_tests.scale_rows
+
+
+def example() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(7, 5, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def without_the_rule() -> Iterator[None]:
+    yield
+    RULES.pop(OP.default, None)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(OP(self.first(x).tanh(), x.sum(1))).square().mean()
+
+
+def train(strategy: Strategy) -> int:
+    """Train on every rank as on one. How many ranks' graphs call the op on less than the whole batch."""
+    torch.manual_seed(0)
+    plain, x = Model().double(), torch.randn(4, 6, dtype=torch.float64)
+    model = copy.deepcopy(plain)
+    plain(x).backward()
+
+    def body(parallel: ParallelModule, rank: int) -> tuple[dict[str, Tensor], int]:
+        parallel.train_step(x)
+        (node,) = [n for n in parallel.program.graphs["forward"].graph.graph.nodes if n.target is OP.default]
+        return wholes(parallel, "grad"), int(node.meta["val"].numel() < 4 * 8)
+
+    results = on_ranks(model, strategy, body, example=(x,), batch="global")
+    assert_same([grads for grads, _ in results], {k: p.grad for k, p in plain.named_parameters() if p.grad is not None})
+    return sum(sharded for _, sharded in results)
+
+
+STRATEGIES = [Strategy(dp=4, zero=1), Strategy(dp=2, tp=2)]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_without_a_rule_it_is_replicated_with_a_warning(strategy: Strategy) -> None:
+    assert shardwright.check_rule(OP, *example()) == 0
+    with pytest.warns(UserWarning, match=r"without a sharding rule.*scale_rows.*test_register_rule\.py.*register_rule"):
+        assert train(strategy) == 0
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+@pytest.mark.filterwarnings("error:ops without a sharding rule")
+def test_with_a_rule_it_is_sharded(strategy: Strategy) -> None:
+    shardwright.register_rule(OP, "r c, r -> r c")
+    assert shardwright.check_rule(OP, *example()) > 8
+    assert train(strategy) == 4
+
+
+@pytest.mark.parametrize("text", ["r c, c -> r c", "r c, k -> r c"])
+def test_a_wrong_rule_is_found_by_its_check(text: str) -> None:
+    shardwright.register_rule(OP, text)
+    square = torch.randn(5, 5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    with pytest.raises((VerificationError, RuntimeError)) as error:
+        shardwright.check_rule(OP, *square)
+    assert any("under strategy" in note for note in error.value.__notes__)
+
+
+@pytest.mark.parametrize(("text", "message"), [("r c, r", "reads 'dims of operands"), ("r c -> r c -> r", "reads 'dims")])
+def test_text_that_cannot_be_read_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        shardwright.register_rule(OP, text)
+
+
+def test_a_rule_that_does_not_fit_the_call_is_named() -> None:
+    shardwright.register_rule(OP, "r c d, r -> r c d")
+    with pytest.raises(ValueError, match=r"'r c d, r -> r c d' of .*scale_rows.* does not fit a call with \[7, 5\], \[7\]"):
+        shardwright.check_rule(OP, *example())
+
+
+def test_an_op_has_one_rule() -> None:
+    with pytest.raises(ValueError, match="has a sharding rule already"):
+        shardwright.register_rule(torch.ops.aten.mm, "m k, k n -> m n")
