@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ...compiler.torch_compat import OpOverload
 from . import attention, batch_norm, cleanup, decompose, dropout, experts, linear, losses, reductions, views
 from .gradients import mark_gradients
 from .rewrite import Rules, bind, rewrite, trim, wrap_dims
@@ -44,6 +45,7 @@ RULES: Rules = {
     None: decompose.decompose,
 }
 
+ADDITIONS = (aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar)
 BANISHED = frozenset(
     {
         aten._assert_tensor_metadata.default,
@@ -95,6 +97,8 @@ def check_normal(gm: fx.GraphModule) -> None:
 def _fault(node: fx.Node) -> str | None:
     if node.target in BANISHED:
         return "should have been rewritten"
+    if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
+        return "writes to an operand"
     args, kwargs = bind(node.target, node.args, node.kwargs)
     if (list(trim(node.target, args, kwargs)[0]), wrap_dims(node.target, args)) != (list(node.args), args):
         return "has default arguments, or negative dims, spelled out"
@@ -114,7 +118,7 @@ def _fault(node: fx.Node) -> str | None:
         return "has a bias"
     if node.target is aten._to_copy.default and kwargs["dtype"] in (None, args[0].meta["val"].dtype):
         return "changes nothing"
-    if kwargs.get("alpha", 1) != 1:
+    if node.target in ADDITIONS and kwargs.get("alpha", 1) != 1:
         return "has an alpha"
     return _slice_fault(node, args)
 

@@ -46,11 +46,36 @@ def decompose(b: Builder, target: Any, args: tuple[Any, ...], kwargs: dict[str, 
         filled = map_leaves((args, kwargs), lambda v: next(given) if isinstance(v, fx.Node) else v)
         return target.decompose(*filled[0], **filled[1])
 
+    values = [n.meta["val"] for n in nodes]
     with torch.no_grad():
-        traced = make_fx(call)(*(n.meta["val"] for n in nodes))
-    if any(n.target is target for n in traced.graph.nodes):
+        traced = make_fx(call)(*values)
+    if any(n.target is target for n in traced.graph.nodes) or not _without_writes(traced):
         return NotImplemented
     return splice(b, traced, nodes)
+
+
+def _without_writes(traced: fx.GraphModule) -> bool:
+    """Replace ops that write to an operand by those that give a new value, which later nodes then use. False where another name
+    of the same memory would have seen the write."""
+    for node in list(traced.graph.nodes):
+        if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
+            continue
+        packet = getattr(aten, node.target._schema.name.split("::")[1].removesuffix("_"), None)
+        same = getattr(packet, node.target._overloadname, None)
+        written: Any = node.args[0]
+        if same is None or same is node.target or _is_view(written) or any(_is_view(user) for user in written.users):
+            return False
+        node.target = same
+        written.replace_all_uses_with(node, lambda user, node=node: user > node)
+    return True
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a node shares memory with another; placeholders are the caller's."""
+    if node.op == "placeholder":
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and not schema.is_mutable and any(r.alias_info is not None for r in schema.returns)
 
 
 def splice(b: Builder, traced: fx.GraphModule, operands: list[fx.Node]) -> Any:
