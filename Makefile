@@ -26,7 +26,7 @@ test-ops: $(INSTALLED)
 lint: $(INSTALLED)
 	@$(BIN)/ruff check --quiet --output-format concise .
 	@$(BIN)/ruff format --quiet --check . || { echo "run: $(BIN)/ruff format ."; exit 1; }
-	@$(BIN)/basedpyright --pythonpath $(BIN)/python
+	@$(BIN)/basedpyright --project . --pythonpath $(BIN)/python
 
 bench: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.peers

@@ -8,7 +8,9 @@ from ..passes.blocks import mark_blocks
 from ..passes.graph_tools import named_results
 from ..passes.normalize import normalize
 from ..passes.normalize.promote import promote_casts, widen
+from ..passes.normalize.random import own_generator
 from .capture import Captured
+from .capture_error import CaptureError
 
 
 def prepare(captured: Captured, *, float64: bool = False) -> fx.GraphModule:
@@ -18,12 +20,24 @@ def prepare(captured: Captured, *, float64: bool = False) -> fx.GraphModule:
     node at its place in the first block of its run.
     """
     gm = normalize(captured.graph)
+    refuse_generators(gm)
     if float64:
         gm = promote_casts(gm)
     gm.meta["outputs"] = captured.outputs
     keep_gradients(gm, captured.loss)
     mark_twins(gm)
     return gm
+
+
+def refuse_generators(gm: fx.GraphModule) -> None:
+    """Raises CaptureError for random ops that draw otherwise than by position: ranks would compute with different numbers."""
+    node = next((n for n in gm.graph.nodes if own_generator(n)), None)
+    if node is not None:
+        raise CaptureError(
+            f"{node.target} draws from torch's generator, whose numbers are others on every rank",
+            node.meta.get("source"),
+            "draw with dropout, torch.rand, randn, randint, normal, bernoulli or their _like forms: these are alike on every mesh",
+        )
 
 
 def in_float64(gm: fx.GraphModule, loss: str | None) -> fx.GraphModule:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from ...compiler.torch_compat import OpOverload
-from . import attention, batch_norm, cleanup, decompose, dropout, experts, linear, losses, reductions, views
+from . import attention, batch_norm, cleanup, decompose, experts, linear, losses, random, reductions, views
 from .gradients import mark_gradients
 from .rewrite import Rules, bind, rewrite, trim, wrap_dims
 
@@ -40,7 +40,7 @@ RULES: Rules = {
     **losses.RULES,
     **batch_norm.RULES,
     **attention.RULES,
-    **dropout.RULES,
+    **random.RULES,
     **experts.RULES,
     None: decompose.decompose,
 }

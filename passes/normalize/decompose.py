@@ -34,6 +34,9 @@ WHOLE = frozenset(
 )
 """Composite ops that later passes have rules for, or differentiate better as one."""
 
+WITHOUT_WRITING = {aten.bernoulli_.float: aten.bernoulli.p, aten.normal_.default: aten.normal_functional.default}
+"""Ops that write, whose other form has another name."""
+
 
 def decompose(b: Builder, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The rule of ops without a rule: a composite op becomes what it is made of, each part in normal form."""
@@ -61,7 +64,7 @@ def _without_writes(traced: fx.GraphModule) -> bool:
         if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
             continue
         packet = getattr(aten, node.target._schema.name.split("::")[1].removesuffix("_"), None)
-        same = getattr(packet, node.target._overloadname, None)
+        same = WITHOUT_WRITING.get(node.target) or getattr(packet, node.target._overloadname, None)
         written: Any = node.args[0]
         if same is None or same is node.target or _is_view(written) or any(_is_view(user) for user in written.users):
             return False

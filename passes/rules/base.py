@@ -169,7 +169,8 @@ def find_rule(call: OpCall, axis: Axis) -> Rule | None:
     """The rule of a call; None for an op without one (it runs replicated)."""
     function = RULES.get(call.target)
     if function is None:
-        if isinstance(call.target, OpOverload) and torch.Tag.pointwise in call.target.tags:
+        tags = call.target.tags if isinstance(call.target, OpOverload) else ()
+        if torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags:
             from .pointwise import pointwise
 
             return pointwise(call, axis)

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from harness import compare, emit_all, prepare, run
+from programs import plan, shares
+from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from shardwright.compiler.capture import capture
+from shardwright.compiler.capture_error import CaptureError
+from shardwright.compiler.prepare import prepare as prepare_graph
+from shardwright.passes.normalize import normalize
 from shardwright.passes.ops import StaticCommunicator, ops, use_communicator
 from shardwright.passes.ops.collectives import take_shard
 from shardwright.passes.types import even_sections, flatten_sections
@@ -200,3 +208,58 @@ def test_gradient_draws_again():
     calls = [node for node in graph.graph.nodes if node.target == ops.dropout.default]
     assert len(calls) == 2 and calls[0].args[1:] == calls[1].args[1:]
     assert torch.equal(graph(x.detach(), SEED), ops.dropout(torch.ones(5, 300), SEED, 0.2, 7))
+
+
+class Noisy(nn.Module):
+    """Every kind of number that a model may draw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x) + 0.1 * torch.randn_like(self.first(x))
+        h = h + torch.normal(h.detach(), 0.5) * torch.randint_like(h, 3) + torch.randint(2, 5, h.shape)
+        h = h * F.dropout1d(h, 0.3) + torch.empty_like(h).uniform_(-1, 1) + torch.empty_like(h).exponential_(2.0)
+        return self.second(h + torch.randn(h.shape, dtype=h.dtype)).square().mean()
+
+
+@pytest.mark.parametrize("axes", [{"dp_shard": 4}, {"tp": 2, "dp_shard": 2}, {"pp": 2, "microbatches": 2}], ids=str)
+def test_models_draw_the_same_numbers_on_every_mesh(axes: dict[str, int]) -> None:
+    found = prepare(Noisy(), {"x": torch.randn(4, 6)})
+    wanted = plan(**axes)
+    programs = emit_all(found, wanted, shares(found, wanted))
+    compare(found, programs, run(found, programs))
+
+
+@pytest.mark.parametrize(
+    ("draw", "mean", "deviation"),
+    [
+        (lambda x: torch.randn_like(x), 0.0, 1.0),
+        (lambda x: torch.normal(x * 0 + 2, 3.0), 2.0, 3.0),
+        (lambda x: torch.randint(-3, 5, x.shape).double(), 0.5, 2.2913),
+        (lambda x: torch.empty_like(x).exponential_(2.0), 0.5, 0.5),
+        (lambda x: torch.empty_like(x).uniform_(1, 3), 2.0, 0.5774),
+    ],
+    ids=["randn", "normal", "randint", "exponential", "uniform"],
+)
+def test_moments(draw: Callable[[Tensor], Tensor], mean: float, deviation: float) -> None:
+    class Draw(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return draw(x)
+
+    x = torch.zeros(400, 500, dtype=torch.float64)
+    gm = normalize(capture(Draw(), (x,), {}).graph)
+    given = {"input.0": x, "seed": torch.tensor(5)}
+    (drawn,) = fx.Interpreter(gm).run(*(given[n.meta["key"]] for n in gm.graph.nodes if n.op == "placeholder"))
+    assert drawn.mean().item() == pytest.approx(mean, abs=0.02)
+    assert drawn.std().item() == pytest.approx(deviation, rel=0.01)
+
+
+def test_what_draws_by_torchs_generator_is_refused() -> None:
+    class Sampling(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.multinomial(x.softmax(-1), 2).float().mean() * x.mean()
+
+    with pytest.raises(CaptureError, match=r"(?s)multinomial.*torch's generator.*test_ops_random\.py"):
+        prepare_graph(capture(Sampling(), (torch.randn(3, 4),), {}))
