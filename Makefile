@@ -1,7 +1,7 @@
 # make demo    train a Llama on four processes (or all GPUs), and compare with one process
 # make test    the tests                make lint    ruff and pyright
 # make test-ops  sharding rules over all of PyTorch's own samples of its ops
-# make bench   side by side with peers, and planning times
+# make bench   side by side with peers, planning times, memory of materialization
 #
 # Each sets up .venv first, once; `make PYTHON=python3.12 ...` picks the interpreter.
 
@@ -31,6 +31,7 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.peers
 	@$(BIN)/python -m benchmarks.plan_time --model llama3-8b --devices 64
+	@$(BIN)/python -m benchmarks.materialize
 	@$(BIN)/python -m benchmarks.single_gpu
 
 setup: $(INSTALLED)
