@@ -18,7 +18,7 @@ demo: $(INSTALLED)
 	@$(BIN)/python examples/run_demo.py
 
 test: $(INSTALLED)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadgroup
 
 test-ops: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --ops tests/passes/test_opinfo.py

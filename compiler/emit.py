@@ -16,7 +16,7 @@ from ..passes.buckets import bucket
 from ..passes.check import check
 from ..passes.differentiate import Seed, Templates, differentiate
 from ..passes.fuse import fuse_loss
-from ..passes.graph_tools import Values, named_results, op_calls
+from ..passes.graph_tools import Values, named_results, node_bytes, op_calls
 from ..passes.hoist import hoist
 from ..passes.ops import StaticCommunicator, use_communicator
 from ..passes.partition import partition
@@ -64,6 +64,7 @@ class Problem:
     persistent      names of buffers that are in the state dict
     trainable       names of parameters with requires_grad; None: those that the loss depends on
     share_outputs   whether every pipeline stage gets all outputs, not the loss alone
+    ragged          whether data ranks call with other lengths, so that their graphs have other shapes
     """
 
     graph: fx.GraphModule
@@ -76,6 +77,7 @@ class Problem:
     persistent: frozenset[str] = frozenset()
     trainable: frozenset[str] | None = None
     share_outputs: bool = False
+    ragged: bool = False
 
 
 @dataclass(frozen=True)
@@ -216,10 +218,18 @@ class _Emission:
         forward, backward = partition(fuse_loss(joint, values))
         self.add("forward" + suffix, hoist(bucket(forward, values)))
         if backward.meta["outputs"]:
-            parts = segment(bucket(backward, values), SEGMENT_BYTES) if self.plan.data_size > 1 else [bucket(backward, values)]
+            parts = self.segments(bucket(backward, values))
             for k, part in enumerate(parts):
                 self.add(part_name("backward" + suffix, k), part)
             self.parts[suffix] = tuple(frozenset(part.meta["outputs"]) for part in parts)
+
+    def segments(self, backward: fx.GraphModule) -> list[fx.GraphModule]:
+        """The backward in parts, after each of which gradients are summed over the data ranks; whole where these run graphs of
+        other shapes, which might be cut elsewhere."""
+        if self.plan.data_size == 1 or self.problem.ragged or len(set(self.problem.local_batches)) > 1:
+            return [backward]
+        wholes = {n.meta["key"]: node_bytes(n) for n in self.problem.graph.graph.nodes if n.op == "placeholder"}
+        return segment(backward, SEGMENT_BYTES, wholes)
 
     def note_transfers(self, gm: fx.GraphModule, microbatches: Iterable[int]) -> None:
         """Shapes of what crosses stage borders."""

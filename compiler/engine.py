@@ -254,7 +254,8 @@ class ModelEngine:
             )
         self.report("capturing the model")
         bound = self._bind(args, kwargs, batches, shapes, training, grad)
-        problem = replace(bound.problem, share_outputs=self.options.outputs == "all")
+        ragged = not same_lengths(shapes, bound.problem.batch_inputs)
+        problem = replace(bound.problem, share_outputs=self.options.outputs == "all", ragged=ragged)
         plan = replace(plan, microbatches=max(1, min(plan.microbatches, *batches)))
         self.report("emitting the program")
         if not keep_layout:

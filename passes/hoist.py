@@ -11,10 +11,13 @@ from __future__ import annotations
 from torch import fx
 
 from .graph_tools import node_bytes
-from .ops.collectives import COMMUNICATION
+from .ops.collectives import ops
 
 SMALL = 4096
 """Bytes."""
+
+ALIKE = (ops.all_reduce.default, ops.all_gather.default)
+"""Collectives whose result is as large on every rank: ranks must agree on the order of collectives."""
 
 
 def hoist(gm: fx.GraphModule) -> fx.GraphModule:
@@ -26,7 +29,7 @@ def hoist(gm: fx.GraphModule) -> fx.GraphModule:
             early[node] = node.meta["key"].startswith(("input.", "const."))
         elif node.op == "call_function":
             early[node] = all(early[n] for n in node.all_input_nodes)
-            if early[node] and node.target in COMMUNICATION and node_bytes(node) <= SMALL:
+            if early[node] and node.target in ALIKE and node_bytes(node) <= SMALL:
                 wanted |= _computed_from(node)
     first = next((n for n in gm.graph.nodes if n.op == "call_function" and n not in wanted), None)
     if first is not None:

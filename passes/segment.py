@@ -7,19 +7,25 @@ Ensures   the same nodes, each in one part, in the graph's order; the parts' out
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import fx
 
-from .graph_tools import extract, is_getitem, named_results, node_bytes
+from .graph_tools import extract, is_getitem, named_results
 
 PARTS = 8
 """The most parts of a graph: each costs a call, and compute hides the rest well enough."""
 
 
-def segment(backward: fx.GraphModule, least: int) -> list[fx.GraphModule]:
-    """`least`: bytes of parameter gradients in a part, but for the last."""
+def segment(backward: fx.GraphModule, least: int, sizes_of: Mapping[str, int]) -> list[fx.GraphModule]:
+    """Parts that are the same on every rank that runs the same ops, however unevenly parameters are sharded.
+
+    least       bytes of parameters whose gradients a part gives, but for the last
+    sizes_of    parameter key -> its bytes in whole
+    """
     position = {n: i for i, n in enumerate(backward.graph.nodes)}
     results = sorted(named_results(backward), key=lambda item: position[item[1]])
-    sizes = [node_bytes(n) if key.startswith("grad.param.") else 0 for key, n in results]
+    sizes = [sizes_of.get(key.removeprefix("grad."), 0) for key, _ in results]
     target = max(least, sum(sizes) // PARTS)
     ends: list[int] = []
     held = 0

@@ -217,11 +217,13 @@ class Executor:
     def _all_reduce(self, step: Step, values: list[Any]) -> None:
         operands = self._operands(step, values)
         axis = step.instruction.axis
-        large = {
-            i: self.communicator.start_reduce(x, axis)
-            for i, x in enumerate(operands)
-            if i in step.owned and x is not None and x.nbytes >= LARGE and x.is_contiguous()
-        }
+        # What goes alone must be the same on every rank: it follows from sizes only. Who may not overwrite its tensor copies it.
+        large = {}
+        for i, x in enumerate(operands):
+            if x is not None and x.nbytes >= LARGE:
+                own = i in step.owned and x.is_contiguous()
+                operands[i] = x = x if own else x.clone(memory_format=torch.contiguous_format)
+                large[i] = self.communicator.start_reduce(x, axis)
         small = [x for i, x in enumerate(operands) if i not in large]
         shapes = [x.shape for x in small if x is not None]
         del operands

@@ -124,12 +124,16 @@ def fresh_outputs(gm: GraphModule) -> frozenset[int]:
     return frozenset(i for i, n in enumerate(results) if isinstance(n, Node) and results.count(n) == 1 and _is_fresh(n))  # type: ignore[union-attr]
 
 
+_SILENT_VIEWS = ("aten::_unsafe_view", "aten::_reshape_alias")
+"""Views whose schemas do not say so."""
+
+
 def _is_fresh(node: Node) -> bool:
     source = node.args[0] if node.target is operator.getitem else node
     if not isinstance(source, Node) or any(user.op != "output" for user in node.users):
         return False
     schema = getattr(source.target, "_schema", None)
-    return schema is not None and all(result.alias_info is None for result in schema.returns)
+    return schema is not None and schema.name not in _SILENT_VIEWS and all(r.alias_info is None for r in schema.returns)
 
 
 @dataclass

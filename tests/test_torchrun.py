@@ -14,7 +14,7 @@ from torchrun_cases import CASES, FEATURES
 
 HERE = Path(__file__).parent
 
-pytestmark = pytest.mark.timeout(600)  # the first test waits for the whole job
+pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("torchrun")]  # the first test waits for the one job
 
 
 @dataclass(frozen=True)

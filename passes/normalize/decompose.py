@@ -68,6 +68,9 @@ def _without_writes(traced: fx.GraphModule) -> bool:
         written: Any = node.args[0]
         if same is None or same is node.target or _is_view(written) or any(_is_view(user) for user in written.users):
             return False
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+        if same(*args, **kwargs).dtype != written.meta["val"].dtype:  # a write keeps the dtype
+            return False
         node.target = same
         written.replace_all_uses_with(node, lambda user, node=node: user > node)
     return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 
 import torch
 
@@ -11,57 +11,58 @@ from .base import Axis, Factor, OpCall, Rule, Slot, rule_for
 aten = torch.ops.aten
 
 CORE_DIMS = {
-    # op: trailing dims of the first operand that belong together; what is before them is the batch.
-    aten.cholesky.default: 2,
-    aten.cholesky_inverse.default: 2,
-    aten.cholesky_solve.default: 2,
-    aten.linalg_cholesky_ex.default: 2,
-    aten.linalg_eig.default: 2,
-    aten._linalg_eigh.default: 2,
-    aten._linalg_det.default: 2,
-    aten._linalg_slogdet.default: 2,
-    aten._linalg_solve_ex.default: 2,
-    aten._linalg_svd.default: 2,
-    aten.linalg_householder_product.default: 2,
-    aten.linalg_inv_ex.default: 2,
-    aten.linalg_ldl_factor_ex.default: 2,
-    aten.linalg_lu.default: 2,
-    aten.linalg_lu_factor_ex.default: 2,
-    aten.linalg_lu_solve.default: 2,
-    aten.linalg_matrix_exp.default: 2,
-    aten.linalg_pinv.atol_rtol_tensor: 2,
-    aten.linalg_qr.default: 2,
-    aten.linalg_solve_triangular.default: 2,
-    aten.triangular_solve.default: 2,
-    aten.adaptive_max_pool2d.default: 2,
-    aten.adaptive_max_pool3d.default: 3,
-    aten._adaptive_avg_pool3d.default: 3,
-    aten.avg_pool3d.default: 3,
-    aten.max_pool3d_with_indices.default: 3,
-    aten.max_unpool2d.default: 2,
-    aten.max_unpool3d.default: 3,
-    aten.fractional_max_pool2d.default: 2,
-    aten.fractional_max_pool3d.default: 3,
-    aten.grid_sampler_2d.default: 3,
-    aten.grid_sampler_3d.default: 4,
-    aten.pixel_shuffle.default: 3,
-    aten.pixel_unshuffle.default: 3,
-    aten.channel_shuffle.default: 3,
-    aten.diag_embed.default: 1,
+    # op: trailing dims of each tensor operand that belong together; what is before them is the batch.
+    aten.cholesky.default: (2,),
+    aten.cholesky_inverse.default: (2,),
+    aten.cholesky_solve.default: (2, 2),
+    aten.linalg_cholesky_ex.default: (2,),
+    aten.linalg_eig.default: (2,),
+    aten._linalg_eigh.default: (2,),
+    aten._linalg_det.default: (2,),
+    aten._linalg_slogdet.default: (2,),
+    aten._linalg_solve_ex.default: (2, 2),
+    aten._linalg_svd.default: (2,),
+    aten.linalg_householder_product.default: (2, 1),
+    aten.linalg_inv_ex.default: (2,),
+    aten.linalg_ldl_factor_ex.default: (2,),
+    aten.linalg_lu.default: (2,),
+    aten.linalg_lu_factor_ex.default: (2,),
+    aten.linalg_lu_solve.default: (2, 1, 2),
+    aten.linalg_matrix_exp.default: (2,),
+    aten.linalg_pinv.atol_rtol_tensor: (2,),
+    aten.linalg_qr.default: (2,),
+    aten.linalg_solve_triangular.default: (2, 2),
+    aten.triangular_solve.default: (2, 2),
+    aten.adaptive_max_pool2d.default: (2,),
+    aten.adaptive_max_pool3d.default: (3,),
+    aten._adaptive_avg_pool3d.default: (3,),
+    aten.avg_pool3d.default: (3,),
+    aten.max_pool3d_with_indices.default: (3,),
+    aten.max_unpool2d.default: (2, 2),
+    aten.max_unpool3d.default: (3, 3),
+    aten.fractional_max_pool2d.default: (2, 1),
+    aten.fractional_max_pool3d.default: (3, 1),
+    aten.grid_sampler_2d.default: (3, 3),
+    aten.grid_sampler_3d.default: (4, 4),
+    aten.pixel_shuffle.default: (3,),
+    aten.pixel_unshuffle.default: (3,),
+    aten.channel_shuffle.default: (3,),
+    aten.diag_embed.default: (1,),
 }
 
 
 @rule_for(*CORE_DIMS)
 def batched(call: OpCall, axis: Axis) -> Rule | None:
     """Every tensor has the batch's dims in front, or none at all. No shards where one broadcasts, or puts other dims there."""
-    first = call.operands[0].shape
-    count = len(first) - CORE_DIMS[call.target]
+    first, cores = call.operands[0].shape, CORE_DIMS[call.target]
+    count = len(first) - cores[0]
     batch = first[: max(count, 0)]
     if call.target is aten.diag_embed.default and (call.arg(2, "dim1", -2), call.arg(3, "dim2", -1)) != (-2, -1):
         return Rule(())
-    scalar = [math.prod(o.shape) == 1 and len(o.shape) < len(batch) + 1 for o in call.operands]
-    if any(not s and o.shape[:count] != batch for s, o in zip(scalar, call.operands, strict=True)):
-        return Rule(())
+    scalar = [not o.shape for o in call.operands]
+    for o, s, core in itertools.zip_longest(call.operands, scalar, cores):
+        if o is not None and not s and (core is None or o.shape[:count] != batch or len(o.shape) != count + core):
+            return Rule(())
     if any(r.shape[:count] != batch for r in call.results):
         return Rule(())
     return Rule(

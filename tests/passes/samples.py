@@ -303,6 +303,10 @@ def batched(s: _Source) -> Iterator[Any]:
     yield aten.diag_embed.default, (s.real(3, 5, 4),)
     yield Sample(aten.diag_embed.default, (s.real(3, 5, 4), 0, 0, 1), sharded=False)
     yield Sample(aten.linalg_solve_triangular.default, (half[:1], b), {"upper": False}, sharded=False)
+    # As many rows as there are matrices: not a batch.
+    square = half[0, :4]
+    yield Sample(aten.linalg_solve_triangular.default, (square, s.real(4, 6)), {"upper": False}, sharded=False)
+    yield Sample(aten.cholesky_solve.default, (s.real(4, 4, 3), half[0, 0]), sharded=False)
 
 
 def orders(s: _Source) -> Iterator[Any]:

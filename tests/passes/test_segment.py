@@ -11,7 +11,7 @@ from programs import case, plan, program, shares
 from torch import fx, nn
 
 from shardwright.compiler import emit
-from shardwright.passes.graph_tools import named_results
+from shardwright.passes.graph_tools import named_results, node_bytes
 from shardwright.passes.segment import PARTS, segment
 from shardwright.runtime import executor
 from shardwright.runtime.steps import fresh_outputs
@@ -21,10 +21,14 @@ def backward_of(model: str) -> fx.GraphModule:
     return program(case(model), plan(dp_shard=2)).graphs["backward"].graph
 
 
+def sizes_of(backward: fx.GraphModule) -> dict[str, int]:
+    return {key.removeprefix("grad."): node_bytes(n) for key, n in named_results(backward)}
+
+
 @pytest.mark.parametrize(("model", "least"), [("mlp", 1), ("mlp", 1000), ("llama", 1), ("llama", 20_000)])
 def test_parts_together_give_what_the_graph_gives(model: str, least: int) -> None:
     whole = backward_of(model)
-    parts = segment(whole, least)
+    parts = segment(whole, least, sizes_of(whole))
     assert 1 < len(parts) <= PARTS
     torch.manual_seed(0)
     known = {n.meta["key"]: _random(n) for n in whole.graph.nodes if n.op == "placeholder"}
@@ -40,7 +44,7 @@ def test_parts_together_give_what_the_graph_gives(model: str, least: int) -> Non
 
 def test_few_gradients_stay_in_one_part() -> None:
     whole = backward_of("mlp")
-    assert segment(whole, 1 << 20) == [whole]
+    assert segment(whole, 1 << 20, sizes_of(whole)) == [whole]
 
 
 @pytest.mark.parametrize("model", ["mlp", "gpt", "resnet"])
@@ -88,6 +92,58 @@ def test_gradients_that_are_one_tensor_are_each_reduced_once(monkeypatch: pytest
     fresh = {key for i, (key, _) in enumerate(named_results(backward)) if i in fresh_outputs(backward)}
     assert not fresh & {"grad.param.first", "grad.param.second"}
     assert fresh_outputs(backward_of("llama")), "there are gradients that are reduced where they lie"
+
+
+class Tied(nn.Module):
+    """Both ends use the same parameters, but not in the same way: what each stage's gradients are made of differs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Parameter(torch.randn(shape) / 3) for shape in ((9, 9), (9, 9), (9,)))
+        self.layers = nn.ModuleList(nn.Linear(9, 9) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(x @ self.a) @ self.b.t() * self.c
+        for layer in self.layers:
+            h = h + torch.relu(layer(h))
+        return (torch.tanh(h @ self.a.t()) @ self.b + self.c).square().mean()
+
+
+class Odd(nn.Module):
+    """Parameters of which ranks have unequal shards, and some that are not sharded at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(5))
+        self.gates = nn.ParameterList(nn.Parameter(torch.randn(())) for _ in range(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer, gate in zip(self.layers, self.gates, strict=True):
+            x = torch.tanh(layer(x)) * gate
+        return x.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        (Tied, {"pp": 2}),
+        (Tied, {"pp": 2, "dp_shard": 2, "microbatches": 2}),
+        (Odd, {"dp_shard": 2, "zero": 3}),
+        (Odd, {"dp_replicate": 2, "dp_shard": 2, "zero": 3}),
+        (Odd, {"dp_shard": 2, "tp": 2, "zero": 1}),
+    ],
+    ids=str,
+)
+def test_ranks_agree_on_what_is_reduced_together(
+    model: type[nn.Module], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from harness import prepare
+
+    monkeypatch.setattr(emit, "SEGMENT_BYTES", 64)
+    monkeypatch.setattr(executor, "LARGE", 1)
+    found, wanted = prepare(model(), {"x": torch.randn(4, 9 if model is Tied else 3)}), plan(**options)
+    programs = emit_all(found, wanted, shares(found, wanted))
+    compare(found, programs, run(found, programs))
 
 
 def _random(node: fx.Node) -> Any:
