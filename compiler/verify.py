@@ -116,18 +116,21 @@ def whole_gradients(programs: Sequence[RankProgram], results: Sequence[StepResul
         spec = next((s for s in program.parameters if s.name == name), None)
         if spec is None or any(program.coordinates[c.axis] for c in spec.cuts):
             continue
-        found.append(_joined(programs, results, spec, program.coordinates, spec.cuts))
+        found.append(_joined(programs, results, name, program.coordinates))
     return found
 
 
 def _joined(
-    programs: Sequence[RankProgram], results: Sequence[StepResult], spec: TensorSpec, here: Mapping[str, int], cuts: Sequence[Cut]
+    programs: Sequence[RankProgram], results: Sequence[StepResult], name: str, here: Mapping[str, int], depth: int = 0
 ) -> Tensor:
-    """Cuts nest: the last applies to what the first left, so they are joined from the inside out."""
-    if not cuts:
-        return results[programs[0].mesh.rank(here)].gradients[f"grad.param.{spec.name}"]
-    first, *rest = cuts
-    parts = [_joined(programs, results, spec, {**here, first.axis: i}, rest) for i in range(len(first.sections[0]))]
+    """Cuts nest: the last applies to what the first left, so they are joined from the inside out. What one left may be cut
+    otherwise at each of its indices."""
+    rank = programs[0].mesh.rank(here)
+    cuts = next(s for s in programs[rank].parameters if s.name == name).cuts
+    if depth == len(cuts):
+        return results[rank].gradients[f"grad.param.{name}"]
+    first = cuts[depth]
+    parts = [_joined(programs, results, name, {**here, first.axis: i}, depth + 1) for i in range(len(first.sections[0]))]
     return join_shards(parts, first.dim, first.sections)
 
 

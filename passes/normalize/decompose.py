@@ -49,7 +49,7 @@ def decompose(b: Builder, target: Any, args: tuple[Any, ...], kwargs: dict[str, 
         filled = map_leaves((args, kwargs), lambda v: next(given) if isinstance(v, fx.Node) else v)
         return target.decompose(*filled[0], **filled[1])
 
-    values = [n.meta["val"] for n in nodes]
+    values = [n.meta["val"].clone() for n in nodes]  # nodes may share one: tracing would take them for one operand
     with torch.no_grad():
         traced = make_fx(call)(*values)
     if any(n.target is target for n in traced.graph.nodes) or not _without_writes(traced):

@@ -569,6 +569,11 @@ def test_what_is_not_normal_is_found() -> None:
         check_normal(graph)
 
 
+def test_a_composite_of_values_alike_keeps_them_apart() -> None:
+    """Two values of one shape and history, as graphs have them."""
+    normal(lambda x: torch.kron(x[0, :3], x[1, :3]).sum() + F.cosine_similarity(x[0] * 2, x[1] * 2, dim=0), randn(2, 5))
+
+
 @pytest.mark.parametrize(
     "body",
     [
