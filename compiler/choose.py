@@ -5,7 +5,8 @@ A step of a candidate takes
     seconds = (compute + tensor traffic) / stages x (micro-batches + stages - 1) / micro-batches
               + gradient and parameter traffic over the data axes + stage transfers + optimizer
 
-with compute and traffic summed over the placement that the passes would make; the runtime overlaps none of them.
+with compute and traffic summed over the placement that the passes would make. That gradients are summed
+while the backward goes on is not counted.
 Data-parallel candidates with a local batch differ in the samples they train on: what is compared is seconds per sample.
 """
 
@@ -85,7 +86,7 @@ def choose(
 
 
 def _warn_of_unruled(calls: Calls) -> None:
-    """One warning that names the ops without a sharding rule, where each is called first, and what they cost."""
+    """One warning that names the ops without a sharding rule, how often and where first each is called."""
     found: dict[object, list[fx.Node]] = {}
     for node, (call, _) in calls.items():
         if any(o.shape for o in call.operands) and find_rule(call, Axis("", 2)) is None:
@@ -161,7 +162,8 @@ class _Search:
                     )
 
     def microbatch_counts(self, stages: int, rows: int) -> list[int]:
-        """Raises ShardingError, naming the op, where a number is pinned and samples are coupled."""
+        """Counts to price. Raises StrategyError for a pinned number above that of samples, and ShardingError, naming the op, for
+        one above 1 where samples are coupled."""
         counts = microbatch_counts(stages, rows) if self.microbatches is None else [self.microbatches]
         if self.microbatches is not None and self.microbatches > rows:
             raise StrategyError(

@@ -188,28 +188,17 @@ class ModelEngine:
         with warnings.catch_warnings():
             if self.control.rank:
                 warnings.simplefilter("ignore", UserWarning)  # rank 0 says it for all
-            return self._capture(args, kwargs, batches, shapes, training, grad)
-
-    def _capture(
-        self,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        batches: Sequence[int],
-        shapes: Sequence[Shapes],
-        training: bool,
-        grad: bool,
-    ) -> Bound:
-        return bind(
-            self.model,
-            args,
-            kwargs,
-            batches,
-            batch_keys(shapes),
-            loss_fn=self.options.loss_fn,
-            training=training,
-            differentiate=grad,
-            precision=self.options.precision,
-        )
+            return bind(
+                self.model,
+                args,
+                kwargs,
+                batches,
+                batch_keys(shapes),
+                loss_fn=self.options.loss_fn,
+                training=training,
+                differentiate=grad,
+                precision=self.options.precision,
+            )
 
     def _compile(
         self,
@@ -225,7 +214,7 @@ class ModelEngine:
         problem, plan, call, program = together(
             self.control, "compiling the call", lambda: self._emit(args, kwargs, training, grad, shapes, keep_layout)
         )
-        same_graph(self.control, plan, problem.graph, same_shapes=same_lengths(shapes, problem.batch_inputs))
+        same_graph(self.control, plan, problem.graph, same_shapes=not problem.ragged)
         check_ragged(program, shapes, batch_keys(shapes), self.control)
         if not keep_layout:
             self.plan = plan

@@ -19,14 +19,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..passes.ops.collectives import Communicator
-from .errors import ABORT_KEY, PeerLostError, ShardwrightError
+from .errors import ABORT_KEY, AFTER_A_LOSS, PeerLostError, ShardwrightError
 from .program import Mesh
 from .transports import GlooTransport, NcclTransport, Transport, as_bytes
 
 MICROBATCH = "mb"
 T = TypeVar("T")
-
-_AFTER_A_LOSS = "The rank that failed first says why in its own log; the job has to be started again, from its last checkpoint."
 
 
 class MeshCommunicator(Communicator, Protocol):
@@ -116,6 +114,14 @@ def _first_sentence(error: Exception) -> str:
     """What torch.distributed says, without the place in its source and the advice after it."""
     text = re.sub(r"^(\[[^]]*\]\s*)+", "", str(error).strip()) or type(error).__name__
     return text.splitlines()[0].split(". ")[0].rstrip(".")
+
+
+def abort_reason(store: KeyStore | None) -> str:
+    """What the rank that failed first left in the job's store, "" if nothing."""
+    try:
+        return store.get(ABORT_KEY).decode() if store is not None and store.check([ABORT_KEY]) else ""
+    except RuntimeError:
+        return ""  # the store's host is what was lost
 
 
 class Standing:
@@ -211,19 +217,11 @@ class ProcessGroupCommunicator(Standing):
                 place = f"{what} over axis {where.axis!r} (ranks {', '.join(map(str, where.ranks))})"
             else:
                 place = f"{what} rank {where}"
-            reason = self._abort_reason()
-            reason = reason.split(_AFTER_A_LOSS)[0].rstrip(". ")
+            reason = abort_reason(self._store)
+            reason = reason.split(AFTER_A_LOSS)[0].rstrip(". ")
             cause = f"A peer said: {reason}" if reason else f"torch.distributed said: {_first_sentence(error)}"
-            self._lost = PeerLostError(f"{describe_rank(self.mesh, self.rank)} lost a peer in {place}. {cause}. {_AFTER_A_LOSS}")
+            self._lost = PeerLostError(f"{describe_rank(self.mesh, self.rank)} lost a peer in {place}. {cause}. {AFTER_A_LOSS}")
             raise self._lost.at(self.position) from error
-
-    def _abort_reason(self) -> str:
-        if self._store is None:
-            return ""
-        try:
-            return self._store.get(ABORT_KEY).decode() if self._store.check([ABORT_KEY]) else ""
-        except RuntimeError:
-            return ""  # the store's host is what was lost
 
     def all_reduce(self, x: Tensor, axis: str, op: str = "sum") -> Tensor:
         return self._all_reduce(x, axis, op, overwrite=False)

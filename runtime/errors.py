@@ -8,6 +8,9 @@ from types import TracebackType
 ABORT_KEY = "shardwright/abort"
 """The key of the process group's store under which a rank that fails leaves one line saying why, for its peers to read."""
 
+AFTER_A_LOSS = "The rank that failed first says why in its own log; the job has to be started again, from its last checkpoint."
+"""How every PeerLostError ends."""
+
 GRAPH_MARK = "SHARDWRIGHT_GRAPH"
 """The global by which code emitted from a graph is known: its value is the graph's name."""
 

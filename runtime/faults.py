@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .communicator import KeyStore, MeshCommunicator
-from .errors import ABORT_KEY, MismatchError, PeerLostError, ShardwrightError
+from .communicator import KeyStore, MeshCommunicator, abort_reason
+from .errors import ABORT_KEY, AFTER_A_LOSS, MismatchError, PeerLostError, ShardwrightError
 from .program import Mesh
 
 T = TypeVar("T")
@@ -94,8 +94,7 @@ class GlooControl:
             reason = abort_reason(self._store)
             cause = f"A peer said: {reason}" if reason else f"torch.distributed said: {str(error).strip().splitlines()[0]}"
             raise PeerLostError(
-                f"rank {self.rank} lost a peer while the ranks were comparing what they are about to run. {cause}. "
-                "The rank that failed first says why in its own log; the job has to be started again, from its last checkpoint."
+                f"rank {self.rank} lost a peer while the ranks were comparing what they are about to run. {cause}. {AFTER_A_LOSS}"
             ) from error
         return rows
 
@@ -302,14 +301,6 @@ def together(control: Control, what: str, work: Callable[[], T]) -> T:
 
 
 # --- last words -----------------------------------------------------------------------------------------------------
-
-
-def abort_reason(store: KeyStore | None) -> str:
-    """What the rank that failed first left in the job's store, "" if nothing."""
-    try:
-        return store.get(ABORT_KEY).decode() if store is not None and store.check([ABORT_KEY]) else ""
-    except RuntimeError:
-        return ""  # the store's host is what was lost
 
 
 def last_words(rank: int, error: BaseException, trace: TracebackType | None) -> str:
