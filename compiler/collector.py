@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from ..runtime.heap import trim
 
 
 def give_back() -> None:
     """Collect what planning left, and return it to the system: graphs refer to each other in cycles, are as large as small models,
     and leave the heap full of holes that training's tensors do not fit."""
     gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; musl has none
-        if trim is not None:
-            trim(0)
+    trim()
 
 
 @contextmanager

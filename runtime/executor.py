@@ -295,14 +295,24 @@ LARGE = 1 << 20
 def _own(gradients: dict[Key, Tensor], lent: Iterable[Tensor]) -> dict[Key, Tensor]:
     """The gradients, none sharing memory with another or with what was `lent`: callers scale and clip them in place."""
     foreign = {x.untyped_storage().data_ptr() for x in lent}
-    taken: dict[int, list[tuple[int, int]]] = {}
+    spans: dict[int, list[tuple[int, int, Key]]] = {}
+    shared: list[Key] = []
     for key, x in gradients.items():
         storage, start = x.untyped_storage().data_ptr(), int(x.storage_offset())
         end = start + 1 + sum((int(n) - 1) * int(stride) for n, stride in zip(x.shape, x.stride(), strict=True))
-        spans = taken.setdefault(storage, [])
-        overlaps = storage in foreign or end - start < x.numel() or any(start < b and a < end for a, b in spans)
-        if overlaps and x.numel():
-            gradients[key] = x.clone(memory_format=torch.contiguous_format)
+        if not x.numel():
+            continue
+        if storage in foreign or end - start < x.numel():
+            shared.append(key)
         else:
-            spans.append((start, end))
+            spans.setdefault(storage, []).append((start, end, key))
+    for taken in spans.values():
+        reach = 0
+        for start, end, key in sorted(taken):
+            if start < reach:
+                shared.append(key)
+            else:
+                reach = end
+    for key in shared:
+        gradients[key] = gradients[key].clone(memory_format=torch.contiguous_format)
     return gradients

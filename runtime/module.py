@@ -16,6 +16,7 @@ from .delivery import Delivery, attach, has_pending
 from .errors import ShardwrightError
 from .executor import Gather, StepResult
 from .faults import DATA_AXES, Agreement, Agreements, CallFacts, Control, Flags
+from .heap import HeapWatch
 from .parameters import ParameterStore
 from .program import Key, OutputSpec, RankProgram
 from .sharded import Layout, ShardedTensor
@@ -107,6 +108,7 @@ class ParallelModule(nn.Module):
         super().__init__()
         self._engine, self._store, self._agreements = engine, None, Agreements(control)
         self._synchronize, self._calls = True, 0
+        self._heap = HeapWatch()
         self._waiting: list[tuple[torch.optim.Optimizer, dict[str, Any]]] = []
         self.training = model.training
         if store is not None:
@@ -178,6 +180,8 @@ class ParallelModule(nn.Module):
         self._calls += 1
         result = bound.executor.run(store.working(), bound.flatten(args, kwargs), seed, defer_reduction=defer)
         store.update_buffers(result.buffers)
+        if bound.program.device == "cpu":
+            self._heap.check()
         delivery = Delivery(
             store,
             result.gradients,

@@ -105,14 +105,16 @@ class ShardedTensor(Tensor):
                 takes no op but `zero_` until a step outside `no_sync()` has reduced it.
     """
 
-    __slots__ = ("_layout", "_local", "_writes", "unreduced")
+    __slots__ = ("_layout", "_local", "_size", "_writes", "unreduced")
     _layout: Layout
     _local: Tensor
+    _size: tuple[int, ...]
     _writes: _Writes
     unreduced: Tensor | None
 
     def __new__(cls, local: Tensor, layout: Layout, shape: Sequence[int]) -> ShardedTensor:
         made = wrapper_tensor(cls, tuple(shape), local.dtype, local.device)
+        made._size = tuple(shape)
         made._local, made._layout, made._writes, made.unreduced = local, layout, _Writes(), None
         return made
 
@@ -170,7 +172,7 @@ class ShardedTensor(Tensor):
         handler = _handler(func)
         if handler is None:
             raise refusal(func)
-        return handler(func, args, dict(kwargs or {}))
+        return handler(func, args, kwargs or {})
 
 
 def rebuild_sharded(
@@ -226,11 +228,15 @@ _PLAIN_OPS = frozenset(
 )
 """Elementwise without torch's tag `pointwise`."""
 
+_SHARING = frozenset("detach alias lift_fresh".split())
+"""Those whose result is the same memory."""
+
 _FUSED = frozenset("_fused_adam_ _fused_adamw_ _fused_sgd_ _fused_adagrad_".split())
 _FOREACH_MIXING = frozenset("norm max powsum mm".split())
-_Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+_Handler = Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Any]
 
 
+@functools.cache
 def _base(func: Any) -> str:
     return func.name().split("::")[1].split(".")[0]
 
@@ -249,7 +255,9 @@ def _handler(func: Any) -> _Handler | None:
     if base in _FUSED or (base.startswith("_foreach_") and _is_elementwise_foreach(base)):
         return _per_position
     elementwise = torch.Tag.pointwise in func.tags or base in _PLAIN_OPS
-    return _elementwise if elementwise and torch.Tag.data_dependent_output not in func.tags else None
+    if not elementwise or torch.Tag.data_dependent_output in func.tags:
+        return None
+    return _elementwise if base in _SHARING else _update if _in_place(func) else _compute
 
 
 def _is_elementwise_foreach(base: str) -> bool:
@@ -261,6 +269,7 @@ def _is_elementwise_foreach(base: str) -> bool:
     return tagged or name in ("zero", "copy")
 
 
+@functools.cache
 def _in_place(func: Any) -> bool:
     base = _base(func)
     return base.startswith("__i") if base.startswith("__") else base.endswith("_")
@@ -294,15 +303,50 @@ def _operand(x: Any, like: ShardedTensor, func: Any) -> Any:
     return x
 
 
+def _alike(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any] | None:
+    """The shards of operands that are numbers or reduced tensors of one layout and shape: nearly all that optimizers call, and
+    they do so for each parameter. None for others, which `_operand` looks at one by one."""
+    like = args[0]
+    if not isinstance(like, ShardedTensor) or any(isinstance(x, Tensor) for x in kwargs.values()):
+        return None
+    found = []
+    for x in args:
+        if isinstance(x, ShardedTensor):
+            if x._layout is not like._layout or x._size != like._size or x.unreduced is not None:
+                return None
+            found.append(x._local)
+        elif isinstance(x, Tensor):
+            return None
+        else:
+            found.append(x)
+    return found
+
+
 def _wrap(result: Any, like: ShardedTensor) -> Any:
     if isinstance(result, Tensor):
-        return ShardedTensor(result, like._layout, like.shape)
+        return ShardedTensor(result, like._layout, like._size)
     if isinstance(result, list | tuple):
         return [_wrap(r, like) for r in result]
     return result
 
 
-def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _update(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """An elementwise op in place."""
+    operands = _alike(args, kwargs)
+    if operands is None:
+        return _elementwise(func, args, kwargs)
+    func(*operands, **kwargs)
+    args[0]._writes.count += 1
+    return args[0]
+
+
+def _compute(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """An elementwise op that gives new memory."""
+    operands = _alike(args, kwargs)
+    return _elementwise(func, args, kwargs) if operands is None else _wrap(func(*operands, **kwargs), args[0])
+
+
+def _elementwise(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     sharded = [x for x in (*args, *kwargs.values()) if isinstance(x, ShardedTensor)]
     like = next((x for x in sharded if x.dim()), sharded[0])
     target = kwargs.get("out", args[0] if _in_place(func) else None)
@@ -321,12 +365,12 @@ def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         target._writes.count += 1
         return target
     wrapped = _wrap(result, like)
-    if _base(func) in ("detach", "alias", "lift_fresh"):  # the same memory: what is written is written to both
+    if _base(func) in _SHARING:  # the same memory: what is written is written to both
         wrapped._writes, wrapped.unreduced = like._writes, like.unreduced
     return wrapped
 
 
-def _copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _copy(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """`copy_` also takes an ordinary tensor of the whole's shape, of which the shard is taken."""
     target, source = args[:2]
     if isinstance(target, ShardedTensor) and not isinstance(source, ShardedTensor) and source.shape == target.shape:
@@ -336,7 +380,7 @@ def _copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _elementwise(func, args, kwargs)
 
 
-def _masked_put(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _masked_put(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """`x[mask] = number` is elementwise; any other indexing is not."""
     x, indices, value = args[:3]
     mask = indices[0] if len(indices) == 1 else None
@@ -353,7 +397,7 @@ def _position(items: Sequence[Any], others: Sequence[Sequence[Any]], i: int) -> 
     return next((x[i] for x in (items, *others) if isinstance(x[i], ShardedTensor)), None)
 
 
-def _per_position(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _per_position(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """An op over lists: position i of every list makes one elementwise op. Ordinary tensors may stand at other positions."""
     lists = [x for x in (*args, *kwargs.values()) if isinstance(x, list | tuple) and any(isinstance(t, Tensor) for t in x)]
     for x in (t for items in lists for t in items if isinstance(t, ShardedTensor)):
@@ -376,7 +420,7 @@ def _per_position(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     return [r if like is None else _wrap(r, like) for r, like in zip(result, likes, strict=True)]
 
 
-def _unscale(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _unscale(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """GradScaler's unscaling. Whether a gradient is infinite is asked of all ranks, so that all skip the step or none."""
     tensors, found_inf, scale = args
     sharded = next(x for x in tensors if isinstance(x, ShardedTensor))
