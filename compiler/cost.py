@@ -69,6 +69,10 @@ def op_flops(call: OpCall) -> float:
             return _attention_flops(shapes[0], shapes[1], shapes[2], _causal(call, 4))
         case "attention_backward":
             return ATTENTION_BACKWARD * _attention_flops(shapes[1], shapes[2], shapes[3], _causal(call, 7))
+        case "chunked_attention":
+            return _attention_flops(shapes[0], shapes[1], shapes[2], _causal(call, 6))
+        case "chunked_attention_backward":
+            return ATTENTION_BACKWARD * _attention_flops(shapes[4], shapes[5], shapes[6], _causal(call, 10))
     return 0.0
 
 
@@ -112,7 +116,7 @@ def backward_seconds(call: OpCall, device: Device) -> float:
     gradients = sum(o is not None and o.grad for o in call.operands)
     if not gradients:
         return 0.0
-    if op_name(call.target).startswith(("attention", "scaled_dot")):
+    if op_name(call.target).startswith(("attention", "chunked_attention", "scaled_dot")):
         return ATTENTION_BACKWARD * op_seconds(call, device)
     return op_seconds(call, device) * (gradients if op_flops(call) else 1)
 

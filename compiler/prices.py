@@ -61,7 +61,7 @@ def conversion_kinds(src: Type, dst: Type, grad: bool) -> tuple[str, str]:
     return forward, backward if grad else "free"
 
 
-PRODUCTS = frozenset({"mm", "bmm", "linear", "matmul", "grouped_linear", "convolution", "attention", "addmm", "baddbmm"})
+PRODUCTS = frozenset("mm bmm linear matmul grouped_linear convolution attention chunked_attention addmm baddbmm".split())
 
 
 class Volume:

@@ -8,7 +8,7 @@
 - constants name their dtype and no device
 - linear, mm and convolution have no bias; `linear` and `matmul` keep batch dims apart
 - means, variances, batch norm and losses are sums, divided by counts; class losses use shardwright.logsumexp and .pick
-- attention is shardwright.attention, or spelled out where it has dropout or a mask with a gradient
+- attention is shardwright.attention, or chunked_attention where it has dropout or a mask with a gradient
 - dropout is shardwright.dropout(x, seed, p, site), with a placeholder of key "seed"
 - no sorting in mixtures of experts: shardwright.grouped_linear on tokens in their order
 - composite ops that nothing here knows are taken apart

@@ -1,4 +1,4 @@
-"""Attention as one op, with a mask that is provably causal or absent as a flag; or spelled out where the op cannot do it."""
+"""Attention as one op, with a mask that is provably causal or absent as a flag; spelled out for more than four dims."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..ops import attention as _ops  # noqa: F401  (defines the op)
+from ..ops import attention as _ops  # noqa: F401  (defines attention and chunked_attention)
 from .masks import allowed_by, boolean_mask, truth
 from .rewrite import Builder, dtype_of, shape_of
 
@@ -41,13 +41,19 @@ def attention(
         mask, causal = _simplified(b, mask, causal, queries, keys)
     if mask is not None:
         mask = _unexpanded(mask)
-    if dropout > 0 or rank > 4 or (mask is not None and mask.meta.get("grad")) or (causal and queries != keys):
+    if rank > 4:
         return explicit(b, q, k, v, mask, dropout, causal, scale)
     while len(shape_of(q)) < 4:
         q, k, v = (b(aten.unsqueeze.default, x, max(0, len(shape_of(x)) - 2)) for x in (q, k, v))
     if mask is not None and rank == 3 and len(shape_of(mask)) == 3:
         mask = b(aten.unsqueeze.default, mask, 1)
-    out = b(ours.attention.default, q, k, v, mask, causal, scale)
+    learned = mask is not None and bool(mask.meta.get("grad"))
+    if dropout > 0 or learned or (causal and queries != keys):
+        parts = (mask, None) if learned else (None, mask)
+        drawn = (b.seed(), causal, scale, float(dropout), b.site()) if dropout > 0 else (None, causal, scale, 0.0, 0)
+        out = b(ours.chunked_attention.default, q, k, v, *parts, *drawn, [], [], [], [], [])
+    else:
+        out = b(ours.attention.default, q, k, v, mask, causal, scale)
     return b(aten.reshape.default, b.emit(operator.getitem, out, 0), [*_batch(q, rank), queries, shape_of(v)[-1]])
 
 

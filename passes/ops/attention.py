@@ -2,7 +2,8 @@
 
     attention(q, k, v, mask, causal, scale) -> (out, lse)
 
-q [B, H, Sq, D], k [B, H, Sk, D], v [B, H, Sk, Dv]; out [B, H, Sq, Dv] in q's dtype. lse [B, H, Sq] is the natural
+q [B, H, Sq, D], k [B, G, Sk, D], v [B, G, Sk, Dv]; out [B, H, Sq, Dv] in q's dtype. G divides H: query heads h of
+H/G in a row share key and value head h // (H/G). lse [B, H, Sq] is the natural
 log-sum-exp of the scaled and masked scores (float32; float64 for float64 inputs): what the backward recomputes the
 probabilities from, so that no Sq x Sk tensor is kept. `mask` broadcasts to [B, H, Sq, Sk]: bool (True: attend) or a
 float that is added to the scores; it has no gradient. `causal` lets query i attend to keys 0..i, on top of the mask.
@@ -22,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import chunked_attention
 from .collectives import ops
 from .define import define
 
 _aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
-_CHUNK_SCORES = 1 << 22  # scores held at a time by the chunked kernels
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -80,6 +81,20 @@ def _use_cuda_flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal
 
 def _use_cuda_efficient(q: Tensor) -> bool:
     return q.device.type == "cuda" and q.dtype in (torch.float32, *_HALF)
+
+
+# Shared key and value heads, for kernels that take one for each query head.
+
+
+def _repeated(heads: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, G, S, D] with each head repeated up to `heads`."""
+    repeats = heads // k.shape[1]
+    return (k, v) if repeats == 1 else (k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1))
+
+
+def _summed(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x [B, G, S, D] from that of its repeated heads."""
+    return grad if grad.shape[1] == x.shape[1] else grad.unflatten(1, (x.shape[1], -1)).sum(2)
 
 
 # Layouts and masks.
@@ -229,7 +244,7 @@ def _dead_rows(mask: Tensor, causal: bool, queries: int, keys: int) -> Tensor:
 
 
 def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    wide_q, wide_k, wide_v, bias = _efficient_inputs(q, k, v, mask)
+    wide_q, wide_k, wide_v, bias = _efficient_inputs(q, *_repeated(q.shape[1], k, v), mask)
     out, lse = _aten._scaled_dot_product_efficient_attention(wide_q, wide_k, wide_v, bias, True, 0.0, causal, scale=scale)[:2]
     if mask is not None:
         out = out.masked_fill_(_dead_rows(mask, causal, q.shape[2], k.shape[2]), 0.0)
@@ -239,7 +254,7 @@ def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cau
 def _efficient_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide_q, wide_k, wide_v, bias = _efficient_inputs(q, k, v, mask)
+    wide_q, wide_k, wide_v, bias = _efficient_inputs(q, *_repeated(q.shape[1], k, v), mask)
     if mask is not None:
         grad_out = grad_out.masked_fill(_dead_rows(mask, causal, q.shape[2], k.shape[2]), 0.0)
     queries = q.shape[2]
@@ -250,56 +265,24 @@ def _efficient_backward(
         _pad_width(grad_out, wide_v.shape[3]), wide_q, wide_k, wide_v, bias, _pad_width(out, wide_v.shape[3]), wide_lse,
         no_dropout, no_dropout, 0.0, [True, True, True, False], causal, scale=scale,
     )  # fmt: skip
-    return _cut_width(grad_q, q), _cut_width(grad_k, k), _cut_width(grad_v, v)
+    return _cut_width(grad_q, q), _summed(_cut_width(grad_k, k), k), _summed(_cut_width(grad_v, v), v)
 
 
 # Anywhere: exact, a few queries at a time.
 
 
-def _score_chunks(q: Tensor, k: Tensor) -> list[tuple[int, int]]:
-    step = max(1, _CHUNK_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
-    return [(start, min(start + step, q.shape[2])) for start in range(0, q.shape[2], step)]
-
-
-def _scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, start: int) -> Tensor:
-    """Masked scores of the queries `q`, the first of which is query `start`, over all keys."""
-    scores = torch.matmul(q, k.transpose(-1, -2)).mul_(scale)
-    if mask is not None:
-        rows = mask if mask.shape[2] == 1 else mask[:, :, start : start + q.shape[2]]
-        scores = scores.masked_fill_(rows.logical_not(), -torch.inf) if rows.dtype == torch.bool else scores.add_(rows)
-    if causal:
-        row = torch.arange(start, start + q.shape[2], device=q.device)
-        scores.masked_fill_(torch.arange(k.shape[2], device=q.device) > row[:, None], -torch.inf)
-    return scores
-
-
 def _chunked_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     out, lse = _empty_results(q, v)
-    wide_k, wide_v = k.to(lse.dtype), v.to(lse.dtype)
-    for start, end in _score_chunks(q, k):
-        scores = _scores(q[:, :, start:end].to(lse.dtype), wide_k, mask, causal, scale, start)
-        part = torch.logsumexp(scores, -1)
-        part.masked_fill_(part == -torch.inf, 0.0)
-        out[:, :, start:end] = torch.matmul(scores.sub_(part[..., None]).exp_(), wide_v)
-        lse[:, :, start:end] = part
-    return out, lse
+    top, total = chunked_attention.forward(q, *_repeated(q.shape[1], k, v), mask, causal, scale, out)
+    return out, torch.add(top, total.log_(), out=lse)
 
 
 def _chunked_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide_k, wide_v = k.to(lse.dtype), v.to(lse.dtype)
-    grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(wide_k), torch.zeros_like(wide_v)
-    for start, end in _score_chunks(q, k):
-        rows_q, rows_grad, rows_out = (x[:, :, start:end].to(lse.dtype) for x in (q, grad_out, out))
-        weights = _scores(rows_q, wide_k, mask, causal, scale, start).sub_(lse[:, :, start:end, None]).exp_()
-        grad_v += torch.matmul(weights.transpose(-1, -2), rows_grad)
-        # d scores = weights * (d weights - sum(weights * d weights)), and that sum is grad_out . out.
-        grad_scores = torch.matmul(rows_grad, wide_v.transpose(-1, -2)).sub_((rows_grad * rows_out).sum(-1, keepdim=True))
-        grad_scores.mul_(weights).mul_(scale)
-        grad_q[:, :, start:end] = torch.matmul(grad_scores, wide_k)
-        grad_k += torch.matmul(grad_scores.transpose(-1, -2), rows_q)
-    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
+    many = _repeated(q.shape[1], k, v)
+    grad_q, grad_k, grad_v, _ = chunked_attention.backward(grad_out, q, *many, out, lse, None, mask, causal, scale)
+    return grad_q, _summed(grad_k, k), _summed(grad_v, v)
 
 
 def _fake_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:

@@ -122,7 +122,8 @@ def _fold(h: Tensor, t: Tensor, shift: int) -> None:
     h.bitwise_xor_(t.bitwise_and_((1 << (32 - shift)) - 1))
 
 
-def _dropped(x: Tensor, seed: Tensor, p: float, site: int, shape: Sequence[int], held: Sequence[Ranges]) -> Tensor:
+def dropped(x: Tensor, seed: Tensor, p: float, site: int, shape: Sequence[int], held: Sequence[Ranges]) -> Tensor:
+    """`x`, what is `held` of a tensor of `shape`, with elements dropped by their position in the whole."""
     left = range_lengths(held)
     if list(x.shape) != left:
         raise ValueError(f"dropout: a tensor of {list(x.shape)} where the cuts of {list(shape)} leave {left}")
@@ -173,14 +174,14 @@ def _top_bits(h: Tensor, bits: int) -> Tensor:
 
 
 def _dropout(x: Tensor, seed: Tensor, p: float, site: int) -> Tensor:
-    return _dropped(x, seed, p, site, x.shape, whole_ranges(x.shape))
+    return dropped(x, seed, p, site, x.shape, whole_ranges(x.shape))
 
 
 def _dropout_shard(
     x: Tensor, seed: Tensor, p: float, site: int,
     shape: Sequence[int], axes: Sequence[str], dims: Sequence[int], counts: Sequence[int], sizes: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    return _dropped(x, seed, p, site, shape, cut_ranges(shape, axes, dims, counts, sizes))
+    return dropped(x, seed, p, site, shape, cut_ranges(shape, axes, dims, counts, sizes))
 
 
 def _uniform(seed: Tensor, site: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

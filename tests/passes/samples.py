@@ -61,6 +61,14 @@ def attention(s: _Source) -> Iterator[Any]:
     yield op, (q, k, v, s.bools(3, 1, 5, 7).index_fill_(3, torch.tensor([0]), True), False, 0.4)
     yield op, (q, k, v, s.real(4, 5, 7).detach(), False, 0.4)
     yield op, (q, k, v, s.real(3, 1, 1, 7), False, 0.4)
+    yield op, (q, s.real(3, 2, 7, 6), s.real(3, 2, 7, 6), None, False, 0.4)
+    op, no_cuts = ours.chunked_attention.default, ([], [], [], [], [])
+    whole, plain = (None, None, None, False, 0.4, 0.0, 0, *no_cuts), (False, 0.4, 0.0, 0, *no_cuts)
+    yield op, (q, k, v, *whole)
+    yield op, (q, k, v, s.real(1, 4, 5, 7), None, None, *plain)
+    yield op, (q, k, v, s.real(3, 1, 1, 7), s.bools(5, 7).index_fill_(1, torch.tensor([0]), True), None, *plain)
+    yield op, (q, k, v, None, s.real(4, 5, 7).detach(), torch.tensor(11), False, 0.4, 0.3, 6, *no_cuts)
+    yield op, (q, k, v, s.real(4, 5, 7), None, torch.tensor(11), True, 0.4, 0.3, 7, *no_cuts)
 
 
 def views(s: _Source) -> Iterator[Any]:

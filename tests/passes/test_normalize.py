@@ -432,7 +432,7 @@ def test_unequal_lengths_are_never_causal_by_flag() -> None:
     mask, causal = _mask_of(lambda: _steps(6)[None, :] <= _steps(4)[:, None], 4, 6)
     assert mask is not None and causal is False
     graph = normal(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), *_qkv(queries=4, keys=6))
-    assert not attention_nodes(graph)
+    assert not attention_nodes(graph) and ops(graph)["shardwright.chunked_attention"] == 1
 
 
 def test_padding_and_causal_part_ways_and_keep_the_batch() -> None:
@@ -456,12 +456,29 @@ def test_fewer_key_heads_and_fewer_dims() -> None:
     assert len(attention_nodes(three)) == 1 and not attention_nodes(five)
 
 
-def test_a_mask_with_a_gradient_is_spelled_out() -> None:
-    graph = normal(lambda q, k, v, bias: F.scaled_dot_product_attention(q, k, v, bias), *_qkv(), randn(1, 2, 5, 5))
-    assert not attention_nodes(graph) and ops(graph)["softmax.int"] == 1
+def test_a_mask_with_a_gradient_is_a_bias() -> None:
+    for shape in ((1, 2, 5, 5), (5, 5), (3, 1, 1, 5)):
+        graph = normal(lambda q, k, v, bias: F.scaled_dot_product_attention(q, k, v, bias), *_qkv(), randn(*shape))
+        assert ops(graph)["shardwright.chunked_attention"] == 1 and not ops(graph)["softmax.int"]
 
 
-def test_attention_with_dropout_is_spelled_out() -> None:
+def test_attention_with_dropout_is_one_op() -> None:
+    """It draws what dropout of the spelled-out weights would, and its backward draws the same again."""
+    q, k, v = (x.detach().requires_grad_() for x in _qkv())
+    graph = normalize(capture(Function(lambda *x: F.scaled_dot_product_attention(*x, dropout_p=0.3)), (q, k, v), {}).graph)
+    assert ops(graph)["shardwright.chunked_attention"] == 1 and not ops(graph)["shardwright.dropout"]
+    (node,) = [n for n in graph.graph.nodes if "chunked_attention" in str(n.target)]
+    seed, site = torch.tensor(3), node.args[9]
+    ours = torch.ops.shardwright
+    found = ours.chunked_attention(q, k, v, None, None, seed, False, 0.5, 0.3, site, [], [], [], [], [])[0]
+    wanted = ours.dropout(torch.softmax(q @ k.mT * 0.5, -1), seed, 0.3, site) @ v
+    torch.testing.assert_close(found, wanted)
+    weight = torch.randn_like(found)
+    for a, b in zip(torch.autograd.grad(found, (q, k, v), weight), torch.autograd.grad(wanted, (q, k, v), weight), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_attention_in_five_dims_is_spelled_out() -> None:
     mask = torch.rand(3, 1, 5, 5) > 0.5
     mask[0, 0, 2] = False  # a row without any key
 
@@ -469,7 +486,7 @@ def test_attention_with_dropout_is_spelled_out() -> None:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p)
 
     args = (*_qkv(), mask)
-    graph = normalize(capture(Function(lambda *a: body(*a, 0.3)), args, {}).graph)
+    graph = normalize(capture(Function(lambda *a: body(*(x[None] for x in a), 0.3)), args, {}).graph)
     assert ops(graph)["shardwright.dropout"] == 1 and not attention_nodes(graph)
     op = torch.ops.aten.scaled_dot_product_attention.default
     rules = {op: lambda b, q, k, v, m, p, c, **_: explicit(b, q, k, v, m, 0.0, c, 0.5)}

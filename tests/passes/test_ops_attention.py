@@ -78,7 +78,7 @@ MASKS = {
 def path(request, monkeypatch):
     if request.param == "chunked":
         monkeypatch.setattr(module, "_use_cpu_kernel", lambda q: False)
-        monkeypatch.setattr(module, "_CHUNK_SCORES", 2 * 3 * 7 * 2)
+        monkeypatch.setattr(module.chunked_attention, "CHUNK_SCORES", 2 * 3 * 7 * 2)
     return request.param
 
 
@@ -233,3 +233,18 @@ def test_cuda_equals_cpu(dtype, mask, causal, widths):
     grads = ops.attention_backward(seed.cuda(), *there[:3], out, lse, there[3], causal, 0.3)
     for a, b in zip((out, *grads), (wanted, *wanted_grads), strict=True):
         close(a.cpu(), b, tolerance)
+
+
+@pytest.mark.parametrize("mask", ["none", "padding", "one head", "dead rows"])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_shared_key_and_value_heads(path, mask: str, groups: int) -> None:
+    """Query heads 0..3 share keys and values in rows; their gradients are summed."""
+    q, k, v = inputs(2, 4, 5, 7, by_token=True)
+    few = [x[:, :groups].detach().requires_grad_() for x in (k, v)]
+    many = [x.repeat_interleave(4 // groups, 1) for x in few]
+    seed = torch.randn(2, 4, 5, 4, dtype=torch.float64)
+    found = ops.attention(q, *few, MASKS[mask], False, 0.37)[0]
+    wanted = reference(q, *many, MASKS[mask], False, 0.37)
+    close(found, wanted)
+    for a, b in zip(torch.autograd.grad(found, (q, *few), seed), torch.autograd.grad(wanted, (q, *few), seed), strict=True):
+        close(a, b)

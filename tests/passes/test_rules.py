@@ -61,6 +61,7 @@ MUST_OFFER = {
     aten.bmm.default: "b m k n",
     aten.linear.default: "...2 ...1 k n",
     ours.attention.default: "b h i",
+    ours.chunked_attention.default: "b h i",
     aten.embedding.default: "i0 i1 h v",
     ours.logsumexp.default: "d0 d1 v",
     ours.pick.default: "d0 d1 v",
