@@ -1,7 +1,7 @@
 """From a normalized graph and a plan to the program of one rank. A pure function: no devices, no process group.
 
 for each data axis, then micro-batches, then tp:  place ▶ shard ▶ check
-▶ stages ▶ prologue ▶ ZeRO gathers ▶ differentiate ▶ partition ▶ buckets ▶ hoist, segment ▶ schedule
+▶ stages ▶ prologue ▶ ZeRO gathers ▶ differentiate ▶ fuse, simplify ▶ partition ▶ buckets ▶ hoist, segment ▶ schedule
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import fx
 from ..passes.buckets import bucket
 from ..passes.check import check
 from ..passes.differentiate import Seed, Templates, differentiate
-from ..passes.fuse import fuse_loss
+from ..passes.fuse import fuse_loss, group_heads
 from ..passes.graph_tools import Values, named_results, node_bytes, op_calls
 from ..passes.hoist import hoist
 from ..passes.ops import StaticCommunicator, use_communicator
@@ -24,6 +24,7 @@ from ..passes.prologue import TIME, split_prologue
 from ..passes.rules.base import Axis
 from ..passes.segment import segment
 from ..passes.shard import shard
+from ..passes.simplify import simplify
 from ..passes.stages import split_stages
 from ..passes.types import (
     I,
@@ -49,9 +50,9 @@ from .plan import Plan
 from .prices import Prices, Volume
 from .schedules import Step, build, crossing, part_name
 
-SEGMENT_BYTES = 4 * 2**20
+SEGMENT_BYTES = 25 * 2**20
 """Gradients in a part of the backward graph: enough that latency does not count, few enough that most are summed while others
-are computed."""
+are computed. As many as DistributedDataParallel puts in a bucket (`bucket_cap_mb`)."""
 
 
 @dataclass(frozen=True)
@@ -210,12 +211,12 @@ class _Emission:
             prologue, gm = split_prologue(gm)
             if prologue is not None and first:
                 self.add("prologue", differentiate(prologue, {}, self.templates))
-        gm = self.gather(gm)
+        gm = self.gather(group_heads(gm, values))
         roots: dict[str, Seed] = {key: "input" for key, _ in named_results(gm) if key.startswith("act.")}
         if self.problem.loss and self.problem.training:
             roots[self.problem.loss] = "one"
         joint = differentiate(gm, roots if self.problem.training and self.problem.loss else {}, self.templates)
-        forward, backward = partition(fuse_loss(joint, values))
+        forward, backward = partition(simplify(fuse_loss(joint, values), values))
         self.add("forward" + suffix, hoist(bucket(forward, values)))
         if backward.meta["outputs"]:
             parts = self.segments(bucket(backward, values))

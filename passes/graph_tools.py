@@ -136,6 +136,11 @@ def _alike(one: fx.Node, two: fx.Node) -> bool:
     return same_value or metas(one) == metas(two)
 
 
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """A node's positional arguments, of which the op says what each is."""
+    return node.args
+
+
 def is_getitem(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is operator.getitem
 

@@ -2,13 +2,14 @@
 
 Requires  a joint graph (passes/differentiate.py): meta["phase"], placeholder keys, meta["outputs"].
 Ensures   the forward's outputs are the joint's and then `saved.*`; the backward's inputs are `saved.*`, the placeholders it
-          needs again and `grad.*` seeds, its outputs the gradients. What the backward can rebuild for nothing, views above
-          all, is rebuilt from what is kept anyway, right before its first use; a gathered parameter is gathered again (ZeRO-3
-          would otherwise keep it).
+          needs again and `grad.*` seeds, its outputs the gradients. What the backward can rebuild for little from what is kept
+          anyway, views and sums and products of elements, is rebuilt right before its first use; a gathered parameter is gathered
+          again (ZeRO-3 would otherwise keep it).
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from fractions import Fraction
 
 import torch
@@ -38,6 +39,22 @@ VIEWS = frozenset(
         aten.as_strided.default,
     }
 )
+
+CHEAP = frozenset(
+    {
+        aten.add.Tensor,
+        aten.addcmul.default,
+        aten.div.Tensor,
+        aten.mul.Scalar,
+        aten.mul.Tensor,
+        aten.neg.default,
+        aten.relu.default,
+        aten.sub.Tensor,
+        aten.where.self,
+        aten._to_copy.default,
+    }
+)
+"""What takes no longer than reading its operands: as long as the keeping of its result would take in writing and reading it."""
 
 
 def partition(joint: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -86,7 +103,18 @@ def _choose_saved(needed: set[fx.Node]) -> list[fx.Node]:
             continue
         # A view keeps its storage alive anyway: keep the base itself, unless the view is a small part of it.
         saved[base if base in needed or node_bytes(base) <= node_bytes(node) else node] = None
-    return list(saved)
+    rebuilt = _rebuildable(saved, needed)
+    return [node for node in saved if node not in rebuilt]
+
+
+def _rebuildable(saved: Collection[fx.Node], needed: set[fx.Node]) -> set[fx.Node]:
+    """Those of `saved` that follow cheaply from others and from what the backward has anyway."""
+    rebuilt: set[fx.Node] = set()
+    present = {base for node in needed if (base := _base(node)).op == "placeholder"} | set(saved)
+    for node in saved:
+        if node.target in CHEAP and all(_base(operand) in present for operand in node.all_input_nodes):
+            rebuilt.add(node)
+    return rebuilt
 
 
 def _base(node: fx.Node) -> fx.Node:

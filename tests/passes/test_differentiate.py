@@ -104,8 +104,9 @@ def test_what_precedes_frozen_parameters_only_is_not_differentiated() -> None:
 
 def test_nodes_know_where_they_come_from() -> None:
     """Every backward node has the source line and the block of the forward node it is the gradient of."""
-    made = program(case("llama", layers=2), plan(tp=2))
-    lines = {n.meta.get("source") for n in made.graphs["forward"].graph.graph.nodes}
+    found, wanted = case("llama", layers=2), plan(tp=2)
+    made = program(found, wanted)
+    lines = {n.meta.get("source") for n in problem_of(found, shares(found, wanted)).graph.graph.nodes}
     blocks = set()
     for node in made.graphs["backward"].graph.graph.nodes:
         if node.op == "call_function":

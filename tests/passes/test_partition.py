@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from shardwright.passes.partition import VIEWS
 from shardwright.runtime.program import GraphSpec, RankProgram
 
+aten = torch.ops.aten
 LLAMA = {"layers": 2, "num_key_value_heads": 4}
 PLANS = {
     "one": {},
@@ -73,6 +74,18 @@ def test_gathered_parameters_are_never_saved() -> None:
     assert nbytes(kept) <= nbytes(one) / 2 + masks
 
 
+@pytest.mark.parametrize("strategy", PLANS)
+def test_what_follows_cheaply_from_what_is_kept_is_not_kept(strategy: str) -> None:
+    """A norm keeps its input and a number a row: neither the normalized rows nor these times the weight."""
+    found = llama(strategy)
+    kept = set(saved(found.graphs["forward"]).values())
+    rebuilt = {n.target for n in found.graphs["backward"].graph.graph.nodes if n.meta.get("phase") == "forward"}
+    assert aten.mul.Tensor in rebuilt
+    for node in kept:
+        sources = {storage(n) for n in node.all_input_nodes}
+        assert node.target is not aten.mul.Tensor or not sources <= {storage(n) for n in kept}, node
+
+
 def _comes_from_parameters_alone(node: fx.Node) -> bool:
     leaves, stack = [], [node]
     while stack:
@@ -86,7 +99,7 @@ def test_tensor_parallelism_saves_less() -> None:
     """Sharded activations are saved as shards; under sequence parallelism the rest is sharded too (Korthikanti et al. 2022)."""
     sizes = {s: nbytes(list(saved(llama(s).graphs["forward"]).values())) for s in ("one", "tp2", "sequence-parallel")}
     assert sizes["tp2"] < 0.75 * sizes["one"]
-    assert sizes["sequence-parallel"] < 0.65 * sizes["one"]
+    assert sizes["sequence-parallel"] < 0.7 * sizes["one"]  # what is gathered for products is kept whole
 
 
 def test_a_small_view_is_saved_instead_of_its_base() -> None:
