@@ -27,6 +27,7 @@ from .bind import BatchMode, batch_keys, bind
 from .call_structure import flatten_call
 from .choose import choose, likely_data_size, name_of
 from .engine import ModelEngine, Options
+from .explain_node import explain_node
 from .layout import with_layout
 from .plan import Plan
 from .prepare import in_float64
@@ -181,9 +182,12 @@ class PlannedModel:
     plan: Plan
     problem: emission.Problem
     templates: Templates
+    topology: Topology
 
     def explain(self, name: str | None = None) -> str:
-        return self.plan.explain(name)
+        """The plan; or of an op of the captured graph, a parameter or a module, by name: where it lies over every axis, what that
+        costs, and the next best placement with what it would cost more."""
+        return self.plan.explain() if name is None else explain_node(self.problem, self.plan, self.topology, name)
 
     def __str__(self) -> str:
         return self.plan.explain()
@@ -208,6 +212,11 @@ def plan(
     Arguments as of auto_parallelize; `mesh` None takes every device of the topology. `example_inputs` is one data rank's call
     (batch="local") or the whole batch (batch="global").
     """
+    if not isinstance(topology, Topology):
+        raise TypeError(
+            f"topology is {topology!r}, not a Topology: the machine to plan for, as in Topology.preset('h100', devices=8). "
+            "The shape of the mesh is the argument `mesh`."
+        )
     request = resolve(mesh if mesh is not None else (topology.world_size,), strategy)
     args, kwargs = as_call(example_inputs)
     _, tensors = flatten_call(args, kwargs)
@@ -225,7 +234,7 @@ def plan(
     batches = tuple(_batches(rows, chosen.data_size, batch))
     if batches != problem.local_batches:
         problem = replace(problem, local_batches=batches) if sum(batches) == sum(problem.local_batches) else captured(batches)
-    return PlannedModel(with_layout(problem, chosen), problem, Templates(Values()))
+    return PlannedModel(with_layout(problem, chosen), problem, Templates(Values()), topology)
 
 
 def _batches(rows: int, data_size: int, batch: BatchMode) -> Sequence[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..passes.types import I, R, Type
 from ..runtime.program import Mesh
 from .cost import Seconds, conversion_bytes, op_name, size_of
 from .emit import Problem
-from .place import Placement, Policy, place
+from .place import Barred, Placement, Policy, place
 from .prices import Volume, held
 from .topology import Topology, collective_bytes
 
@@ -54,11 +54,30 @@ def graph_cost(problem: Problem, mesh: Mesh, sequence: bool, topology: Topology,
 
     mesh      of one axis, "tp", or none       calls     `op_calls` of the graph
     """
+    placement = tensor_placement(problem, mesh, sequence, calls) if mesh.size("tp") > 1 else None
+    return placed_cost(problem, mesh, placement, topology, calls)
+
+
+def tensor_placement(
+    problem: Problem,
+    mesh: Mesh,
+    sequence: bool,
+    calls: Calls,
+    fixed: Mapping[str, Type] | None = None,
+    barred: Barred | None = None,
+) -> Placement:
+    """The placement over tp that emission makes.
+
+    fixed     types of placeholders by key       barred    see `place`
+    """
+    prices = Volume(parameters=True, activations=0.05 if sequence else 0.0)
+    policy = Policy("tensor", fixed or {}, problem.loss, scatter=sequence)
+    return place(problem.graph, Axis("tp", mesh.size("tp")), policy, prices, calls, barred)
+
+
+def placed_cost(problem: Problem, mesh: Mesh, placement: Placement | None, topology: Topology, calls: Calls) -> GraphCost:
+    """What every rank does under a placement over tp; None where there is no such axis."""
     axis = Axis("tp", mesh.size("tp"))
-    placement: Placement | None = None
-    if axis.size > 1:
-        prices = Volume(parameters=True, activations=0.05 if sequence else 0.0)
-        placement = place(problem.graph, axis, Policy("tensor", {}, problem.loss, scatter=sequence), prices, calls)
     seconds = Seconds(topology, mesh)
     compute = activations = 0.0
     known: dict[tuple[int, int], tuple[float, float]] = {}

@@ -5,7 +5,7 @@ Nodes at the same position of identical blocks (meta["blocks"] of the graph) are
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -63,13 +63,22 @@ class Placement:
     bound: float
 
 
-def place(gm: fx.GraphModule, axis: Axis, policy: Policy, prices: Prices, calls: Calls | None = None) -> Placement:
+Barred = Mapping[str, Sequence[tuple[Type, ...]]]
+"""By node name: types, of all its results, that it must not give."""
+
+
+def place(
+    gm: fx.GraphModule, axis: Axis, policy: Policy, prices: Prices, calls: Calls | None = None, barred: Barred | None = None
+) -> Placement:
     """The cheapest placement of `gm` along `axis`. Raises ShardingError naming the node where none exists.
 
-    calls    `op_calls(gm)`, where the caller has it
+    calls     `op_calls(gm)`, where the caller has it
+    barred    what is left out of the search (for a node of a repeated block, in all of its repetitions)
     """
     builder = _Builder(gm, axis, policy, prices, op_calls(gm) if calls is None else calls)
     builder.read()
+    for name, left_out in (barred or {}).items():
+        builder.bar(name, left_out)
     problem = builder.problem()
     try:
         solution = solve(problem)
@@ -146,6 +155,12 @@ class _Builder:
         for decision in self.decisions.values():
             if decision.node.op == "placeholder":
                 decision.options = [Strategy(str(t), (), (t,)) for t in self._placeholder_types(decision, cuts)]
+
+    def bar(self, name: str, left_out: Sequence[tuple[Type, ...]]) -> None:
+        decision = self.decisions[self.twins.get(name, name)]
+        decision.options = [s for s in decision.options if s.outs not in left_out]
+        if not decision.options:
+            raise ShardingError(f"{where(decision.node)} has no other placement over axis {self.axis.name!r}")
 
     def _options(self, site: Site, cuts: Cuts) -> list[Strategy]:
         assert site.call is not None

@@ -12,7 +12,6 @@ aten = torch.ops.aten
 
 CORE_DIMS = {
     # op: trailing dims of each tensor operand that belong together; what is before them is the batch.
-    aten.cholesky.default: (2,),
     aten.cholesky_inverse.default: (2,),
     aten.cholesky_solve.default: (2, 2),
     aten.linalg_cholesky_ex.default: (2,),
@@ -49,6 +48,8 @@ CORE_DIMS = {
     aten.channel_shuffle.default: (3,),
     aten.diag_embed.default: (1,),
 }
+if hasattr(aten, "cholesky"):  # torch 2.14 has linalg_cholesky_ex alone
+    CORE_DIMS[aten.cholesky.default] = (2,)
 
 
 @rule_for(*CORE_DIMS)

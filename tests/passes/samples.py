@@ -274,7 +274,8 @@ def batched(s: _Source) -> Iterator[Any]:
     a = rows @ rows.mT + 4 * torch.eye(4, dtype=torch.float64)
     half, b = torch.linalg.cholesky(a), s.real(3, 5, 4, 2)
     lu, pivots = torch.linalg.lu_factor(a)
-    for op in (aten.cholesky, aten.linalg_cholesky_ex, aten.linalg_inv_ex, aten.linalg_lu_factor_ex):
+    older = (aten.cholesky,) if hasattr(aten, "cholesky") else ()
+    for op in (*older, aten.linalg_cholesky_ex, aten.linalg_inv_ex, aten.linalg_lu_factor_ex):
         yield op.default, (a,)
     for op in (aten.linalg_lu, aten.linalg_matrix_exp, aten.linalg_qr, aten._linalg_det, aten._linalg_slogdet):
         yield op.default, (a,)
