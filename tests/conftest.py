@@ -12,12 +12,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from op_table import EXAMINED, summary
 
 torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--ops", action="store_true", help="sharding rules over all of PyTorch's samples, not a tenth of them")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if not config.getoption("--ops"):
+        return
+    reports = [r for kind in ("passed", "failed", "skipped") for r in terminalreporter.getreports(kind) if r.when == "call"]
+    told = [dict(r.user_properties) for r in reports]
+    terminalreporter.section("sharding rules by family")
+    for line in summary([one[EXAMINED] for one in told if EXAMINED in one]):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

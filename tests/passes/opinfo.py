@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from shardwright.compiler.capture import capture
 from shardwright.compiler.check_rule import Run, Sample, check_lowered, check_strategy, run_whole, splits_of
 from shardwright.passes.normalize import normalize
-from shardwright.passes.rules.base import Axis, OpCall, Strategy, strategies
+from shardwright.passes.rules.base import RULES, Axis, OpCall, Strategy, strategies
 from shardwright.passes.types import Varying
 
 CANDIDATES, SAMPLES, ELEMENTS = 60, 4, 2000
@@ -54,14 +54,14 @@ class Examined:
     """What came of an entry.
 
     refused    why its samples were not captured, "" if one was
-    factors    labels of the real shardings that its ops were offered
-    replicated ops that have none
+    offered    (family, op, label) of every real sharding that its ops were offered
+    whole      (family, op) of calls that were offered none
     wrong      strategies that gave another result than one rank
     """
 
     refused: str = ""
-    factors: set[str] = field(default_factory=set)
-    replicated: set[str] = field(default_factory=set)
+    offered: set[tuple[str, str, str]] = field(default_factory=set)
+    whole: set[tuple[str, str]] = field(default_factory=set)
     wrong: list[str] = field(default_factory=list)
     tried: int = 0
 
@@ -132,18 +132,27 @@ def examine(name: str, *, execute: bool = True) -> Examined:
 
 
 def _examine_call(sample: Sample, found: Examined, execute: bool) -> None:
+    place = family(sample.target), str(sample.target)
     offered = False
     for whole in _runs(sample):
         for axis in (TWO, THREE):
             shardings = real_shardings(whole.call, axis)
-            found.factors |= {s.label for s in shardings}
+            found.offered |= {(*place, s.label.partition("#")[0]) for s in shardings}
             offered |= bool(shardings)
             if execute:
                 _try_all(sample, whole, axis, shardings, found)
         if execute:
             _try_pairs(sample, whole, found)
     if not offered:
-        found.replicated.add(str(sample.target))
+        found.whole.add(place)
+
+
+def family(target: Any) -> str:
+    """The file in passes/rules that an op's rule stands in."""
+    rule = RULES.get(target)
+    if rule is not None:
+        return rule.__module__.rpartition(".")[2]
+    return "pointwise" if torch.Tag.pointwise in getattr(target, "tags", ()) else "no rule"
 
 
 def _runs(sample: Sample) -> list[Run]:

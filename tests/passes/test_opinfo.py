@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from dataclasses import asdict, replace
 
 import pytest
 
 pytest.importorskip("expecttest", reason="torch's own samples of its ops need it")
 
+from op_table import EXAMINED
 from opinfo import ENTRIES, examine
 
 TENTH = sorted(random.Random(0).sample(sorted(ENTRIES), len(ENTRIES) // 10))
@@ -25,8 +28,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_every_strategy_gives_what_one_rank_gives(entry: str) -> None:
+def test_every_strategy_gives_what_one_rank_gives(entry: str, record_property: Callable[[str, object], None]) -> None:
     found = examine(entry)
+    record_property(EXAMINED, asdict(replace(found, offered=sorted(found.offered), whole=sorted(found.whole))))
     assert not found.wrong, "\n".join(found.wrong[:5])
     if found.refused:
         pytest.skip(f"not captured: {found.refused}")
@@ -37,5 +41,5 @@ def test_every_strategy_gives_what_one_rank_gives(entry: str) -> None:
 def test_most_entries_have_a_real_sharding(pytestconfig: pytest.Config) -> None:
     """Of the tenth, as large a share as of all."""
     names = chosen(pytestconfig)
-    sharded = sum(bool(examine(name, execute=False).factors) for name in names)
+    sharded = sum(bool(examine(name, execute=False).offered) for name in names)
     assert sharded >= SHARDED * len(names) / len(ENTRIES), f"{sharded} of {len(names)}"
