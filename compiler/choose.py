@@ -29,6 +29,7 @@ from ..runtime.program import Mesh
 from .collector import without_collection
 from .emit import Problem
 from .graph_cost import GraphCost, graph_cost, least_crossing
+from .keeping import keeping
 from .memory import state_memory
 from .place import Policy, place
 from .plan import Alternative, Plan, Prediction
@@ -110,6 +111,7 @@ class _Search:
         self.costs: dict[tuple[int, bool], GraphCost] = {}
         self.stream = least_crossing(problem.graph)
         self.calls = op_calls(problem.graph)
+        self.kept = keeping(self.calls)
         self.coupled: ShardingError | Literal[False] | None = None
         """Why the batch cannot be cut into micro-batches, False where it can; None: not looked at yet."""
 
@@ -181,7 +183,7 @@ class _Search:
         n = mesh.size("tp")
         if (n, sequence) not in self.costs:
             only = Mesh(("tp",), (n,)) if n > 1 else Mesh((), ())
-            self.costs[n, sequence] = graph_cost(self.problem, only, sequence, self.topology, self.calls)
+            self.costs[n, sequence] = graph_cost(self.problem, only, sequence, self.topology, self.calls, self.kept)
         return self.costs[n, sequence]
 
     def price(self, plan: Plan) -> Candidate:
@@ -205,7 +207,7 @@ class _Search:
         seconds = pipelined + parts["data"] + parts["pipeline"] + parts["optimizer"]
         state = state_memory(bytes_held, plan.zero, max(1, mesh.size("dp_shard")))
         flying = min(stages, m) if plan.schedule == "1f1b" else m
-        activations = cost.activations * share / stages * flying / m
+        activations = cost.activations * share / stages * flying / m + cost.temporaries * share / m
         peak = state.total + activations
         samples = self.rows * data if self.batch == "local" else self.rows
         traffic = {axis: 0.0 for axis in mesh.axes}

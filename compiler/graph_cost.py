@@ -11,12 +11,13 @@ from torch import fx
 from ..passes.convert import is_free
 from ..passes.graph_tools import Calls, is_getitem, metas
 from ..passes.partition import VIEWS
-from ..passes.rules.base import Axis, OpCall, TensorMeta
+from ..passes.rules.base import Axis, TensorMeta
 from ..passes.rules.base import Strategy as NodeStrategy
 from ..passes.types import I, R, Type
 from ..runtime.program import Mesh
 from .cost import Seconds, conversion_bytes, op_name, size_of
 from .emit import Problem
+from .keeping import Keeping, keeping, kept_bytes, temporary_bytes
 from .place import Barred, Placement, Policy, place
 from .prices import Volume, held
 from .topology import Topology, collective_bytes
@@ -33,6 +34,7 @@ class GraphCost:
 
     compute, traffic        seconds
     activations             bytes that the forward keeps
+    temporaries             bytes that the backward of the largest op holds beside these
     parameters              bytes held of all parameters; of these `trainable` have gradients, `read_again` are used in the backward
     received                bytes received over the tensor axis: of the batch, and of gradients summed once a step
     ops                     kernels of a forward and backward
@@ -41,6 +43,7 @@ class GraphCost:
     compute: float
     traffic: float
     activations: float
+    temporaries: float
     parameters: float
     trainable: float
     read_again: float
@@ -49,13 +52,13 @@ class GraphCost:
     ops: int
 
 
-def graph_cost(problem: Problem, mesh: Mesh, sequence: bool, topology: Topology, calls: Calls) -> GraphCost:
+def graph_cost(problem: Problem, mesh: Mesh, sequence: bool, topology: Topology, calls: Calls, kept: Keeping) -> GraphCost:
     """Place the graph over tp as emission would, and add up what every rank then does.
 
-    mesh      of one axis, "tp", or none       calls     `op_calls` of the graph
+    mesh      of one axis, "tp", or none       calls, kept     `op_calls` of the graph, and `keeping` of these
     """
     placement = tensor_placement(problem, mesh, sequence, calls) if mesh.size("tp") > 1 else None
-    return placed_cost(problem, mesh, placement, topology, calls)
+    return placed_cost(problem, mesh, placement, topology, calls, kept)
 
 
 def tensor_placement(
@@ -75,20 +78,24 @@ def tensor_placement(
     return place(problem.graph, Axis("tp", mesh.size("tp")), policy, prices, calls, barred)
 
 
-def placed_cost(problem: Problem, mesh: Mesh, placement: Placement | None, topology: Topology, calls: Calls) -> GraphCost:
-    """What every rank does under a placement over tp; None where there is no such axis."""
+def placed_cost(
+    problem: Problem, mesh: Mesh, placement: Placement | None, topology: Topology, calls: Calls, kept: Keeping | None = None
+) -> GraphCost:
+    """What every rank does under a placement over tp; None where there is no such axis.
+
+    kept    `keeping(calls)`, where the caller has it
+    """
     axis = Axis("tp", mesh.size("tp"))
     seconds = Seconds(topology, mesh)
-    compute = activations = 0.0
-    known: dict[tuple[int, int], tuple[float, float]] = {}
+    compute = 0.0
+    known: dict[tuple[int, int], float] = {}
     for node, (call, _) in calls.items():
         strategy = placement.choice[node.name] if placement else None
         key = id(call), id(strategy)  # identical blocks share both objects
         if key not in known:
             strategy = strategy or NodeStrategy("whole", (I,) * len(call.operands), (I,) * len(call.results))
-            known[key] = seconds.node(call, strategy, axis, ()), _kept(call, strategy, axis)
-        compute += known[key][0]
-        activations += known[key][1]
+            known[key] = seconds.node(call, strategy, axis, ())
+        compute += known[key]
     parameters = trainable = again = traffic = once = 0.0
     for node in problem.graph.graph.nodes:
         if node.op == "placeholder" and node.meta["key"].startswith("param."):
@@ -100,11 +107,13 @@ def placed_cost(problem: Problem, mesh: Mesh, placement: Placement | None, topol
             if placement and type_ == R and meta.grad:
                 traffic += seconds.placeholder(type_, meta, axis)
                 once += collective_bytes("all_reduce", size, axis.size)
+    activations = kept_bytes(calls, kept or keeping(calls), placement, axis)
+    temporaries = temporary_bytes(calls, placement, axis)
     received = 0.0
     if placement is not None:
         traffic += sum(_priced(calls, placement, lambda a, b, m: seconds.conversion(a, b, m, axis)))
         received = sum(_priced(calls, placement, lambda a, b, m: conversion_bytes(a, b, size_of(m), axis.size, m.grad).total))
-    return GraphCost(compute, traffic, activations, parameters, trainable, again, received, once, 3 * len(calls))
+    return GraphCost(compute, traffic, activations, temporaries, parameters, trainable, again, received, once, 3 * len(calls))
 
 
 def _read_again(parameter: fx.Node) -> bool:
@@ -114,13 +123,6 @@ def _read_again(parameter: fx.Node) -> bool:
         for user in parameter.users
         if user.op == "call_function"
     )
-
-
-def _kept(call: OpCall, strategy: NodeStrategy, axis: Axis) -> float:
-    """Bytes of a call's results that a rank keeps for the backward."""
-    if call.target in VIEWS:
-        return 0.0
-    return sum(size_of(m) * held(t, axis) for m, t in zip(call.results, strategy.outs, strict=True) if m.grad)
 
 
 Price = Callable[[Type, Type, TensorMeta], float]

@@ -158,10 +158,12 @@ def _key_sizes(program: RankProgram) -> dict[Key, float]:
     for spec in program.graphs.values():
         output = next(node for node in spec.graph.graph.nodes if node.op == "output")
         inputs = {id(node) for node in spec.graph.graph.nodes if node.op == "placeholder"}
-        for key, node in zip(spec.outputs, output.args[0], strict=True):
-            if isinstance(node, fx.Node):
-                # A value handed through is counted where it was made.
-                sizes[key] = 0.0 if id(_base(node)) in inputs else max(sizes.get(key, 0.0), _bytes(_base(node)))
+        results = [(key, node) for key, node in zip(spec.outputs, output.args[0], strict=True) if isinstance(node, fx.Node)]
+        shown = Counter(_base(node) for _, node in results)
+        for key, node in results:
+            # A value handed through is counted where it was made; storage that several show (a bucket's parts), in equal shares.
+            base = _base(node)
+            sizes[key] = 0.0 if id(base) in inputs else max(sizes.get(key, 0.0), _bytes(base) / shown[base])
     return sizes
 
 

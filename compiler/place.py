@@ -102,6 +102,7 @@ class _Decision:
     operands: tuple[Value, ...] = ()
     carried: dict[tuple[Value, ...], None] = field(default_factory=dict)
     call: OpCall | None = None
+    site: Site | None = None
 
 
 class _Builder:
@@ -148,9 +149,10 @@ class _Builder:
             decision.operands = tuple(self.value_of(s) for s in sources)
             sites.append(Site(decision.call, find_rule(decision.call, self.axis), decision.operands, decision.values))
         again = [replace(s, operands=o) for s in sites for o in self.decisions[s.results[0][0]].carried]
-        cuts = spread((*sites, *again), self.axis, Cuts(given))
+        self.cuts = cuts = spread((*sites, *again), self.axis, Cuts(given))
         for site in sites:
             decision = self.decisions[site.results[0][0]]
+            decision.site = site
             decision.options = self._options(site, cuts)
         for decision in self.decisions.values():
             if decision.node.op == "placeholder":
@@ -340,6 +342,15 @@ class _Builder:
         partial = next((v for v in d.operands if all(isinstance(t, Partial) for t in possible[v])), None)
         return d.node if partial is None else self._summed_by(self.decisions[partial[0]], possible)
 
+    def _own(self, node: fx.Node, strategy: Strategy) -> Strategy:
+        """What the strategy of the first node at its place is for `node`: the same, but where it says what to run and the calls
+        differ, as those of random ops do by their site."""
+        decision, call = self.decisions[self.first(node)], self.calls[node][0]
+        if strategy.target is None or decision.site is None or call == decision.call:
+            return strategy
+        types = strategy.ins, strategy.outs
+        return next(s for s in self._options(replace(decision.site, call=call), self.cuts) if (s.ins, s.outs) == types)
+
     def placement(self, solution: Solution) -> Placement:
         chosen = {d.name: d.options[solution.choice[i]] for i, d in enumerate(self.order)}
         choice, placeholders = {}, {}
@@ -347,6 +358,6 @@ class _Builder:
             if node.op == "placeholder":
                 placeholders[node.meta["key"]] = chosen[self.first(node)].outs[0]
             elif node.op != "output" and not is_getitem(node):
-                choice[node.name] = chosen[self.first(node)]
+                choice[node.name] = self._own(node, chosen[self.first(node)])
         outputs = {k: self.exit_types[node][solution.choice[node]] for k, (node, _) in enumerate(self.exits)}
         return Placement(self.axis, choice, placeholders, outputs, solution.cost, solution.bound)

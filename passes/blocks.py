@@ -27,7 +27,11 @@ from .graph_tools import node_bytes
 from .ops.random import ops
 
 _TRIES = 64
-SITES: Mapping[Any, Sequence[int | str]] = {ops.dropout.default: (3, "site"), ops.uniform.default: (1, "site")}
+SITES: Mapping[Any, Sequence[int | str]] = {
+    ops.chunked_attention.default: (9, "site"),
+    ops.dropout.default: (3, "site"),
+    ops.uniform.default: (1, "site"),
+}
 """The number of a random op, by op: what may differ between instances."""
 
 

@@ -28,7 +28,7 @@ def group_heads(gm: fx.GraphModule, values: Values) -> fx.GraphModule:
         grouped.meta.update({key: value for key, value in node.meta.items() if key != "val"})
         node.replace_all_uses_with(grouped)
         gm.graph.erase_node(node)
-        for repeated in (k, v):
+        for repeated in {k: None, v: None}:  # one may be both
             _erase_unused(gm.graph, repeated)
     return gm
 

@@ -118,13 +118,20 @@ def _number_on_the_smaller(node: fx.Node, graph: fx.Graph, values: Values) -> fx
             continue
         (small, sizes, *_), (x, number) = arguments(wide), arguments(scaled)
         alike = small.meta["val"].dtype == x.meta["val"].dtype == node.meta["val"].dtype
-        if alike and math.prod(small.meta["val"].shape) < math.prod(x.meta["val"].shape):
+        # In half precision the number may be what keeps the product in range.
+        if (
+            alike
+            and node.meta["val"].dtype != torch.float16
+            and math.prod(small.meta["val"].shape) < math.prod(x.meta["val"].shape)
+        ):
             less = _made(node, graph, values, aten.mul.Scalar, (small, number))
             return _made(node, graph, values, aten.mul.Tensor, (_made(node, graph, values, aten.expand.default, (less, sizes)), x))
     return None
 
 
 def _add(node: fx.Node, graph: fx.Graph, values: Values) -> fx.Node | None:
+    if not _plain_sum(node):
+        return None
     return _add_of_slices(node, graph, values) or _add_of_product(node, graph, values)
 
 
@@ -155,15 +162,20 @@ def _add_of_slices(node: fx.Node, graph: fx.Graph, values: Values) -> fx.Node | 
     return None
 
 
+def _plain_sum(node: fx.Node) -> bool:
+    """Without `alpha`."""
+    return not node.kwargs and len(arguments(node)) == 2
+
+
 def _slices(node: fx.Node) -> list[fx.Node] | None:
     """The slice_backward calls that a chain of additions sums; None where anything else is in it, or used elsewhere too."""
     found: list[fx.Node] = []
     for operand in arguments(node):
         if not isinstance(operand, fx.Node) or len(operand.users) != 1:
             return None
-        below = (
-            [operand] if _is(operand, aten.slice_backward.default) else _slices(operand) if _is(operand, aten.add.Tensor) else None
-        )
+        below = [operand] if _is(operand, aten.slice_backward.default) else None
+        if _is(operand, aten.add.Tensor) and _plain_sum(operand):
+            below = _slices(operand)
         if below is None:
             return None
         found += below
@@ -171,8 +183,6 @@ def _slices(node: fx.Node) -> list[fx.Node] | None:
 
 
 def _add_of_product(node: fx.Node, graph: fx.Graph, values: Values) -> fx.Node | None:
-    if node.kwargs or len(arguments(node)) != 2:
-        return None
     for term, product in (arguments(node), arguments(node)[::-1]):
         if not (_is(product, aten.mul.Tensor) and isinstance(term, fx.Node) and term is not product):
             continue

@@ -48,13 +48,13 @@ def trim() -> None:
 
 
 class HeapWatch:
-    """Trims the heap when it has grown by `SLACK` since it was trimmed last, or since the watch began."""
+    """Trims the heap when it has grown by `SLACK` beyond what it was when trimmed last, or when the watch began."""
 
     def __init__(self) -> None:
         self._settled = self._size()
 
     def _size(self) -> int:
-        """Bytes of the main heap, used or free; 0 where it cannot be known."""
+        """Bytes of all heaps, used or free; 0 where it cannot be known."""
         library = _library()
         return library[1]().arena if library is not None and library[1] is not None else 0
 

@@ -63,6 +63,14 @@ def test_equals_one_device(model: str, strategy: str) -> None:
     check(case_of(model), Plan(mesh(**axes), **options))
 
 
+@pytest.mark.parametrize("strategy", ["hsdp", "sp4", "zero3tp2", "dp2tp2pp2"])
+@pytest.mark.parametrize("model", [m for m in MODELS if m not in COUPLED])
+def test_equals_one_device_with_dropout(model: str, strategy: str) -> None:
+    """Four layers: repeated ones share every decision, and no number that they draw."""
+    axes, options = STRATEGIES[strategy]
+    check(prepare(*zoo.MODELS[model](layers=4, dropout=0.2)), Plan(mesh(**axes), **options))
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_the_chosen_plan_equals_one_device(model: str) -> None:
     case = case_of(model)

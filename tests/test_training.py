@@ -547,7 +547,7 @@ def test_a_batch_too_small_for_the_ranks_is_refused() -> None:
 @pytest.mark.parametrize("model", ["gpt", "mlp"])
 def test_dropout_draws_the_same_numbers_on_every_mesh(model: str, name: str) -> None:
     """Losses and gradients of two steps are those of the program of one rank, and the steps draw different numbers."""
-    plain, batch = made(model, dropout=0.3, batch=6, layers=1 if model == "gpt" else 3)
+    plain, batch = made(model, dropout=0.3, batch=6, layers=3)
 
     def body(parallel: ParallelModule, rank: int) -> Any:
         found = []
@@ -569,10 +569,10 @@ def test_dropout_draws_the_same_numbers_on_every_mesh(model: str, name: str) -> 
     assert other[0][0][0] != pytest.approx(first, rel=1e-6)
 
 
-@pytest.mark.parametrize("model", ["llama", "bert", "t5", "vit"])
+@pytest.mark.parametrize("model", ["llama", "gpt2", "bert", "t5", "vit"])
 def test_dropout_of_transformers(model: str) -> None:
-    """Attention's own dropout, sharded by heads and by samples."""
-    plain, batch = made(model, dropout=0.2, layers=1)
+    """Attention's own dropout, sharded by heads and by samples, in repeated layers that are planned as one."""
+    plain, batch = made(model, dropout=0.2, layers=3)
     body = lambda parallel, rank: parallel.train_step(**batch).item()  # noqa: E731
     torch.manual_seed(5)
     (expected,) = on_ranks(plain, None, body, example=batch, batch="global", world_size=1)

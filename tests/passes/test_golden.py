@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from programs import case, plan, program
 
-from shardwright.passes.ops.collectives import ops
 from shardwright.runtime.emit_python import graph_text
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -32,10 +31,3 @@ def test_golden(name: str, options: dict[str, int], graph: str) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_text(found)
     assert found == path.read_text(), f"differs from {path.name}; see the head of {Path(__file__).name}"
-
-
-def test_attention_takes_shared_key_and_value_heads_as_they_are() -> None:
-    """Llama's 4 query heads share 2 key and value heads: on each of two ranks 2 share 1, and none is repeated in memory."""
-    graph = program(case("llama", layers=1), plan(tp=2)).graphs["forward"].graph.graph
-    (attention,) = (n for n in graph.nodes if n.target is ops.attention.default)
-    assert [n.meta["val"].shape[1] for n in attention.args[:3]] == [2, 1, 1]

@@ -101,6 +101,23 @@ LEFT: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "a product used twice": (lambda x, y: (lambda p: (x + p, p))(x * y), (X, Y)),
     "sum in another type": (lambda x, y: x + y.float() * y.float(), (X, Y)),
     "a scaled sum": (lambda x, y: torch.add(x, y * y, alpha=2), (X, Y)),
+    "slices of a scaled sum": (
+        lambda x: torch.add(
+            aten.slice_backward(x[:, :3], [4, 6], 1, 0, 3, 1), aten.slice_backward(x[:, 3:], [4, 6], 1, 3, 6, 1), alpha=2
+        ),
+        (X,),
+    ),
+    "slices of a scaled sum within": (
+        lambda x: (
+            torch.add(aten.slice_backward(x[:, :2], [4, 6], 1, 0, 2, 1), aten.slice_backward(x[:, :2], [4, 6], 1, 2, 4, 1), alpha=2)
+            + aten.slice_backward(x[:, :2], [4, 6], 1, 4, 6, 1)
+        ),
+        (X,),
+    ),
+    "half precision": (
+        lambda x, r: aten.mul.Tensor(r.expand(4, 6), aten.mul.Scalar(x, 2.0)),
+        (X.half(), ROWS.half()),
+    ),
     "slices that overlap": (
         lambda x: aten.slice_backward(x[:, :4], [4, 6], 1, 0, 4, 1) + aten.slice_backward(x[:, :3], [4, 6], 1, 3, 6, 1),
         (X,),

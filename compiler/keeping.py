@@ -1,0 +1,131 @@
+"""Which values of a captured graph a forward keeps for its backward, as passes/partition.py will find, before anything is emitted.
+
+An op either needs the values of its operands for its backward (a product), or its results (a softmax), or neither (a sum).
+Views keep what they are views of. What follows by a cheap op from other kept values is computed again and not kept; but what is
+converted for an op that needs it (gathered, say) is kept as converted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ..passes.graph_tools import Calls, is_getitem
+from ..passes.partition import CHEAP, VIEWS
+from ..passes.rules.base import Axis, OpCall
+from ..passes.types import I, Type
+from .cost import FREE, op_name, size_of
+from .place import Placement
+from .prices import held
+
+aten = torch.ops.aten
+
+VALUE_FREE = frozenset(
+    """add add_ sub rsub neg cat stack sum mean clone _to_copy to where masked_fill dropout embedding embedding_shard select
+    index_select slice pick pad constant_pad_nd""".split()
+)
+"""Ops whose backward needs the value of no operand that takes a gradient."""
+
+NEEDS_RESULT = frozenset(
+    """attention chunked_attention softmax _softmax log_softmax _log_softmax logsumexp tanh sigmoid exp rsqrt sqrt reciprocal relu
+    topk max_pool2d""".split()
+)
+
+Use = tuple[fx.Node, int]
+"""An operand of a call, by position."""
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """uses: of each value that some backward needs, by node and number of the result, the operands that need it; () where it is an
+    op's own result. rebuilt: values that need not be kept as they are made."""
+
+    uses: Mapping[tuple[fx.Node, int], tuple[Use, ...]]
+    rebuilt: frozenset[tuple[fx.Node, int]]
+
+
+def keeping(calls: Calls) -> Keeping:
+    """What is kept, whatever the placement. Placeholders are there anyway."""
+    uses: dict[tuple[fx.Node, int], list[Use]] = {}
+    for node, (call, sources) in calls.items():
+        if not any(o.grad for o in call.operands):
+            continue
+        if op_name(call.target) in NEEDS_RESULT:
+            for k in range(len(call.results)):
+                uses.setdefault((node, k), [])
+        for i, source in enumerate(sources):
+            value = _held_by(source)
+            if value[0].op == "call_function" and _needs_value(node, call, i):
+                uses.setdefault(value, []).append((node, i))
+    rebuilt = set()
+    for value in uses:
+        node, _ = value
+        if node.target in CHEAP:
+            below = [_held_by(source) for source in calls[node][1]]
+            if all(v[0].op == "placeholder" or v in uses for v in below):
+                rebuilt.add(value)
+    return Keeping({value: tuple(found) for value, found in uses.items()}, frozenset(rebuilt))
+
+
+def _needs_value(node: fx.Node, call: OpCall, i: int) -> bool:
+    """Whether the backward of a call needs the value of operand i: products need it for the gradient of the others alone."""
+    name = op_name(call.target)
+    if name in VALUE_FREE or node.target in VIEWS or node.target is aten.reshape.default:
+        return False
+    if name in ("mul", "div", "mm", "bmm", "linear", "matmul", "addmm", "baddbmm", "convolution"):
+        return any(o.grad for k, o in enumerate(call.operands) if k != i) or (name == "div" and i == 1)
+    return name not in NEEDS_RESULT or name in ("attention", "chunked_attention", "logsumexp")
+
+
+def _held_by(node: fx.Node) -> tuple[fx.Node, int]:
+    """The value that a value is a view of."""
+    while node.op == "call_function":
+        if is_getitem(node):
+            source, k = node.args
+            assert isinstance(source, fx.Node) and isinstance(k, int)
+            return source, k
+        if node.target not in VIEWS and node.target is not aten.reshape.default:
+            break
+        node = node.all_input_nodes[0]
+    return node, 0
+
+
+def kept_bytes(calls: Calls, kept: Keeping, placement: Placement | None, axis: Axis) -> float:
+    """Bytes that a rank keeps. Each value once for each type that a backward needs it in."""
+    total = 0.0
+    for (node, k), uses in kept.uses.items():
+        call, _ = calls[node]
+        made = placement.choice[node.name].outs[k] if placement else I
+        size = size_of(call.results[k])
+        shares = {held(_type_at(use, placement), axis) for use in uses}
+        own = held(made, axis)
+        if own in shares or not uses:
+            shares.discard(own)
+            total += 0.0 if (node, k) in kept.rebuilt else size * own
+        total += size * sum(shares)
+    return total
+
+
+def temporary_bytes(calls: Calls, placement: Placement | None, axis: Axis) -> float:
+    """Bytes that the backward of the largest op holds beside what is kept: the gradients of its results and of its operands."""
+    largest = 0.0
+    for node, (call, sources) in calls.items():
+        if not any(o.grad for o in call.operands) or op_name(call.target) in FREE:
+            continue
+        strategy = placement.choice[node.name] if placement else None
+        outs = strategy.outs if strategy else (I,) * len(call.results)
+        ins = strategy.ins if strategy else (I,) * len(call.operands)
+        total = sum(size_of(m) * held(t, axis) for m, t in zip(call.results, outs, strict=True) if m.grad)
+        for meta, type_, source in zip(call.operands, ins, sources, strict=True):
+            if meta.grad and _held_by(source)[0].op == "call_function":
+                total += size_of(meta) * held(type_, axis)
+        largest = max(largest, total)
+    return largest
+
+
+def _type_at(use: Use, placement: Placement | None) -> Type:
+    node, i = use
+    return placement.choice[node.name].ins[i] if placement else I

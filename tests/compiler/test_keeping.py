@@ -1,0 +1,50 @@
+"""The memory that is predicted of a plan is what the emitted programs take."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from shardwright import Strategy, Topology, emit, plan
+from shardwright.compiler.memory import program_memory
+
+STRATEGIES = {
+    "zero3": Strategy(dp=8, tp=1, pp=1, zero=3),
+    "tp4": Strategy(dp=2, tp=4, pp=1, sequence_parallel=False),
+    "sequence parallel": Strategy(dp=2, tp=4, pp=1, sequence_parallel=True),
+}
+
+
+def llama() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    config = transformers.LlamaConfig(
+        vocab_size=8000, hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4
+    )
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+        tokens = torch.empty(2, 512, dtype=torch.long)
+    return model, {"input_ids": tokens, "labels": torch.empty_like(tokens)}
+
+
+def bert() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    config = transformers.BertConfig(
+        vocab_size=8000, hidden_size=512, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8
+    )
+    with torch.device("meta"):
+        model = transformers.BertForMaskedLM(config)
+        tokens = torch.empty(2, 512, dtype=torch.long)
+    return model, {"input_ids": tokens, "labels": torch.empty_like(tokens)}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("model", [llama, bert])
+@pytest.mark.filterwarnings("ignore")
+def test_predicted_peak(model, name: str) -> None:
+    made, batch = model()
+    planned = plan(made, Topology.preset("h100", devices=8), example_inputs=batch, strategy=STRATEGIES[name])
+    predicted = planned.plan.predicted
+    assert predicted is not None
+    taken = program_memory(emit(planned, 0))
+    assert predicted.peak_bytes == pytest.approx(taken.peak, rel=0.2), taken
+    kept = sum(v for k, v in predicted.parts.items() if k == "activation bytes")
+    assert kept == pytest.approx(taken.activations + taken.temporaries, rel=0.2), taken
