@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ._models import PUBLISHED, meta_llama
-from ._report import MIB, peak_rss, print_table, write_json
+from ._report import GIB, MIB, peak_rss, print_table, write_json
 
 PHASES = (
     # What is timed within `plan`: the phase, the module that calls it, and the name that it calls there.
@@ -68,6 +68,7 @@ def main() -> int:
     begin = time.perf_counter()
     from shardwright import Topology, emit, plan
     from shardwright.cli import parse_strategy
+    from shardwright.compiler.memory import program_memory
 
     watch = Stopwatch()
     for phase in PHASES:
@@ -94,6 +95,9 @@ def main() -> int:
     }
     title = f"{options.model} on {options.devices} {options.topology}, {options.batch} x {options.seq} tokens a data rank"
     print_table(title, ["phase", "seconds"], [[name, f"{value:.2f}"] for name, value in seconds.items()])
+    predicted, counted = planned.plan.predicted, program_memory(program)
+    if predicted is not None:
+        print(f"memory of a rank: {predicted.peak_bytes / GIB:.1f} GiB predicted by the plan; the program takes {counted}")
     nodes = {name: len(spec.graph.graph.nodes) for name, spec in program.graphs.items()}
     print(f"peak resident memory {peak_rss() / MIB:.0f} MiB; graphs of rank {options.rank}: {nodes}")
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
