@@ -47,7 +47,7 @@ from ..runtime.program import (
 from .collector import without_collection
 from .place import Placement, Policy, place
 from .plan import Plan
-from .prices import Prices, Volume
+from .prices import Prices, Volume, tensor_prices
 from .schedules import Step, build, crossing, part_name
 
 SEGMENT_BYTES = 25 * 2**20
@@ -123,8 +123,7 @@ def lower(problem: Problem, plan: Plan, coordinates: Mapping[str, int], values: 
     if plan.mesh.size("tp") > 1:
         fixed: dict[str, Type] = {f"param.{name}": t for name, t in plan.layout.items()}
         policy = Policy("tensor", fixed, problem.loss, scatter=plan.sequence_parallel)
-        prices = Volume(parameters=True, activations=0.05 if plan.sequence_parallel else 0.0)
-        steps.append((Axis("tp", plan.mesh.size("tp")), coordinates["tp"], policy, prices))
+        steps.append((Axis("tp", plan.mesh.size("tp")), coordinates["tp"], policy, tensor_prices(plan.sequence_parallel)))
     for axis, index, policy, prices in steps:
         calls = op_calls(gm)
         placement = place(gm, axis, policy, prices, calls)

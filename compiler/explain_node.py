@@ -17,7 +17,7 @@ from ..runtime.program import Mesh
 from .cost import Seconds, size_of
 from .emit import Lowered, Problem, coordinates_of, lower
 from .explain import describe
-from .graph_cost import GraphCost, placed_cost, tensor_placement
+from .graph_cost import GraphCost, placed_cost, produced, tensor_placement
 from .place import Placement
 from .plan import Plan
 from .prices import held
@@ -114,7 +114,7 @@ def _tensor_costs(problem: Problem, plan: Plan, topology: Topology, node: fx.Nod
     calls = op_calls(problem.graph)
     mesh = Mesh(("tp",), (plan.mesh.size("tp"),))
     chosen = tensor_placement(problem, mesh, plan.sequence_parallel, calls)
-    own = _own_seconds(node, chosen, Seconds(topology, mesh), Axis("tp", mesh.size("tp")), calls) * _share(problem, plan)
+    own = _own_seconds(node, chosen, Seconds(topology, mesh), Axis("tp", mesh.size("tp")), calls) * _share(plan)
     copies = sum(_first(problem.graph, n) == _first(problem.graph, node) for n in problem.graph.graph.nodes) - 1
     alike = f"; {copies} more like it in other blocks lie the same" if copies else ""
     lines = [f"cost: {seconds_text(own)} a step on each rank{alike}"]
@@ -146,7 +146,7 @@ def next_best(
     outs = _outs(chosen, node)
     other = tensor_placement(problem, mesh, plan.sequence_parallel, calls, barred={node.name: [outs]})
     before, after = (placed_cost(problem, mesh, p, topology, calls) for p in (chosen, other))
-    share = _share(problem, plan)
+    share = _share(plan)
 
     def more(part: str) -> float:
         return getattr(after, part) - getattr(before, part)
@@ -164,7 +164,7 @@ def _seconds(cost: GraphCost) -> float:
     return cost.compute + cost.traffic
 
 
-def _share(problem: Problem, plan: Plan) -> float:
+def _share(plan: Plan) -> float:
     """Of the graph of the global batch, what one data rank and stage runs."""
     return 1.0 / plan.data_size / plan.stages
 
@@ -187,16 +187,8 @@ def _own_seconds(node: fx.Node, placement: Placement, seconds: Seconds, axis: Ax
     strategy = placement.choice[node.name]
     total = seconds.node(call, strategy, axis, ())
     for source, needed in zip(sources, strategy.ins, strict=True):
-        have = _produced(source, placement)
+        have, _ = produced(source, placement)
         (meta,) = metas(source)
         if have != needed:
             total += seconds.conversion(have, needed, meta, axis)
     return total
-
-
-def _produced(node: fx.Node, placement: Placement) -> Type:
-    if node.op == "call_function" and node.name not in placement.choice:
-        source, k = node.args  # one result of several
-        assert isinstance(source, fx.Node) and isinstance(k, int)
-        return _outs(placement, source)[k]
-    return _outs(placement, node)[0]

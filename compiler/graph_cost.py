@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,9 @@ from ..passes.types import I, R, Type
 from ..runtime.program import Mesh
 from .cost import Seconds, conversion_bytes, op_name, size_of
 from .emit import Problem
-from .keeping import Keeping, keeping, kept_bytes, temporary_bytes
+from .keeping import Keeping, keeping, kept_bytes, largest_backward_bytes
 from .place import Barred, Placement, Policy, place
-from .prices import Volume, held
+from .prices import held, tensor_prices
 from .topology import Topology, collective_bytes
 
 VALUE_FREE = frozenset("add add_ sub rsub embedding embedding_shard select index_select".split())
@@ -61,21 +61,10 @@ def graph_cost(problem: Problem, mesh: Mesh, sequence: bool, topology: Topology,
     return placed_cost(problem, mesh, placement, topology, calls, kept)
 
 
-def tensor_placement(
-    problem: Problem,
-    mesh: Mesh,
-    sequence: bool,
-    calls: Calls,
-    fixed: Mapping[str, Type] | None = None,
-    barred: Barred | None = None,
-) -> Placement:
-    """The placement over tp that emission makes.
-
-    fixed     types of placeholders by key       barred    see `place`
-    """
-    prices = Volume(parameters=True, activations=0.05 if sequence else 0.0)
-    policy = Policy("tensor", fixed or {}, problem.loss, scatter=sequence)
-    return place(problem.graph, Axis("tp", mesh.size("tp")), policy, prices, calls, barred)
+def tensor_placement(problem: Problem, mesh: Mesh, sequence: bool, calls: Calls, barred: Barred | None = None) -> Placement:
+    """The placement over tp that emission makes; `barred` as `place` takes it."""
+    policy = Policy("tensor", {}, problem.loss, scatter=sequence)
+    return place(problem.graph, Axis("tp", mesh.size("tp")), policy, tensor_prices(sequence), calls, barred)
 
 
 def placed_cost(
@@ -108,7 +97,7 @@ def placed_cost(
                 traffic += seconds.placeholder(type_, meta, axis)
                 once += collective_bytes("all_reduce", size, axis.size)
     activations = kept_bytes(calls, kept or keeping(calls), placement, axis)
-    temporaries = temporary_bytes(calls, placement, axis)
+    temporaries = largest_backward_bytes(calls, placement, axis)
     received = 0.0
     if placement is not None:
         traffic += sum(_priced(calls, placement, lambda a, b, m: seconds.conversion(a, b, m, axis)))
@@ -134,7 +123,7 @@ def _priced(calls: Calls, placement: Placement, price: Price) -> Iterator[float]
     known: dict[tuple[Type, Type, TensorMeta], float] = {}
     for node, (_, sources) in calls.items():
         for source, needed in zip(sources, placement.choice[node.name].ins, strict=True):
-            have, k = _produced(source, placement)
+            have, k = produced(source, placement)
             if have is needed or (source, k, needed) in made:
                 continue
             (meta,) = metas(source)
@@ -146,7 +135,7 @@ def _priced(calls: Calls, placement: Placement, price: Price) -> Iterator[float]
             yield known[have, needed, meta]
 
 
-def _produced(node: fx.Node, placement: Placement) -> tuple[Type, int]:
+def produced(node: fx.Node, placement: Placement) -> tuple[Type, int]:
     """The type of a value, and which of its node's results it is."""
     place: Any = node.args if is_getitem(node) else (node, 0)
     node, k = place

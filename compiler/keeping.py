@@ -109,7 +109,7 @@ def kept_bytes(calls: Calls, kept: Keeping, placement: Placement | None, axis: A
     return total
 
 
-def temporary_bytes(calls: Calls, placement: Placement | None, axis: Axis) -> float:
+def largest_backward_bytes(calls: Calls, placement: Placement | None, axis: Axis) -> float:
     """Bytes that the backward of the largest op holds beside what is kept: the gradients of its results and of its operands."""
     largest = 0.0
     for node, (call, sources) in calls.items():

@@ -64,6 +64,11 @@ def conversion_kinds(src: Type, dst: Type, grad: bool) -> tuple[str, str]:
 PRODUCTS = frozenset("mm bmm linear matmul grouped_linear convolution attention chunked_attention addmm baddbmm".split())
 
 
+def tensor_prices(sequence: bool) -> Volume:
+    """For a tensor axis; `sequence`: activations are sharded by their tokens where that is possible."""
+    return Volume(parameters=True, activations=0.05 if sequence else 0.0)
+
+
 class Volume:
     """Bytes moved, with replicated work and replicated parameters of products priced far above any traffic."""
 
