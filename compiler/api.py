@@ -25,15 +25,15 @@ from ..runtime.program import Mesh, RankProgram
 from . import emit as emission
 from .bind import BatchMode, batch_keys, bind
 from .call_structure import flatten_call
-from .choose import choose, likely_data_size, name_of
+from .certify import Certificate, certify
+from .choose import choose, likely_data_size
 from .engine import ModelEngine, Options
 from .explain_node import explain_node
 from .layout import with_layout
 from .plan import Plan
-from .prepare import in_float64
+from .reduce import Capture
 from .strategy import Strategy, resolve
 from .topology import Topology
-from .verify import Certificate, random_state, verify_programs
 
 TIMEOUT_SECONDS = 300.0
 
@@ -69,7 +69,8 @@ def auto_parallelize(
     microbatches    per step and data rank, in a pipeline
     batch           "local": each data rank passes its own share; "global": every rank passes the whole batch
     outputs         "loss", or "all": other outputs come back under a pipeline too
-    verify          first compare the captured graph with the eager model, loss and gradients, on the example inputs
+    verify          first compare the captured graph with the eager model, loss and gradients, on the example inputs; then check the
+                    plan, as `verify` does, on rank 0: `parallel.certificate` says what was checked
     state           for a model on the meta device: a state dict, or the path of safetensors files; None: its own initialization
 
     Raises StrategyError for a mesh or strategy that cannot be, DoesNotFit where memory does not suffice, CaptureError for a model
@@ -177,12 +178,18 @@ def _topology(device: torch.device, world_size: int) -> Topology:
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A plan with what it was made for: `plan.plan`, and programs of any rank by `emit(plan, rank)`."""
+    """A plan with what it was made for: `plan.plan`, and programs of any rank by `emit(plan, rank)`.
+
+    example    the tensors of one call that it was planned for, by key
+    capture    captures the same call again, with other local batches
+    """
 
     plan: Plan
     problem: emission.Problem
     templates: Templates
     topology: Topology
+    example: Mapping[str, Tensor]
+    capture: Capture
 
     def explain(self, name: str | None = None) -> str:
         """The plan; or of an op of the captured graph, a parameter or a module, by name: where it lies over every axis, what that
@@ -234,7 +241,7 @@ def plan(
     batches = tuple(_batches(rows, chosen.data_size, batch))
     if batches != problem.local_batches:
         problem = replace(problem, local_batches=batches) if sum(batches) == sum(problem.local_batches) else captured(batches)
-    return PlannedModel(with_layout(problem, chosen), problem, Templates(Values()), topology)
+    return PlannedModel(with_layout(problem, chosen), problem, Templates(Values()), topology, tensors, captured)
 
 
 def _batches(rows: int, data_size: int, batch: BatchMode) -> Sequence[int]:
@@ -248,23 +255,25 @@ def emit(planned: PlannedModel, rank: int) -> RankProgram:
     return emission.emit(planned.problem, planned.plan, rank, planned.templates)
 
 
-def verify(planned: PlannedModel, inputs: Mapping[str, Tensor] | None = None) -> Certificate:
-    """Check a plan: the types of every rank's graphs, the schedules of all ranks together, and by numbers against one device.
+def verify(
+    planned: PlannedModel, inputs: Mapping[str, Tensor] | None = None, *, numbers: bool = True, memory_limit: float | None = None
+) -> Certificate:
+    """Check a plan: types and schedules at any size, and by numbers against one device, every rank in this process.
 
-    inputs    the whole batch's tensors by key (`input.NAME`) for the numerical comparison; left out, types and schedules alone
+    inputs        tensors by key (`input.NAME`) to compare with, of any number of samples; None: the example given to `plan`
+    numbers       False: types and schedules alone
+    memory_limit  bytes that the comparison may take; None: half of what is free. Where the whole model does not fit, one of each
+                  distinct block and the two ends are compared ("reduced", as the certificate says)
 
     Raises TypeCheckError, MismatchError, DeadlockError or VerificationError, naming what does not hold.
     """
-    problem, ranks = planned.problem, range(planned.plan.mesh.world_size)
-    title = name_of(planned.plan)
-    if inputs is None:
-        programs = [emit(planned, rank) for rank in ranks]
-        return verify_programs(title, programs, problem.graph, problem.loss, None, None)
-    problem = replace(problem, graph=in_float64(problem.graph, problem.loss))
-    templates = Templates(Values())
-    programs = [emission.emit(problem, planned.plan, rank, templates) for rank in ranks]
-    double = lambda x: x.double() if x.is_floating_point() else x  # noqa: E731
-    state = random_state(problem.graph, torch.Generator().manual_seed(0))
-    state.update({k: double(v) for k, v in problem.constants.items()})
-    given = {k: double(v) for k, v in inputs.items()}
-    return verify_programs(title, programs, problem.graph, problem.loss, state, given)
+    given = planned.example if inputs is None else inputs
+    real = numbers and given and not any(t.is_meta for t in given.values())
+    return certify(
+        planned.problem,
+        planned.plan,
+        given if real else None,
+        capture=planned.capture,
+        memory_limit=memory_limit,
+        report=_Steps(0),
+    )

@@ -14,7 +14,7 @@ from ..passes.types import balanced_sizes
 from ..runtime.communicator import MeshCommunicator
 from ..runtime.errors import MismatchError
 from ..runtime.executor import Executor
-from ..runtime.faults import Agreement, Agreements, CallFacts, Control, Flags, Shapes, batch_groups, together
+from ..runtime.faults import Agreement, Agreements, CallFacts, Control, Flags, Shapes, batch_groups, from_first, together
 from ..runtime.materialize import materialize
 from ..runtime.parameters import ParameterStore
 from ..runtime.program import Key, Mesh, RankProgram
@@ -22,6 +22,7 @@ from .agreement import same_graph, same_model, same_request
 from .bind import BatchMode, Bound, batch_keys, batch_size, bind, local_batches
 from .call_structure import CallStructure, flatten_call
 from .capture import CaptureError, capture
+from .certify import Certificate, certify
 from .choose import choose, likely_data_size
 from .collector import give_back
 from .emit import Problem, emit
@@ -97,6 +98,7 @@ class ModelEngine:
     communicator: MeshCommunicator | None = None
     groups: tuple[tuple[int, ...], ...] = ()
     captured_autocast: bool = False
+    certificate: Certificate | None = None
     programs: dict[Hashable, BoundCall] = field(default_factory=dict)
     report: Callable[[str], None] = lambda text: None
     _first: BoundCall | None = None
@@ -218,10 +220,27 @@ class ModelEngine:
         check_ragged(program, shapes, batch_keys(shapes), self.control)
         if not keep_layout:
             self.plan = plan
+            if self.options.verify:
+                self.certificate = self._certify(problem, plan, args, kwargs, shapes)
         executor = Executor(program, self.communicator, self.device)
         everything = plan.stages == 1 or self.options.outputs == "all"
         shown = frozenset(o.key for o in program.outputs if o.key == problem.loss or everything)
         return BoundCall(program, executor, call, problem.loss, self.device, shown, self.options.batch == "global")
+
+    def _certify(
+        self, problem: Problem, plan: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: Sequence[Shapes]
+    ) -> Certificate:
+        """Rank 0 checks the plan of all with its own example, repeated."""
+
+        def again(batches: Sequence[int]) -> Problem:
+            return self._bind(args, kwargs, batches, shapes, self.model.training, problem.training).problem
+
+        def work() -> str:
+            inputs = flatten_call(args, kwargs)[1]
+            on_cpu = {k: x.detach().cpu() for k, x in inputs.items()}
+            return certify(problem, plan, on_cpu, capture=again, report=self.report).to_json()
+
+        return Certificate.from_json(from_first(self.control, "verifying the plan", work))
 
     def _emit(
         self,

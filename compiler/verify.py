@@ -1,4 +1,4 @@
-"""Verify a plan: types and schedules at any size, and by numbers, running every rank's program in this process.
+"""Compare programs with one device by numbers, running every rank in this process.
 
 The reference is the captured graph on one device. Parameters and inputs are random; the comparison is in float64 (the graph's
 casts to float32 promoted, on both sides), with the bounds of `within`.
@@ -6,15 +6,12 @@ casts to float32 promoted, on both sides), with the bounds of `within`.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ..passes.check_schedules import check_schedules
 from ..passes.graph_tools import metas, named_results
 from ..passes.ops.collectives import join_shards, take_shard
 from ..runtime.errors import ShardwrightError
@@ -30,31 +27,6 @@ ABSOLUTE = 1e-12
 
 class VerificationError(ShardwrightError):
     """A program that does not compute what the model computes. Names the value that differs, and by how much."""
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What was checked, and the largest error found. Errors are relative to the largest entry of each value."""
-
-    plan: str
-    ranks: int
-    instructions: int
-    numbers: str
-    compared: int
-    largest_error: float
-    seconds: float
-
-    def __str__(self) -> str:
-        lines = [
-            f"Verified: {self.plan}",
-            f"  types        every node of every rank's forward graphs, along every axis ({self.ranks} ranks)",
-            f"  schedules    {self.instructions} instructions: transfers meet, collectives in one order, no cycle of waits",
-            f"  numbers      {self.numbers}",
-        ]
-        if self.compared:
-            lines.append(f"  compared     the loss and {self.compared} gradients; largest relative error {self.largest_error:.1e}")
-        lines.append(f"  took         {self.seconds:.1f} s")
-        return "\n".join(lines)
 
 
 def reference(
@@ -176,30 +148,3 @@ def random_state(gm: fx.GraphModule, generator: torch.Generator) -> dict[str, Te
             else:
                 state[key] = torch.randn(meta.shape, dtype=torch.float64, generator=generator) * 0.05
     return state
-
-
-def verify_programs(
-    name: str,
-    programs: Sequence[RankProgram],
-    gm: fx.GraphModule,
-    loss: str | None,
-    state: Mapping[str, Tensor] | None,
-    inputs: Mapping[str, Tensor] | None,
-) -> Certificate:
-    """Schedules, then numbers where `state` and `inputs` are given. Types were checked when the programs were emitted."""
-    start = time.perf_counter()
-    check_schedules(programs)
-    instructions = sum(len(p.schedule) for p in programs)
-    if state is None or inputs is None or loss is None:
-        return Certificate(name, len(programs), instructions, "not compared", 0, 0.0, time.perf_counter() - start)
-    expected, gradients = reference(gm, loss, state, inputs)
-    worst = compare(programs, run_programs(programs, state, inputs), loss, expected, gradients)
-    return Certificate(
-        name,
-        len(programs),
-        instructions,
-        "the whole model, float64, every rank in one process",
-        len(gradients),
-        worst,
-        time.perf_counter() - start,
-    )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import hashlib
 import json
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
@@ -298,6 +300,25 @@ def together(control: Control, what: str, work: Callable[[], T]) -> T:
         )
         raise ShardwrightError(f"{what} failed on other ranks:{lines}")
     return result
+
+
+def from_first(control: Control, what: str, work: Callable[[], str], beat: float = 20.0) -> str:
+    """Rank 0's `work()`, on every rank, however long it takes: the others hear of it every `beat` seconds, so that their time
+    limit does not pass. What goes wrong on rank 0 is an error on all."""
+    if control.rank:
+        while not (text := control.exchange_text("")[0]):
+            pass
+        if text.startswith("!"):
+            raise ShardwrightError(f"{what} failed on rank 0: {text[1:]}")
+        return text[1:]
+    context = contextvars.copy_context()
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(context.run, work)
+        while not wait([done], timeout=beat).done:
+            control.exchange_text("")
+    error = done.exception()
+    control.exchange_text(f"={done.result()}" if error is None else f"!{type(error).__name__}: {error}")
+    return done.result()
 
 
 # --- last words -----------------------------------------------------------------------------------------------------

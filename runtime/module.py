@@ -64,6 +64,7 @@ class Engine(Protocol):
 
     groups      ranks that must be given the same batch, once the mesh is known
     captured_autocast  whether the model was captured under torch.autocast
+    certificate  of what was verified before the first call, None where it was not asked for
     describe    what a call is, to be compared among ranks
     prepare     the first call, where there were no example inputs: capture, plan, materialize
     program_for the program of a call, from a cache if its shapes were seen before
@@ -73,6 +74,7 @@ class Engine(Protocol):
     device: torch.device
     groups: tuple[tuple[int, ...], ...]
     captured_autocast: bool
+    certificate: Any
 
     @property
     def program(self) -> RankProgram: ...
@@ -323,6 +325,11 @@ class ParallelModule(nn.Module):
     @property
     def program(self) -> RankProgram:
         return self._engine.program
+
+    @property
+    def certificate(self) -> Any:
+        """What `auto_parallelize(..., verify=True)` checked; None without."""
+        return self._engine.certificate
 
     @property
     def device(self) -> torch.device:

@@ -621,8 +621,13 @@ def test_a_model_on_the_meta_device(source: str, strategy: Strategy, tmp_path: P
     assert on_ranks(empty, strategy, body, source=state, **options) == pytest.approx([expected] * 4, rel=1e-5)
 
 
-def test_verified_against_the_eager_model() -> None:
+def test_verified_before_training() -> None:
     model, batch = zoo.MODELS["mlp"]()
-    on_ranks(
-        model, PARALLEL["zero1"], lambda p, rank: p.train_step(**batch), example=batch, batch="global", verify=True, promote=False
-    )
+
+    def body(parallel: ParallelModule, rank: int) -> Any:
+        parallel.train_step(**batch)
+        return parallel.certificate
+
+    found = on_ranks(model, PARALLEL["zero1"], body, example=batch, batch="global", verify=True, promote=False)
+    assert found[0].compared > 0 and found[0].largest_error < 1e-9
+    assert found == [found[0]] * 4

@@ -55,6 +55,7 @@ class Engine:
     """Runs one program, and its forward alone where no gradients are wanted."""
 
     plan = "the plan"
+    certificate = None
     captured_autocast = False
 
     def __init__(self, program: RankProgram, communicator: MeshCommunicator) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from shardwright.runtime.faults import (
     abort_reason,
     batch_groups,
     checksum,
+    from_first,
     gather_texts,
     install_abort_hook,
     together,
@@ -156,6 +158,27 @@ def test_a_failure_of_one_is_an_error_of_all() -> None:
             together(control, "capturing the model", work)
         if rank != 2:
             assert "capturing the model failed on other ranks:\n  rank 2: KeyError: 'w'" in str(error.value)
+
+    with_control(run)
+
+
+def test_what_one_rank_does_for_all_may_take_long() -> None:
+    def run(control: CommunicatorControl, rank: int) -> None:
+        def work() -> str:
+            assert rank == 0
+            time.sleep(0.1)
+            return "found"
+
+        assert from_first(control, "looking", work, beat=0.02) == "found"
+        assert control.exchange_text(str(rank)) == [str(r) for r in range(control.world_size)]
+
+        def fail() -> str:
+            raise KeyError("w")
+
+        with pytest.raises(ShardwrightError if rank else KeyError) as error:
+            from_first(control, "looking", fail)
+        if rank:
+            assert "looking failed on rank 0: KeyError: 'w'" in str(error.value)
 
     with_control(run)
 

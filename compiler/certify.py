@@ -1,0 +1,192 @@
+"""Verify a plan and certify what was checked: types and schedules at any size, numbers at the size that memory allows."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..passes.check_schedules import check_schedules
+from ..passes.differentiate import Templates
+from ..passes.graph_tools import Values, metas
+from ..passes.partition import VIEWS
+from ..runtime.program import Mesh
+from .choose import name_of
+from .emit import Problem, emit
+from .plan import Plan
+from .prepare import in_float64
+from .reduce import Capture, Sample, fewer_blocks, fewer_ranks
+from .units import bytes_text
+from .verify import compare, random_state, reference, run_programs
+
+EVERY = 32
+"""Ranks up to which all programs are emitted: about a second each for a large model."""
+
+DAY = 86400.0
+"""Seconds: what a comparison may take. Ranks that wait for each other in vain are found out without a clock."""
+
+SHARE = 0.5
+"""Of the free memory that a comparison by numbers may be expected to take."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was checked, and the largest error found. Errors are relative to the largest entry of each value.
+
+    numbers    at what size numbers were compared, or why not; `compared` is the number of gradients
+    """
+
+    plan: str
+    ranks: int
+    types: str
+    schedules: str
+    numbers: str
+    compared: int
+    largest_error: float
+    seconds: float
+
+    def __str__(self) -> str:
+        lines = [
+            f"Verified: {self.plan}",
+            f"  types        {self.types}",
+            f"  schedules    {self.schedules}: transfers meet, collectives in one order, no cycle of waits",
+            f"  numbers      {self.numbers}",
+        ]
+        if self.compared:
+            lines.append(f"  compared     the loss and {self.compared} gradients; largest relative error {self.largest_error:.1e}")
+        lines.append(f"  took         {self.seconds:.1f} s")
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Certificate:
+        return cls(**json.loads(text))
+
+
+def certify(
+    problem: Problem,
+    plan: Plan,
+    inputs: Mapping[str, Tensor] | None,
+    *,
+    capture: Capture | None = None,
+    memory_limit: float | None = None,
+    report: Callable[[str], None] = lambda text: None,
+) -> Certificate:
+    """Check a plan that has its layout. `inputs`: tensors of any number of samples by key; None: no comparison by numbers.
+
+    Where the mesh has more than EVERY ranks, or the model does not fit in `memory_limit` bytes (None: half of what is free), the
+    plan is checked on what `reduce` leaves of it, which the certificate says.
+
+    Raises TypeCheckError, MismatchError, DeadlockError or VerificationError, naming what does not hold.
+    """
+    start = time.perf_counter()
+    whole, name = Sample(problem, plan), name_of(plan)
+    sample, types = whole, _emitted(plan.mesh)
+    if plan.mesh.world_size > EVERY:
+        sample = fewer_blocks(fewer_ranks(whole, capture))
+        ends = (0, plan.mesh.world_size - 1)
+        report("checking the types of the first rank and the last")
+        templates = Templates(Values())
+        for rank in ends:
+            emit(problem, plan, rank, templates)
+        types = f"ranks {ends[0]} and {ends[1]} at full size; {_emitted(sample.plan.mesh)} of the reduced plan"
+    report("checking the types and schedules of every rank")
+    templates = Templates(Values())
+    programs = [emit(sample.problem, sample.plan, rank, templates) for rank in range(sample.plan.mesh.world_size)]
+    check_schedules(programs)
+    schedules = f"{sum(len(p.schedule) for p in programs)} instructions{_reduced(sample)}"
+
+    def certified(numbers: str, compared: int = 0, error: float = 0.0) -> Certificate:
+        spent = time.perf_counter() - start
+        return Certificate(name, plan.mesh.world_size, types, schedules, numbers, compared, error, spent)
+
+    if inputs is None or problem.loss is None or not problem.training:
+        return certified("not compared: no inputs with values were given" if inputs is None else "not compared: there is no loss")
+    limit = SHARE * free_memory() if memory_limit is None else memory_limit
+    needed = 0.0
+    for candidate in _samples(whole, capture) if sample is whole else [sample]:
+        needed = comparison_bytes(candidate.problem, candidate.plan)
+        if needed <= limit:
+            report(f"comparing numbers{_reduced(candidate)}")
+            compared, error = compare_sample(candidate, inputs)
+            what = f"reduced: {', '.join(candidate.left_out)}" if candidate.left_out else "the whole model"
+            return certified(f"{what}; float64, {_emitted(candidate.plan.mesh)}, in one process", compared, error)
+    return certified(f"not compared: about {bytes_text(needed)} would be needed, and memory_limit is {bytes_text(limit)}")
+
+
+def _samples(whole: Sample, capture: Capture | None) -> Iterator[Sample]:
+    """From the whole to the least that shows every decision."""
+    yield whole
+    yield fewer_blocks(whole)
+    yield fewer_blocks(fewer_ranks(whole, capture))
+
+
+def _emitted(mesh: Mesh) -> str:
+    return f"every one of {mesh.world_size} ranks" if mesh.world_size > 1 else "the one rank"
+
+
+def _reduced(sample: Sample) -> str:
+    return f" (reduced: {', '.join(sample.left_out)})" if sample.left_out else ""
+
+
+def compare_sample(sample: Sample, inputs: Mapping[str, Tensor]) -> tuple[int, float]:
+    """(gradients compared, largest relative error) of every rank's program in this process against one device, in float64."""
+    problem = replace(sample.problem, graph=in_float64(sample.problem.graph, sample.problem.loss))
+    assert problem.loss is not None
+    templates = Templates(Values())
+    programs = [emit(problem, sample.plan, rank, templates) for rank in range(sample.plan.mesh.world_size)]
+    state = random_state(problem.graph, torch.Generator().manual_seed(0))
+    state.update({k: _double(v) for k, v in problem.constants.items()})
+    given = {k: _double(v) for k, v in repeated(problem, inputs).items()}
+    expected, gradients = reference(problem.graph, problem.loss, state, given)
+    error = compare(programs, run_programs(programs, state, given, timeout=DAY), problem.loss, expected, gradients)
+    return len(gradients), error
+
+
+def _double(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+def repeated(problem: Problem, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`inputs` with as many samples as the problem's batch has: the first of them, or repeated, each time shifted by one along
+    dim 1, so that no two data ranks compute the same."""
+    rows = sum(problem.local_batches)
+
+    def fit(x: Tensor) -> Tensor:
+        copies = -(-rows // x.shape[0])
+        return torch.cat([x.roll(k, 1) if x.dim() > 1 else x for k in range(copies)])[:rows]
+
+    return {k: fit(x) if k in problem.batch_inputs else x for k, x in inputs.items()}
+
+
+def comparison_bytes(problem: Problem, plan: Plan) -> float:
+    """About how many bytes `compare_sample` takes: parameters and gradients of the reference and of every rank, the reference's
+    values, and those of the ranks, as if nothing were kept from tp's ranks."""
+    state = values = 0.0
+    for node in problem.graph.graph.nodes:
+        size = sum(8.0 * math.prod(m.shape) for m in metas(node)) if "val" in node.meta else 0.0
+        if node.op == "placeholder":
+            state += size
+        elif node.op == "call_function" and node.target not in VIEWS:
+            values += size
+    copies = plan.mesh.world_size / (plan.mesh.size("tp") * plan.mesh.size("pp"))
+    return 2 * state * (1 + copies) + values * (1 + plan.mesh.size("tp"))
+
+
+def free_memory() -> float:
+    """Bytes that this process may still take without driving others out (Linux; elsewhere half of what the machine has)."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+        if "MemAvailable" in lines:
+            return float(lines["MemAvailable"].split()[0]) * 1024
+    return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
