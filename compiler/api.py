@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ..passes.differentiate import Templates
 from ..passes.graph_tools import Values
-from ..passes.types import balanced_sizes
 from ..runtime.communicator import MeshCommunicator, ProcessGroupCommunicator
 from ..runtime.errors import ShardwrightError
 from ..runtime.faults import Control, GlooControl, install_abort_hook
@@ -26,9 +25,10 @@ from . import emit as emission
 from .bind import BatchMode, batch_keys, bind
 from .call_structure import flatten_call
 from .certify import Certificate, certify
-from .choose import choose, likely_data_size
+from .choose import choose
 from .engine import ModelEngine, Options
 from .explain_node import explain_node
+from .guess import likely_data_size, spread
 from .layout import with_layout
 from .plan import Plan
 from .reduce import Capture
@@ -235,17 +235,13 @@ def plan(
     def captured(batches: Sequence[int]) -> emission.Problem:
         return bind(model, args, kwargs, batches, keys, loss_fn=loss_fn, training=model.training, precision=precision).problem
 
-    problem = captured(_batches(rows, likely_data_size(request, rows, batch), batch))
-    chosen = choose(problem, request, topology, rows=rows, memory_limit=memory_limit, batch=batch, microbatches=count)
-    chosen = replace(chosen, device=device)
-    batches = tuple(_batches(rows, chosen.data_size, batch))
+    facts = {"rows": rows, "memory_limit": memory_limit, "batch": batch, "microbatches": count}
+    problem = captured(spread(rows, likely_data_size(model, request, topology, captured, **facts), batch))
+    chosen = replace(choose(problem, request, topology, **facts), device=device)
+    batches = spread(rows, chosen.data_size, batch)
     if batches != problem.local_batches:
         problem = replace(problem, local_batches=batches) if sum(batches) == sum(problem.local_batches) else captured(batches)
     return PlannedModel(with_layout(problem, chosen), problem, Templates(Values()), topology, tensors, captured)
-
-
-def _batches(rows: int, data_size: int, batch: BatchMode) -> Sequence[int]:
-    return balanced_sizes(rows, data_size) if batch == "global" else (rows,) * data_size
 
 
 def emit(planned: PlannedModel, rank: int) -> RankProgram:

@@ -252,8 +252,8 @@ class _Search:
         return 7 * size / max(1, shards) / (device.bandwidth * device.memory_efficiency)
 
 
-def likely_data_size(request: Request, rows: int, batch: str) -> int:
-    """The data ranks of the plan that is most often best, to capture the model once: the most that the request allows."""
+def most_data_ranks(request: Request, rows: int, batch: str) -> int:
+    """Of all meshes that the request allows: as many as the best plan has most often."""
     meshes = request.meshes(Limits(batch=rows if batch == "global" else None))
     return max(m.size("dp_replicate") * m.size("dp_shard") for m in meshes)
 

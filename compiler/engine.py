@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..passes.types import balanced_sizes
 from ..runtime.communicator import MeshCommunicator
 from ..runtime.errors import MismatchError
 from ..runtime.executor import Executor
@@ -23,10 +22,11 @@ from .bind import BatchMode, Bound, batch_keys, batch_size, bind, local_batches
 from .call_structure import CallStructure, flatten_call
 from .capture import CaptureError, capture
 from .certify import Certificate, certify
-from .choose import choose, likely_data_size
+from .choose import choose
 from .collector import give_back
 from .emit import Problem, emit
 from .fidelity import check_capture
+from .guess import likely_data_size, spread
 from .layout import with_layout
 from .plan import Plan
 from .ragged import check_ragged, same_lengths
@@ -154,18 +154,15 @@ class ModelEngine:
         self.report("choosing a plan")
         options = self.options
         rows = batch_size(shapes[0])
-        guess = likely_data_size(options.request, rows, options.batch)
-        batches = balanced_sizes(rows, guess) if options.batch == "global" else (rows,) * guess
-        probe = self._bind(args, kwargs, batches, shapes, self.model.training, True)
-        found = choose(
-            probe.problem,
-            options.request,
-            options.topology or Topology.preset("cpu", devices=options.request.world_size),
-            rows=rows,
-            memory_limit=options.memory_limit,
-            batch=options.batch,
-            microbatches=options.microbatches,
-        )
+        topology = options.topology or Topology.preset("cpu", devices=options.request.world_size)
+        facts = {"rows": rows, "memory_limit": options.memory_limit, "batch": options.batch, "microbatches": options.microbatches}
+
+        def captured(batches: Sequence[int]) -> Bound:
+            return self._bind(args, kwargs, batches, shapes, self.model.training, True)
+
+        guess = likely_data_size(self.model, options.request, topology, lambda batches: captured(batches).problem, **facts)
+        probe = captured(spread(rows, guess, options.batch))
+        found = choose(probe.problem, options.request, topology, **facts)
         self._captured = probe
         return replace(found, device=self.device.type).to_json()
 

@@ -1,0 +1,129 @@
+"""How many data ranks a plan will have, guessed before the model is captured at the batch of so many.
+
+Of a deep model a few layers are captured, which gives what the whole costs: a hundred layers take torch.export longer than planning
+takes. The plan itself is chosen on the whole model; where the guess was wrong, it is captured again.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from torch import fx, nn
+
+from ..passes.blocks import Run, find_blocks
+from ..passes.graph_tools import copy_call, extract, named_results
+from ..passes.types import balanced_sizes
+from .bind import BatchMode
+from .choose import choose, most_data_ranks
+from .emit import Problem
+from .prepare import mark_twins
+from .strategy import Request
+from .topology import Topology
+
+DEEP = 48
+"""Layers beyond which the guess takes less time than a second capture: one layer takes torch.export about 0.1 s."""
+
+FEW = 4
+"""Layers of a list that are captured: a first that may differ, two that repeat, and a last that may differ."""
+
+
+def likely_data_size(
+    model: nn.Module,
+    request: Request,
+    topology: Topology,
+    capture: Callable[[Sequence[int]], Problem],
+    *,
+    rows: int,
+    memory_limit: float | None,
+    batch: BatchMode,
+    microbatches: int | None,
+) -> int:
+    """The data ranks of the plan that will be best: the most that the request allows, or for a deep model what its costs say.
+
+    capture    the problem of one call at other local batches; the other arguments as of `choose`
+    """
+    most = most_data_ranks(request, rows, batch)
+    with shallow(model) as left_out, warnings.catch_warnings():
+        if not left_out or most == 1:
+            return most
+        warnings.simplefilter("ignore")  # the model itself is captured next, and warns then
+        try:
+            problem = deepened(capture(spread(rows, most, batch)), left_out)
+            if problem is None:
+                return most
+            plan = choose(problem, request, topology, rows=rows, memory_limit=memory_limit, batch=batch, microbatches=microbatches)
+            return plan.data_size
+        except Exception:  # whatever a model says without its layers: what is wrong with it whole is said later
+            return most
+
+
+def spread(rows: int, data_size: int, batch: BatchMode) -> tuple[int, ...]:
+    """Local batches of `data_size` data ranks: `rows` each, or together if the batch is global."""
+    return balanced_sizes(rows, data_size) if batch == "global" else (rows,) * data_size
+
+
+@contextmanager
+def shallow(model: nn.Module) -> Iterator[Mapping[str, int]]:
+    """Within: long lists of alike layers hold the first few. Gives the number of those left out, by the name of the list."""
+    left_out: dict[str, int] = {}
+    held = []
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > DEEP and len({*map(_form, module)}) == 1:
+            held.append((module, module._modules))
+            left_out[name] = len(module) - FEW
+    try:
+        for module, children in held:
+            module._modules = dict(list(children.items())[:FEW])
+        yield left_out
+    finally:
+        for module, children in held:
+            module._modules = children
+
+
+def _form(module: nn.Module) -> tuple[object, ...]:
+    return type(module), tuple((name, tuple(p.shape), p.dtype) for name, p in module.named_parameters())
+
+
+def deepened(problem: Problem, left_out: Mapping[str, int]) -> Problem | None:
+    """`problem` with as many blocks as were left out of each list, made after the last: what costs are summed over. None where the
+    blocks of a list are not found."""
+    gm = extract(problem.graph, named_results(problem.graph), {})
+    for name, count in left_out.items():
+        run = next((run for run in find_blocks(gm.graph).runs if _is_of(run, f"param.{name}.")), None)
+        if run is None:
+            return None
+        _lengthen(gm, run, count)
+    mark_twins(gm)
+    return replace(problem, graph=gm, trainable=None)
+
+
+def _is_of(run: Run, prefix: str) -> bool:
+    return any(str(leaf.meta.get("key", "")).startswith(prefix) for leaf in run.leaves[-1])
+
+
+def _lengthen(gm: fx.GraphModule, run: Run, count: int) -> None:
+    """`count` copies of the last instance after it, with parameters of their own."""
+    last, before = run.instances[-1], run.instances[-2]
+    inside, own = set(last), [leaf for leaf in run.leaves[-1] if leaf not in run.leaves[-2]]
+    outer = {node: [user for user in node.users if user not in inside] for node in last}
+    above, previous = last[-1], list(last)
+    for k in range(count):
+        new: dict[fx.Node, fx.Node] = dict(zip(before, previous, strict=True))
+        for leaf in own:
+            with gm.graph.inserting_after(leaf):
+                new[leaf] = gm.graph.placeholder(f"{leaf.name}_{k}")
+            new[leaf].meta = {**leaf.meta, "key": f"{leaf.meta['key']}#{k}"}
+        made = []
+        for node in last:
+            operands = {source: new.get(source, source) for source in node.all_input_nodes}
+            with gm.graph.inserting_after(above):
+                above = new[node] = copy_call(gm.graph, node, operands)
+            above.meta = dict(node.meta)
+            made.append(above)
+        previous = made
+    for node, copy in zip(last, previous, strict=True):
+        for user in outer[node]:
+            user.replace_input_with(node, copy)
