@@ -20,20 +20,21 @@ from typing import Literal
 
 from torch import fx
 
-from ..passes.graph_tools import Calls, op_calls, where
+from ..passes.graph_tools import Calls, metas, op_calls, where
 from ..passes.prologue import TIME
 from ..passes.rules.base import Axis, find_rule
 from ..passes.shard import ShardingError
-from ..passes.types import Type, Varying, balanced_sizes
+from ..passes.types import I, Type, Varying, balanced_sizes
 from ..runtime.program import Mesh
 from .collector import without_collection
+from .cost import size_of
 from .emit import Problem
-from .graph_cost import GraphCost, graph_cost, least_crossing
-from .keeping import keeping
+from .graph_cost import GraphCost, graph_cost, least_crossing, tensor_placement
+from .keeping import keeping, kept_values
 from .memory import state_memory
 from .place import Policy, place
 from .plan import Alternative, Plan, Prediction
-from .prices import Volume
+from .prices import Volume, held
 from .strategy import Limits, Request, Strategy, StrategyError, divisors
 from .topology import CollectiveKind, Topology, collective_bytes, collective_seconds
 from .units import bytes_text
@@ -319,24 +320,54 @@ def _reasons(best: Candidate, fitting: Sequence[Candidate], all_: Sequence[Candi
 
 
 def _why_nothing_fits(search: _Search, candidates: Sequence[Candidate], limit: float) -> str:
+    """By how much the smallest plan misses, where its bytes lie, and the changes that would fit, the cheapest first."""
     least = min(candidates, key=lambda c: c.predicted.peak_bytes)
     peak, parts = least.predicted.peak_bytes, least.predicted.parts
     state, kept = parts["state bytes"], parts["activation bytes"]
-    ways = []
     freed = search.without_pins()
     fitting = [c for c in freed.candidates() if c.predicted.peak_bytes <= limit] if freed is not None else []
+    ways: list[tuple[float, str]] = []
+    """(how many times the seconds per sample, or the devices, of the smallest plan; what)"""
     if fitting:
         best = min(fitting, key=lambda c: c.per_sample)
-        ways.append(f"{name_of(best.plan)}, which your strategy rules out ({bytes_text(best.predicted.peak_bytes)})")
+        what = f"{name_of(best.plan)}, which your strategy rules out ({bytes_text(best.predicted.peak_bytes)})"
+        ways.append((best.per_sample / least.per_sample, what))
     rows = int(search.rows * (limit - state) / kept) if kept else 0
     if 1 <= rows < search.rows:
-        ways.append(f"a batch of {rows} samples instead of {search.rows}")
+        ways.append((1.0, f"a batch of {rows} instead of {search.rows} samples"))
     if not fitting:
-        ways.append(f"about {math.ceil(peak / limit)} x the devices")
-    ways.append(f"memory_limit={math.ceil(peak):d} where the devices have it")
+        ways.append((peak / limit, f"about {math.ceil(peak / limit)} x the devices"))
+    ways.append((math.inf, f"memory_limit={math.ceil(peak):d} where the devices have it"))
+    places = "".join(f"\n  {line}" for line in _largest(search, least))
     return (
         f"no plan fits {bytes_text(limit)} per rank: the smallest, {name_of(least.plan)}, needs {bytes_text(peak)} "
         f"({bytes_text(state)} of parameters, gradients and optimizer state, {bytes_text(kept)} of activations), "
-        f"{bytes_text(peak - limit)} too much. "
-        f"What would fit: {'; '.join(ways)}"
+        f"{bytes_text(peak - limit)} too much. Most of it:{places}\n"
+        f"What would fit, the cheapest first: {'; '.join(what for _, what in sorted(ways))}"
     )
+
+
+def _largest(search: _Search, candidate: Candidate, count: int = 3) -> Iterator[str]:
+    """Where the most bytes of a plan lie: lines of the model with the activations that are kept of them, and parameters."""
+    plan, parts = candidate.plan, candidate.predicted.parts
+    n = plan.mesh.size("tp")
+    only = Mesh(("tp",), (n,)) if n > 1 else Mesh((), ())
+    placement = tensor_placement(search.problem, only, plan.sequence_parallel, search.calls) if n > 1 else None
+    axis = Axis("tp", n)
+    lines: dict[str, list[float]] = {}
+    for node, size in kept_values(search.calls, search.kept, placement, axis):
+        if size:
+            lines.setdefault(str(node.meta.get("source") or node.name), []).append(size)
+    whole = sum(map(sum, lines.values())) or 1.0
+    found = [
+        (sum(sizes) / whole * parts["activation bytes"], f"activations, {len(sizes)} x {line}") for line, sizes in lines.items()
+    ]
+    held_here: dict[str, float] = {}
+    for node in search.problem.graph.graph.nodes:
+        if node.op == "placeholder" and node.meta["key"].startswith("param."):
+            type_ = placement.placeholders[node.meta["key"]] if placement else I
+            held_here[node.meta["key"].removeprefix("param.")] = size_of(metas(node)[0]) * held(type_, axis)
+    total = sum(held_here.values()) or 1.0
+    found += [(size / total * parts["state bytes"], f"{name} and its optimizer state") for name, size in held_here.items()]
+    for size, what in sorted(found, reverse=True)[:count]:
+        yield f"{bytes_text(size)}  {' '.join(what.split())}"

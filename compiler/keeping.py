@@ -7,7 +7,7 @@ converted for an op that needs it (gathered, say) is kept as converted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -95,18 +95,22 @@ def _held_by(node: fx.Node) -> tuple[fx.Node, int]:
 
 def kept_bytes(calls: Calls, kept: Keeping, placement: Placement | None, axis: Axis) -> float:
     """Bytes that a rank keeps. Each value once for each type that a backward needs it in."""
-    total = 0.0
+    return sum(size for _, size in kept_values(calls, kept, placement, axis))
+
+
+def kept_values(calls: Calls, kept: Keeping, placement: Placement | None, axis: Axis) -> Iterator[tuple[fx.Node, float]]:
+    """(node, bytes that a rank keeps of a result of it)."""
     for (node, k), uses in kept.uses.items():
         call, _ = calls[node]
         made = placement.choice[node.name].outs[k] if placement else I
         size = size_of(call.results[k])
         shares = {held(_type_at(use, placement), axis) for use in uses}
         own = held(made, axis)
+        total = 0.0
         if own in shares or not uses:
             shares.discard(own)
-            total += 0.0 if (node, k) in kept.rebuilt else size * own
-        total += size * sum(shares)
-    return total
+            total = 0.0 if (node, k) in kept.rebuilt else size * own
+        yield node, total + size * sum(shares)
 
 
 def largest_backward_bytes(calls: Calls, placement: Placement | None, axis: Axis) -> float:

@@ -6,6 +6,7 @@ A peer that dies is in test_torchrun.py.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -146,8 +147,18 @@ def test_memory_that_does_not_suffice() -> None:
     model, batch = mlp()
     text = refused(model, None, batch, memory_limit=1000)
     assert "no plan fits 1000 B per rank" in text and "too much" in text and "x the devices" in text
+    largest = max(model.named_parameters(), key=lambda item: item[1].numel())[0]
+    assert f"  {largest} and its optimizer state" in text
     text = refused(model, Strategy(dp=4, zero=0), batch, memory_limit=20_000)
-    assert "What would fit: dp_shard=" in text and "which your strategy rules out" in text
+    assert "What would fit, the cheapest first: dp_shard=" in text and "which your strategy rules out" in text
+
+
+def test_where_the_memory_goes() -> None:
+    """Large batch, small parameters: the line of the model whose values are kept."""
+    model, _ = mlp()
+    text = refused(model, Strategy(dp=1, tp=1, pp=1), mlp(batch=4096)[1], world_size=1, memory_limit=500_000)
+    assert re.search(r"activations, \d x \S+\.py:\d+: ", text)
+    assert "instead of 4096 samples" in text.split("the cheapest first: ")[1].split(";")[0]
 
 
 # --- ranks that differ ----------------------------------------------------------------------------------------------
