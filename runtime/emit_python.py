@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .errors import GRAPH_MARK, ShardwrightError
+from .homes import product_into
 from .program import GraphSpec, RankProgram, TensorSpec
 
 GraphFunction = Callable[[list[Any]], tuple[Any, ...]]
@@ -59,18 +60,24 @@ _RESERVED = {
     "getattr",
     "Ellipsis",
     GRAPH_MARK,
+    "into",
+    "product_into",
 }
 
 
-def graph_text(spec: GraphSpec, name: str, device: str = "cpu", namespaces: Mapping[str, str] | None = None) -> str:
+def graph_text(
+    spec: GraphSpec,
+    name: str,
+    device: str = "cpu",
+    namespaces: Mapping[str, str] | None = None,
+    products: frozenset[int] = frozenset(),
+) -> str:
     """One graph as a Python module with the function `forward`. See `compile_graph` for what it raises.
 
     `namespaces` renames op namespaces, for a saved program whose copies of the ops must not clash with the installed ones.
     """
-    return (
-        "\n".join([*_header([spec], device, namespaces or {}), f"{GRAPH_MARK} = {name!r}", "", "", *_function(spec, "forward")])
-        + "\n"
-    )
+    header = _header([spec], device, namespaces or {})
+    return "\n".join([*header, f"{GRAPH_MARK} = {name!r}", "", "", *_function(spec, "forward", products)]) + "\n"
 
 
 def program_text(program: RankProgram) -> str:
@@ -96,13 +103,18 @@ def program_text(program: RankProgram) -> str:
     return "\n".join(lines) + "\n"
 
 
-def compile_graph(spec: GraphSpec, name: str = "graph", device: torch.device | str = "cpu") -> GraphFunction:
+def compile_graph(
+    spec: GraphSpec, name: str = "graph", device: torch.device | str = "cpu", products: frozenset[int] = frozenset()
+) -> GraphFunction:
     """The function that `graph_text` prints. It takes the values of `spec.inputs` in a list, which it empties.
+
+    products    outputs, matrix products all, for which the caller gives memory: the list then begins with a list of `homes.Place`
+                for every output
 
     Raises ShardwrightError for a graph that is not plain ops over placeholders and attributes, naming the node.
     """
-    code = _code(graph_text(spec, name, str(device)), name)
-    scope: dict[str, Any] = {"__name__": f"shardwright_graph_{identifier(name)}"}
+    code = _code(graph_text(spec, name, str(device), products=products), name)
+    scope: dict[str, Any] = {"__name__": f"shardwright_graph_{identifier(name)}", "product_into": product_into}
     exec(code, scope)  # noqa: S102  (text of our own, made from a graph that was checked node by node)
     scope["constants"].update({key: value.to(device) for key, value in graph_constants(spec.graph).items()})
     return scope["forward"]
@@ -240,13 +252,14 @@ def _last_uses(nodes: list[Node]) -> dict[Node, list[Node]]:
     return dying
 
 
-def _function(spec: GraphSpec, function: str) -> list[str]:
+def _function(spec: GraphSpec, function: str, products: frozenset[int] = frozenset()) -> list[str]:
     nodes = list(spec.graph.graph.nodes)
+    placed = {nodes[-1].args[0][i]: i for i in products}
     used_namespaces = {_op_path(n.target)[0] for n in nodes if isinstance(n.target, OpOverload)}
     names = _names(nodes, _RESERVED | used_namespaces)
     dying = _last_uses(nodes)
     keys = iter(spec.inputs)
-    lines = [f"def {function}(args: list) -> tuple:", "    args.reverse()"]
+    lines = [f"def {function}(args: list) -> tuple:", "    args.reverse()", *(["    into = args.pop()"] if placed else [])]
     module = source = None
     for node in nodes:
         if node.op == "placeholder":
@@ -268,7 +281,7 @@ def _function(spec: GraphSpec, function: str) -> list[str]:
         if where[1] and where[1] != source:
             source = where[1]
             lines.append(f"    # {' '.join(str(source).split())}")
-        lines.append(f"    {_statement(node, names, dying[node])}")
+        lines.append(f"    {_statement(node, names, dying[node], placed.get(node))}")
     if next(keys, None) is not None:
         raise ShardwrightError(f"the graph has fewer placeholders than the {len(spec.inputs)} inputs it is given keys for")
     return lines
@@ -282,7 +295,7 @@ def _returned(node: Node, names: Mapping[Node, str], spec: GraphSpec) -> str:
     return _literal(tuple(values), names) + keys
 
 
-def _statement(node: Node, names: Mapping[Node, str], dying: list[Node]) -> str:
+def _statement(node: Node, names: Mapping[Node, str], dying: list[Node], place: int | None = None) -> str:
     if node.op == "get_attr":
         right = f"constants[{str(node.target)!r}]"
     elif node.op != "call_function":
@@ -296,6 +309,8 @@ def _statement(node: Node, names: Mapping[Node, str], dying: list[Node]) -> str:
             named["device"] = torch.device("cpu")
         arguments += [f"{key}={_literal(value, names)}" for key, value in named.items()]
         right = f"{_callee(node)}({', '.join(arguments)})"
+        if place is not None:
+            right = f"product_into({', '.join(arguments)}, into[{place}])"
     text = f"{names[node]} = {right}" if node.users else right
     if dying:
         text += f"; del {', '.join(names[value] for value in dying)}"

@@ -19,8 +19,9 @@ from .buckets import pack, unpack
 from .communicator import MeshCommunicator
 from .emit_python import GraphFunction, compile_graph
 from .errors import MismatchError, add_place, graph_place
+from .homes import Place, is_large
 from .program import Instruction, Key, RankProgram
-from .steps import Join, Step, plan_steps
+from .steps import Join, Step, Write, plan_steps
 
 Gather = Callable[[Instruction], Mapping[Key, Tensor]]
 
@@ -58,7 +59,11 @@ class Executor:
         self.gather = gather
         self.plan = plan_steps(program)
         self._constants = {key: value.to(self.device) for key, value in program.constants.items()}
-        self._functions = functions or {name: compile_graph(spec, name, self.device) for name, spec in program.graphs.items()}
+        self._products = {s.instruction.graph: s.products for s in self.plan.steps if s.products} if functions is None else {}
+        self._functions = functions or {
+            name: compile_graph(spec, name, self.device, self._products.get(name, frozenset()))
+            for name, spec in program.graphs.items()
+        }
         self._unsettled: list[tuple[frozenset[int], Callable[[], None]]] = []
         """Collectives that were started, by the slots they write."""
         self._handlers: dict[str, Callable[[Step, list[Any]], None]] = {
@@ -166,18 +171,39 @@ class Executor:
         arguments = [values[slot] for slot in step.reads]
         for slot in step.dead:
             values[slot] = None
+        if step.instruction.graph in self._products:
+            arguments.insert(0, [self._place(write, values) if i in step.products else None for i, write in enumerate(step.writes)])
         results = list(self._functions[step.instruction.graph](arguments))
         for i, write in enumerate(step.writes):
             if write is None:
                 continue
             value, results[i] = results[i], None
             held = values[write.slot] if write.add else None
-            if held is None:
-                values[write.slot] = value
-            elif write.first_sum:
-                values[write.slot] = held + value  # `held` may share memory with another value: it is not ours to change
+            if held is not None:
+                if write.first_sum:
+                    values[write.slot] = held + value  # `held` may share memory with another value: it is not ours to change
+                elif held is not value:
+                    held.add_(value)
+            elif write.home is not None and i not in step.products:
+                values[write.slot] = self._home(write, values).copy_(value)
             else:
-                held.add_(value)
+                values[write.slot] = value
+
+    def _place(self, write: Write | None, values: list[Any]) -> Place:
+        """Where a graph is to write a product."""
+        if write is None:
+            return None
+        held = values[write.slot] if write.add else None
+        if held is not None:
+            return None if write.first_sum else (held, True)
+        return None if write.home is None else (self._home(write, values), False)
+
+    def _home(self, write: Write, values: list[Any]) -> Tensor:
+        home = write.home
+        assert home is not None
+        if values[home.bucket] is None:
+            values[home.bucket] = torch.empty(home.length, dtype=home.dtype, device=self.device)
+        return home.view(values[home.bucket])
 
     def _gather(self, step: Step, values: list[Any]) -> None:
         keys = step.instruction.keys
@@ -220,14 +246,17 @@ class Executor:
         # What goes alone must be the same on every rank: it follows from sizes only. Who may not overwrite its tensor copies it.
         large = {}
         for i, x in enumerate(operands):
-            if x is not None and x.nbytes >= LARGE:
+            if x is not None and is_large(x.nbytes):
                 own = i in step.owned and x.is_contiguous()
                 operands[i] = x = x if own else x.clone(memory_format=torch.contiguous_format)
                 large[i] = self.communicator.start_reduce(x, axis)
         small = [x for i, x in enumerate(operands) if i not in large]
         shapes = [x.shape for x in small if x is not None]
         del operands
-        packed = self.communicator.start_reduce(pack(small), axis) if small else None
+        bucket = values[step.bucket] if step.bucket is not None else None
+        if bucket is None and small:
+            bucket = pack(small)
+        packed = self.communicator.start_reduce(bucket, axis) if bucket is not None else None
 
         def results() -> list[Tensor]:
             rest = iter(unpack(packed(), shapes) if packed is not None else [])
@@ -286,10 +315,6 @@ class Executor:
         for slot in join.parts:
             values[slot] = None
         values[join.slot] = join_shards(parts, join.cut.dim, join.cut.sections)
-
-
-LARGE = 1 << 20
-"""Bytes from which a tensor is reduced where it lies: copying it into a bucket would take longer than another collective."""
 
 
 def _own(gradients: dict[Key, Tensor], lent: Iterable[Tensor]) -> dict[Key, Tensor]:

@@ -6,15 +6,14 @@ and a micro-batch keeps seeing the version it saw first: its backward reads what
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import dtype
-from torch.fx import GraphModule, Node
 
 from .buckets import ScatterLayout
 from .errors import MismatchError
+from .homes import Fact, Home, fresh_outputs, output_facts, product_outputs, with_homes
 from .program import Cut, Instruction, Key, OutputSpec, RankProgram, TensorSpec
 
 Shape = tuple[int, ...]
@@ -41,6 +40,8 @@ class Write:
     add: bool = False
     first_sum: bool = False
     """The first addition: what is there is the value as a graph gave it, which others may share."""
+    home: Home | None = None
+    """Where the value lies from the first on."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,10 @@ class Step:
     """A reduction of gradients, which may be put off to a later step."""
     owned: frozenset[int] = frozenset()
     """Positions of operands that share memory with nothing: a reduction may overwrite them."""
+    bucket: int | None = None
+    """The slot of the bucket in which the small operands of a reduction lie already, those that have a home."""
+    products: frozenset[int] = frozenset()
+    """Positions of gradients that the graph can be told to write somewhere."""
 
 
 @dataclass(frozen=True)
@@ -117,25 +122,6 @@ def axis_place(program: RankProgram, axis: str) -> tuple[int, int]:
     return index, size
 
 
-def fresh_outputs(gm: GraphModule) -> frozenset[int]:
-    """Positions of the outputs whose memory is new and theirs alone: results of ops that are no views, used nowhere else. None of
-    a saved program, which has its graphs as functions."""
-    results = next((n.args[0] for n in gm.graph.nodes if n.op == "output"), ())
-    return frozenset(i for i, n in enumerate(results) if isinstance(n, Node) and results.count(n) == 1 and _is_fresh(n))  # type: ignore[union-attr]
-
-
-_SILENT_VIEWS = ("aten::_unsafe_view", "aten::_reshape_alias")
-"""Views whose schemas do not say so."""
-
-
-def _is_fresh(node: Node) -> bool:
-    source = node.args[0] if node.target is operator.getitem else node
-    if not isinstance(source, Node) or any(user.op != "output" for user in node.users):
-        return False
-    schema = getattr(source.target, "_schema", None)
-    return schema is not None and schema.name not in _SILENT_VIEWS and all(r.alias_info is None for r in schema.returns)
-
-
 @dataclass
 class _Planner:
     program: RankProgram
@@ -147,6 +133,8 @@ class _Planner:
     raw: dict[Key, int] = field(default_factory=dict)
     summed: set[int] = field(default_factory=set)
     owned: set[int] = field(default_factory=set)
+    facts: dict[int, Fact] = field(default_factory=dict)
+    products: dict[str, frozenset[int]] = field(default_factory=dict)
     joined: dict[Key, int] = field(default_factory=dict)
     cat: dict[Key, list[tuple[int, int]]] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
@@ -161,6 +149,7 @@ class _Planner:
     def plan(self) -> Plan:
         for instruction in self.program.schedule:
             self.steps.append(getattr(self, f"_{instruction.kind}")(instruction))
+        self.steps, self.slots = with_homes(self.steps, self.facts, self.slots)
         joins = self._joins()
         kept = {
             "out.": {k: s for (k, m), s in self.current.items() if m == -1 and k.startswith("out.")},
@@ -219,10 +208,16 @@ class _Planner:
         prologue = bool(spec.outputs) and all(key.startswith("prologue.") for key in spec.outputs)
         m = -1 if prologue else instruction.microbatch
         reads = tuple(self._read(key, m, instruction) for key in spec.inputs)
-        writes = tuple(self._write(key, m) for key in spec.outputs)
         fresh = fresh_outputs(spec.graph)
+        writes = tuple(self._write(key, m) for key in spec.outputs)
         self.owned |= {write.slot for i, write in enumerate(writes) if i in fresh or write.add}
-        return Step(instruction, str(instruction), reads, writes, microbatch=(0, 1) if prologue else (m, self.count))
+        for write, fact in zip(writes, output_facts(spec.graph) or (None,) * len(writes), strict=True):
+            if fact is not None and not write.add:
+                self.facts[write.slot] = fact
+        gradients = {i for i, key in enumerate(spec.outputs) if key.startswith("grad.param.")}
+        products = self.products.setdefault(instruction.graph, product_outputs(spec.graph) & gradients)
+        microbatch = (0, 1) if prologue else (m, self.count)
+        return Step(instruction, str(instruction), reads, writes, microbatch=microbatch, products=products)
 
     def _write(self, key: Key, microbatch: int) -> Write:
         scope = self._scope(key, microbatch)
@@ -236,7 +231,7 @@ class _Planner:
             self.gradients.add(key)
         if adds and scope in self.current:
             slot = self.current[scope]
-            first = slot not in self.summed
+            first = slot not in self.summed and slot not in self.owned
             self.summed.add(slot)
             return Write(slot, add=True, first_sum=first)
         slot = self.current[scope] = self._new()

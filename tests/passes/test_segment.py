@@ -13,8 +13,8 @@ from torch import fx, nn
 from shardwright.compiler import emit
 from shardwright.passes.graph_tools import named_results, node_bytes
 from shardwright.passes.segment import PARTS, segment
-from shardwright.runtime import executor
-from shardwright.runtime.steps import fresh_outputs
+from shardwright.runtime import homes
+from shardwright.runtime.homes import fresh_outputs
 
 
 def backward_of(model: str) -> fx.GraphModule:
@@ -62,7 +62,7 @@ def test_few_gradients_stay_in_one_part() -> None:
 def test_equals_one_device_in_parts(model: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Reduced part by part, and where they lie however small they are."""
     monkeypatch.setattr(emit, "SEGMENT_BYTES", 64)
-    monkeypatch.setattr(executor, "LARGE", 1)
+    monkeypatch.setattr(homes, "LARGE", 1)
     options = options | {"microbatches": 1} if model == "resnet" else options
     found, wanted = case(model), plan(**options)
     programs = emit_all(found, wanted, shares(found, wanted))
@@ -84,7 +84,7 @@ class Twice(nn.Module):
 def test_gradients_that_are_one_tensor_are_each_reduced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from harness import prepare
 
-    monkeypatch.setattr(executor, "LARGE", 1)
+    monkeypatch.setattr(homes, "LARGE", 1)
     found = prepare(Twice(), {"x": torch.randn(4, 5)})
     programs = emit_all(found, plan(dp_shard=4), [1, 1, 1, 1])
     compare(found, programs, run(found, programs))
@@ -140,7 +140,7 @@ def test_ranks_agree_on_what_is_reduced_together(
     from harness import prepare
 
     monkeypatch.setattr(emit, "SEGMENT_BYTES", 64)
-    monkeypatch.setattr(executor, "LARGE", 1)
+    monkeypatch.setattr(homes, "LARGE", 1)
     found, wanted = prepare(model(), {"x": torch.randn(4, 9 if model is Tied else 3)}), plan(**options)
     programs = emit_all(found, wanted, shares(found, wanted))
     compare(found, programs, run(found, programs))
