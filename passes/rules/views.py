@@ -208,6 +208,7 @@ def select(call: OpCall, axis: Axis) -> Rule:
 
 @rule_for(aten.cat.default)
 def cat(call: OpCall, axis: Axis) -> Rule:
+    """Other dims map. The joined dim: each operand is cut among the ranks in its own right, and is a section of the whole."""
     rank = len(call.results[0].shape)
     dim = _dim(call.arg(1, "dim", 0), rank)
     n = len(call.operands)
@@ -216,7 +217,15 @@ def cat(call: OpCall, axis: Axis) -> Rule:
         for d, size in enumerate(call.results[0].shape)
         if size > 1 and d != dim and all(len(m.shape) == rank for m in call.operands)
     )
-    return Rule(factors, linear=(frozenset(range(n)),))
+    linear = (frozenset(range(n)),)
+    pieces = [m.shape[dim] if len(m.shape) == rank else 0 for m in call.operands]
+    if n < 2 or min(pieces) < axis.size:
+        return Rule(factors, linear)
+    if len(set(pieces)) == 1:
+        return Rule((*factors, Factor("piece", pieces[0], (Slot(dim),) * n, (Slot(dim, outer=n),))), linear)
+    cuts = [even_sections(piece, axis.size) for piece in pieces]
+    joined = Varying(dim, tuple(section for cut in cuts for section in cut))
+    return Rule(factors, linear, extra=(Strategy("pieces", tuple(Varying(dim, cut) for cut in cuts), (joined,)),))
 
 
 @rule_for(aten.stack.default)

@@ -101,6 +101,8 @@ def views(s: _Source) -> Iterator[Any]:
     yield aten.unbind.int, (s.real(3, 4, 5), 1)
     yield aten.cat.default, ([s.real(3, 4), s.real(3, 5)], 1)
     yield aten.cat.default, ([s.real(3, 4), s.real(2, 4), s.real(1, 4)],)
+    yield aten.cat.default, ([s.real(2, 7), s.real(2, 7), s.real(2, 7)], 1)
+    yield aten.cat.default, ([s.real(5, 2), s.real(3, 2)],)
     yield aten.stack.default, ([s.real(3, 4), s.real(3, 4)], -1)
     yield aten.split.Tensor, (s.real(3, 12), 4, 1)
     yield aten.split.Tensor, (s.real(11, 4), 4)
