@@ -1,7 +1,9 @@
 import math
 
 import pytest
+import torch
 
+from shardwright.compiler import measure as measure_module
 from shardwright.compiler.measure import fit_line, measure
 from shardwright.compiler.topology import Device, Level, Topology, collective_bytes, collective_seconds
 from shardwright.runtime.program import Mesh
@@ -97,3 +99,15 @@ def test_measures_this_machine():
     assert 1e7 < topology.device.peak("float32") < 1e14
     assert 1e7 < topology.device.bandwidth < 1e13
     assert topology.device.memory > 1e8 and topology.world_size == 1
+
+
+def test_cores_that_ranks_share_count_at_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tenth call waits while another rank has its turn: the median call knows nothing of it."""
+    now, calls = [0.0], [0]
+
+    def work() -> None:
+        calls[0] += 1
+        now[0] += 11e-3 if calls[0] % 10 == 0 else 1e-3
+
+    monkeypatch.setattr(measure_module.time, "perf_counter", lambda: now[0])
+    assert measure_module._time(work, torch.device("cpu"), 1.0) == pytest.approx(2e-3, rel=0.05)
