@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor, fx, nn
 
+from ..passes.check_schedules import collectives_of
 from ..passes.graph_tools import where
 from ..runtime.errors import MismatchError
 from ..runtime.faults import Control
+from ..runtime.program import Mesh, RankProgram
 from .plan import Plan
 
 
@@ -42,6 +45,36 @@ def same_graph(control: Control, plan: Plan, gm: fx.GraphModule, *, same_shapes:
         "captured different graphs of the model (its code, or an option that the code reads, differs)",
         lambda i: where(nodes[i]),
     )
+
+
+def same_collectives(control: Control, program: RankProgram) -> None:
+    """Raises MismatchError, on every rank, naming the first collective in which the ranks of an axis would not meet. A collective.
+
+    Ranks that were given batches of other lengths run graphs of other shapes, each rewritten by itself.
+    """
+    own = collectives_of(program)
+    digests = {axis: hashlib.sha256("\n".join(what for what, _ in steps).encode()).hexdigest() for axis, steps in own.items()}
+    everyone = [json.loads(text) for text in control.exchange_text(json.dumps(digests))]
+    mesh = program.mesh
+    for axis in sorted({axis for found in everyone for axis in found}):
+        apart = next((pair for pair in _neighbours(mesh, axis) if everyone[pair[0]].get(axis) != everyone[pair[1]].get(axis)), None)
+        if apart is None:
+            continue
+        lists = [json.loads(text) for text in control.exchange_text(json.dumps(own.get(axis, [])))]
+        one, other = (lists[rank] for rank in apart)
+        pairs = enumerate(zip(one, other, strict=False))
+        first = next((k for k, (a, b) in pairs if a[0] != b[0]), min(len(one), len(other)))
+        places = (f"rank {r}: {' in '.join(lists[r][first]) if first < len(lists[r]) else 'nothing more'}" for r in apart)
+        raise MismatchError(f"ranks would not meet in their collectives over {axis!r}:\n  " + "\n  ".join(places))
+
+
+def _neighbours(mesh: Mesh, axis: str) -> Iterator[tuple[int, int]]:
+    """Pairs of ranks that `axis`, which may join several by "+", joins."""
+    first: dict[tuple[int, ...], int] = {}
+    joined = axis.split("+")
+    for rank in range(mesh.world_size):
+        group = tuple(k for name, k in mesh.coordinates(rank).items() if name not in joined)
+        yield first.setdefault(group, rank), rank
 
 
 def _same(control: Control, facts: Sequence[str], what: str, describe: Callable[[int], str] = lambda i: "") -> None:

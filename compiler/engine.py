@@ -17,7 +17,7 @@ from ..runtime.faults import Agreement, Agreements, CallFacts, Control, Flags, S
 from ..runtime.materialize import materialize
 from ..runtime.parameters import ParameterStore
 from ..runtime.program import Key, Mesh, RankProgram
-from .agreement import same_graph, same_model, same_request
+from .agreement import same_collectives, same_graph, same_model, same_request
 from .bind import BatchMode, Bound, batch_keys, batch_size, bind, local_batches
 from .call_structure import CallStructure, flatten_call
 from .capture import CaptureError, capture
@@ -215,6 +215,7 @@ class ModelEngine:
         )
         same_graph(self.control, plan, problem.graph, same_shapes=not problem.ragged)
         check_ragged(program, shapes, batch_keys(shapes), self.control)
+        same_collectives(self.control, program)
         if not keep_layout:
             self.plan = plan
             if self.options.verify:

@@ -56,6 +56,20 @@ def check_schedules(programs: Sequence[RankProgram]) -> None:
             raise MismatchError(f"rank {source}: '{queue[0][0]}' is never received: rank {to} has no receive left for it")
 
 
+def collectives_of(program: RankProgram) -> dict[str, list[tuple[str, str]]]:
+    """Per axis the collectives of a rank in order: what must be equal on all ranks of a group, as text, and where it stands.
+
+    For ranks that each have their own program alone. Raises MismatchError for a key that is read before anything gives it.
+    """
+    found: dict[str, list[tuple[str, str]]] = {}
+    rank = _Rank(program, {})
+    while (event := rank.waiting) is not None:
+        if isinstance(event, _Collective):
+            found.setdefault(event.axis, []).append((str(event.what), rank.here()))
+        rank._step()
+    return found
+
+
 @dataclass(frozen=True)
 class _Collective:
     """One collective over `axis`; `what` must be equal on all ranks of the group. `inside`: the op, if it is one of a graph."""
