@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,3 +115,12 @@ def by_label(labels: Sequence[str]) -> list[tuple[Axis, Choice]]:
         return lambda call: next(s for s in strategies(call, axis) if s.label == label)
 
     return [(axis, choice(axis, label)) for axis, label in zip((Axis("x", 2), Axis("y", 3)), labels, strict=False)]
+
+
+def test_the_documentation_has_every_family() -> None:
+    """docs/rules.md names each file of rules: what it offers, and what is missing."""
+    root = Path(__file__).parents[2]
+    told = (root / "docs" / "rules.md").read_text()
+    families = {Path(inspect.getfile(function)).name for function in RULES.values()} - {"notation.py", Path(__file__).name}
+    assert families
+    assert [name for name in sorted(families) if f"`{name}`" not in told] == []
