@@ -142,6 +142,13 @@ def text_pair(config: Any) -> Batch:
     return {"input_ids": tokens(), "labels": masked(tokens(length=LENGTH - 4))}
 
 
+def masked_text_pair(config: Any) -> Batch:
+    """The same, with the masks that say that nothing is padding."""
+    pair = text_pair(config)
+    masks = {"attention_mask": torch.ones_like(pair["input_ids"]), "decoder_attention_mask": torch.ones_like(pair["labels"])}
+    return {**pair, **masks}
+
+
 def labelled_text(config: Any) -> Batch:
     return {"input_ids": tokens(), "labels": torch.randint(0, LABELS, (BATCH,))}
 
@@ -175,7 +182,7 @@ SPEECH = {
     "conv_kernel": (10, 3, 3),
     "apply_spec_augment": False,
 }
-SPEECH |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "layerdrop": 0.0}
+SPEECH |= {"classifier_proj_size": 16, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "layerdrop": 0.0}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 
@@ -188,8 +195,7 @@ def image_then_text(config: Any) -> Batch:
 
 
 def waveform(config: Any) -> Batch:
-    """A second of sound, shortened; its transcript in characters."""
-    return {"input_values": torch.randn(BATCH, 640), "labels": torch.randint(3, 32, (BATCH, 5))}
+    return {"input_values": torch.randn(BATCH, 640), "labels": torch.randint(0, LABELS, (BATCH,))}
 
 
 def spectrogram_to_text(config: Any) -> Batch:
@@ -383,7 +389,7 @@ FAMILIES: tuple[Family, ...] = (
         spectrogram_to_text,
         {**SEQ2SEQ, "num_mel_bins": 16, "max_source_positions": 24, "max_target_positions": 24},
     ),
-    Family("wav2vec2", "audio", "Wav2Vec2ForCTC", waveform, SPEECH),
+    Family("wav2vec2", "audio", "Wav2Vec2ForSequenceClassification", waveform, SPEECH),
     Family(
         "ast",
         "audio",
@@ -474,7 +480,7 @@ FAMILIES: tuple[Family, ...] = (
         "switch",
         "mixture of experts",
         "SwitchTransformersForConditionalGeneration",
-        text_pair,
+        masked_text_pair,
         {
             "d_kv": 8,
             "d_ff": 64,

@@ -11,8 +11,10 @@ that carries a gradient.
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +39,8 @@ LossFunction = Callable[[Any, Any], Tensor]
 aten = torch.ops.aten
 VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
 """Kept as `reshape`: the strides that fake kernels give need not be those of the kernels that will run."""
+CONTAINERS = (dict, OrderedDict, list, set)
+"""Of a module's attributes, those whose contents are put back after a trace."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +206,7 @@ def _fake(tensor: Tensor) -> Tensor:
 def _prepared(model: nn.Module, mode: torch_compat.FakeTensorMode, training: bool | None) -> Iterator[None]:
     """The model in the wanted mode, with fake parameters and buffers; everything, attributes included, is put back."""
     attributes = [(name, module, dict(vars(module))) for name, module in model.named_modules()]
+    contents = [(held, copy(held)) for _, _, values in attributes for held in values.values() if type(held) in CONTAINERS]
     fakes: dict[int, Tensor] = {}
 
     def replace(name: str, tensor: Tensor) -> Tensor:
@@ -219,12 +224,20 @@ def _prepared(model: nn.Module, mode: torch_compat.FakeTensorMode, training: boo
         yield
     finally:
         restore()
+        for held, before in contents:
+            _refill(held, before)
         changed = [f"{name}.{k}".lstrip(".") for name, module, values in attributes for k in _put_back(module, values)]
         if changed:
             warnings.warn(
                 f"attributes that the forward sets to tensors are not updated by a captured graph: {', '.join(changed)}",
                 stacklevel=4,
             )
+
+
+def _refill(held: Any, before: Any) -> None:
+    """Give a container back what it held: a forward may register hooks, or collect values, in one that it found."""
+    held.clear()
+    held.extend(before) if isinstance(held, list) else held.update(before)
 
 
 def _move_plain_tensors(name: str, module: nn.Module, attributes: Mapping[str, Any]) -> None:
@@ -254,6 +267,7 @@ def _export(traced: _Traced, fakes: tuple[Tensor, ...]) -> torch.export.Exported
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
             program = torch.export.export(traced, fakes, strict=False)
+            fidelity.drop_checks(program.graph_module)
             fidelity.check_static(program.graph_module)
             settle_regions(program.graph_module)
             if is_functional(program.graph_module) and not torch.is_autocast_enabled("cpu"):

@@ -61,7 +61,8 @@ def op_flops(call: OpCall) -> float:
         case "grouped_linear_grad_x" | "grouped_linear_grad_w":
             return 2.0 * math.prod(shapes[0]) * (shapes[1][-1])
         case "conv1d" | "conv2d" | "conv3d" | "convolution":
-            return 2.0 * result * math.prod(shapes[1][1:])
+            transposed = op_name(call.target) == "convolution" and call.arg(6, "transposed", False)
+            return 2.0 * (math.prod(shapes[0]) if transposed else result) * math.prod(shapes[1][1:])
         case "convolution_backward":  # (grad, input, weight): the gradients of input and weight, each like the forward
             gradients = [r for r in call.results if len(r.shape) > 1]
             return 2.0 * math.prod(shapes[0]) * math.prod(shapes[2][1:]) * len(gradients)

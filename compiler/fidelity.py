@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .capture import Captured
 
 TORCH_ROOT = os.path.dirname(str(torch.__file__)) + os.sep
+aten = torch.ops.aten
 HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
@@ -246,6 +247,20 @@ def check_autograd_graph(outputs: Sequence[Tensor]) -> None:
         stack.extend(parent for parent, _ in node.next_functions if parent is not None)
 
 
+CHECKS = frozenset({aten._assert_scalar.default, aten.sym_constrain_range.default, aten.sym_constrain_range_for_size.default})
+"""What `torch._check` of a number leaves in a graph."""
+
+
+def drop_checks(graph: fx.GraphModule) -> None:
+    """Take out of a traced graph, in place, what a model asserts of numbers that depend on data, and the numbers that only
+    assertions read. As with other assertions, a program does not check them."""
+    for module in graph.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in reversed(module.graph.nodes):
+                if node.target in CHECKS or (_is_symbolic(node.meta.get("val")) and not node.users and node.op == "call_function"):
+                    module.graph.erase_node(node)
+
+
 def check_static(graph: fx.GraphModule) -> None:
     """Refuse graphs in which a number or a shape depends on data. Raises CaptureError at the first such node."""
     for module in graph.modules():
@@ -388,12 +403,15 @@ def _run_eager(
 def _run_captured(
     captured: Captured, model: nn.Module, args: Any, kwargs: Any, names: Sequence[str], dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    graph = promote_casts(captured.graph) if dtype == torch.float64 else captured.graph
+    graph, constants = captured.graph, captured.constants
+    if dtype == torch.float64:
+        graph = promote_casts(graph)
+        constants = {k: t.double() if t.is_floating_point() else t for k, t in constants.items()}
     parameters = {n: p.detach().cpu().requires_grad_(p.requires_grad) for n, p in model.named_parameters()}
     state = {
         **{f"param.{n}": p for n, p in parameters.items()},
         **{f"buffer.{n}": b.detach().cpu() for n, b in model.named_buffers()},
-        **captured.constants,
+        **constants,
         "seed": torch.tensor(0),
         **{k: t.cpu() for k, t in captured.call.flatten(args, kwargs).items()},
     }

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from .cleanup import to_copy
+from .cleanup import nothing, to_copy
 from .gradients import mark_gradients
 from .rewrite import Builder, map_leaves, rewrite
 
 aten = torch.ops.aten
 
+ASSERTIONS = {aten._assert_tensor_metadata.default: nothing}
+"""They speak of the dtypes that there were."""
+
 
 def promote_casts(gm: fx.GraphModule) -> fx.GraphModule:
     """`gm` with every float32 that its ops name, in casts and constants, replaced by float64. Inputs keep their dtypes.
 
-    Requires: a functional ATen graph with meta["val"]. Ensures: the same function, in float64 where the inputs are.
+    Requires: a functional ATen graph with meta["val"]; it is to be given its constants in float64. Ensures: the same function, in
+    float64 where the inputs are.
     """
-    result = rewrite(gm, {aten._to_copy.default: _cast, None: _call})
+    narrow = _widened(gm, lambda node: node.meta["key"].startswith("const.") and node.meta["val"].dtype is torch.float32)
+    result = rewrite(narrow, {**ASSERTIONS, aten._to_copy.default: _cast, None: _call})
     mark_gradients(result.graph)
     return result
+
+
+def _widened(gm: fx.GraphModule, chosen: Callable[[fx.Node], bool]) -> fx.GraphModule:
+    """A copy of `gm` in which the placeholders that are `chosen` are float64. The values after them are still what they were."""
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(gm.graph, {}))
+    for node in copy.nodes:
+        if node.op == "placeholder" and chosen(node):
+            narrow = node.meta["val"]
+            with narrow.fake_mode:
+                node.meta["val"] = torch.empty_strided(narrow.shape, narrow.stride(), dtype=torch.float64)
+    double = fx.GraphModule(gm, copy)
+    double.meta.update(gm.meta)
+    return double
 
 
 def _wide(value: Any) -> Any:
@@ -41,16 +61,8 @@ NARROW = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 def widen(gm: fx.GraphModule) -> fx.GraphModule:
     """`gm` as if the model and its floating inputs were float64: the same function of wider numbers."""
-    copy = fx.Graph()
-    copy.output(copy.graph_copy(gm.graph, {}))
-    for node in copy.nodes:
-        if node.op == "placeholder" and node.meta["val"].dtype in NARROW:
-            narrow = node.meta["val"]
-            with narrow.fake_mode:
-                node.meta["val"] = torch.empty_strided(narrow.shape, narrow.stride(), dtype=torch.float64)
-    double = fx.GraphModule(gm, copy)
-    double.meta.update(gm.meta)
-    result = rewrite(double, {aten._to_copy.default: _wide_cast, None: _wide_call})
+    double = _widened(gm, lambda node: node.meta["val"].dtype in NARROW)
+    result = rewrite(double, {**ASSERTIONS, aten._to_copy.default: _wide_cast, None: _wide_call})
     mark_gradients(result.graph)
     result.meta.update({k: v for k, v in gm.meta.items() if k not in result.meta})
     return result

@@ -224,6 +224,11 @@ def strategies(call: OpCall, axis: Axis, splits: Splits | None = None, rule: Rul
     return found
 
 
+def everywhere(call: OpCall, axis: Axis, strategy: Strategy, cut: Sections) -> Strategy | None:
+    """A `Swap` that offers only cuts of which every rank gets some, for ops that do not run on nothing."""
+    return strategy if all(map(sum, zip(*cut, strict=True))) else None
+
+
 def factor_strategy(call: OpCall, factor: Factor, cut: Sections, k: int = 0) -> Strategy:
     """The strategy of sharding `factor` with sections `cut`."""
     ins = tuple(slot.place(cut) if slot is not None else R for slot in factor.operands)

@@ -1,10 +1,11 @@
-"""Convolution and pooling: samples and channels are factors; positions stay whole."""
+"""Convolution and pooling: samples, channels and groups of channels are factors; positions stay whole."""
 
 from __future__ import annotations
 
 import torch
 
-from .base import Axis, Factor, OpCall, Rule, Slot, rule_for
+from ..types import Varying
+from .base import Axis, Factor, LocalCall, OpCall, Rule, Slot, Strategy, everywhere, localizer, rule_for
 from .views import dims_map
 
 aten = torch.ops.aten
@@ -12,15 +13,38 @@ aten = torch.ops.aten
 
 @rule_for(aten.convolution.default)
 def convolution(call: OpCall, axis: Axis) -> Rule | None:
-    """x[n, c, ...], weight[o, c, ...] -> [n, o, ...]: n and o map, c sums. Grouped ones: n only."""
+    """x[n, g*c, ...], weight[g*o, c, ...] -> [n, g*o, ...] for g groups; a transposed one has weight[g*c, o, ...].
+
+    n, g and o map, c sums.
+    """
     x, weight = call.operands[0].shape, call.operands[1].shape
     if call.operand_of(2) is not None:
         return None
-    factors = [Factor("n", x[0], (Slot(0), None), (Slot(0),))]
-    if call.arg(8, "groups", 1) == 1 and not call.arg(6, "transposed", False):
-        factors.append(Factor("o", weight[0], (None, Slot(0)), (Slot(1),)))
-        factors.append(Factor("c", x[1], (Slot(1), Slot(1)), (None,), "sum"))
-    return Rule(tuple(f for f in factors if f.size > 1), linear=(frozenset({0}), frozenset({1})))
+    g = call.arg(8, "groups", 1)
+    c, o = x[1] // g, call.results[0].shape[1] // g
+    transposed = call.arg(6, "transposed", False)
+    weight_c, weight_o = (Slot(0, outer=g), Slot(1)) if transposed else (Slot(1), Slot(0, outer=g))
+    factors = (
+        Factor("n", x[0], (Slot(0), None), (Slot(0),)),
+        Factor("g", g, (Slot(1, inner=c), Slot(0, inner=weight[0] // g)), (Slot(1, inner=o),)),
+        Factor("o", o, (None, weight_o), (Slot(1, outer=g),)),
+        Factor("c", c, (Slot(1, outer=g), weight_c), (None,), "sum"),
+    )
+    return Rule(
+        tuple(f for f in factors if f.size > 1),
+        linear=(frozenset({0}), frozenset({1})),
+        swap=dict.fromkeys("goc", everywhere),
+    )
+
+
+@localizer(aten.convolution.default)
+def local_convolution(call: OpCall, strategy: Strategy, index: int) -> LocalCall:
+    """Where x and the result are both cut by channels, a rank holds whole groups: fewer of them."""
+    x, result = strategy.ins[0], strategy.outs[0]
+    groups = call.arg(8, "groups", 1)
+    if isinstance(x, Varying) and isinstance(result, Varying) and x.dim == result.dim == 1:
+        groups = result.local_size(index) // (call.results[0].shape[1] // groups)
+    return call.target, (*call.args[:8], groups), {}
 
 
 @rule_for(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .base import Axis, Factor, OpCall, Rule, Slot, rule_for
+from ..types import Varying
+from .base import Axis, Factor, LocalCall, OpCall, Rule, Slot, Strategy, everywhere, localizer, rule_for
 
 aten = torch.ops.aten
 
@@ -21,7 +22,20 @@ def layer_norm(call: OpCall, axis: Axis) -> Rule:
 
 @rule_for(aten.group_norm.default)
 def group_norm(call: OpCall, axis: Axis) -> Rule:
-    """x[n, c, ...]: samples map; channels stay, because the number of groups is an argument."""
-    size = call.operands[0].shape[0]
-    rest = (None,) * (len(call.operands) - 1)
-    return Rule((Factor("n", size, (Slot(0), *rest), (Slot(0),)),) if size > 1 else ())
+    """x[n, g*c, ...] with weight and bias [g*c]: samples and groups map."""
+    shape, groups = call.operands[0].shape, call.arg(1, "num_groups")
+    width = shape[1] // groups
+    rest = len(call.operands) - 1
+    factors = (
+        Factor("n", shape[0], (Slot(0), *(None,) * rest), (Slot(0),)),
+        Factor("g", groups, (Slot(1, inner=width), *(Slot(0, inner=width),) * rest), (Slot(1, inner=width),)),
+    )
+    return Rule(tuple(f for f in factors if f.size > 1), swap={"g": everywhere})
+
+
+@localizer(aten.group_norm.default)
+def local_group_norm(call: OpCall, strategy: Strategy, index: int) -> LocalCall:
+    groups, result = call.arg(1, "num_groups"), strategy.outs[0]
+    if isinstance(result, Varying) and result.dim == 1:
+        groups = result.local_size(index) // (call.results[0].shape[1] // groups)
+    return call.target, (call.args[0], groups, *call.args[2:]), dict(call.kwargs)

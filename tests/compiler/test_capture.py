@@ -436,6 +436,34 @@ def test_attributes_set_in_the_forward_are_put_back_with_a_warning() -> None:
     assert not hasattr(model, "last")
 
 
+def test_hooks_and_lists_that_the_forward_fills_are_put_back() -> None:
+    """Hooks that a model registers in its first call would act twice in its second capture, and a list would keep fake tensors."""
+
+    def body(self: Small, x: Tensor) -> Tensor:
+        if not hasattr(self, "hooked"):
+            self.hooked = True
+            self.linear.register_forward_hook(lambda module, args, output: output * 2)
+        self.seen.append(x)
+        return self.linear(x).sum()
+
+    model, x = Small(body), torch.randn(3, 4)
+    model.seen = []
+    captured = [capture(model, (x,), {}) for _ in range(2)]
+    assert not model.seen and not model.linear._forward_hooks
+    assert len(captured[0].graph.graph.nodes) == len(captured[1].graph.graph.nodes)
+
+
+def test_what_a_model_asserts_of_data_is_left_out() -> None:
+    def body(self: Small, x: Tensor) -> Tensor:
+        torch._check_tensor_all(x.abs().sum() < 100)
+        return self.linear(x).sum()
+
+    model, x = Small(body), torch.randn(3, 4)
+    captured = capture(model, (x,), {})
+    check_capture(captured, model, (x,), {})
+    assert not [n for n in captured.graph.graph.nodes if n.op == "call_function" and not isinstance(n.meta["val"], Tensor)]
+
+
 def test_check_capture_finds_a_wrong_gradient() -> None:
     model = Small(lambda self, x: (self.linear(x) ** 2).sum())
     x = torch.randn(3, 4)

@@ -47,6 +47,10 @@ def call(target, *args, results, grad=False, **kwargs):
         (call(aten.linear.default, (B, S, K), (N, K), results=[(B, S, N)]), 2 * B * S * K * N),
         (call(aten.convolution.default, (B, 3, 8, 8), (16, 3, 3, 3), results=[(B, 16, 8, 8)]), 2 * B * 16 * 64 * 27),
         (
+            call(aten.convolution.default, (B, 3, 8), (3, 5, 2), None, [2], [0], [1], True, [0], 1, results=[(B, 5, 16)]),
+            2 * B * 3 * 8 * 5 * 2,
+        ),
+        (
             call(ops.attention.default, *[(B, H, S, D)] * 3, None, False, 1.0, results=[(B, H, S, D), (B, H, S)]),
             4 * B * H * S * S * D,
         ),

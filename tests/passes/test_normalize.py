@@ -569,6 +569,17 @@ def test_promoted_casts_give_float64() -> None:
     torch.testing.assert_close(graph(x)[0], (x**2 + 1).sum(), rtol=1e-14, atol=0)
 
 
+def test_promoted_constants_and_what_is_asserted_of_them() -> None:
+    """A number that a model makes a float32 tensor of, and a cast of what that gives, which torch.export asserts the dtype of."""
+    captured = capture(Function(lambda x: (x / torch.sqrt(torch.tensor(3.0)).to(x.dtype)).sum()), (randn(3),), {})
+    graph = promote_casts(captured.graph)
+    x = randn(3)
+    (constant,) = captured.constants.values()
+    state = [constant.double() if n.meta["key"].startswith("const.") else x for n in graph.graph.nodes if n.op == "placeholder"]
+    assert constant.dtype is torch.float32
+    torch.testing.assert_close(graph(*state)[0], (x / 3**0.5).sum(), rtol=1e-14, atol=0)
+
+
 # --- the contract
 
 

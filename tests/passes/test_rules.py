@@ -70,6 +70,7 @@ MUST_OFFER = {
     aten.reshape.default: "f0 f1 f2 f3 P",
     aten.layer_norm.default: "d0 d1",
     aten.convolution.default: "n o c",
+    aten.group_norm.default: "n g",
     aten.split.Tensor: "d0 piece",
     aten.sum.dim_IntList: "d0 d1 d2 P",
 }
@@ -81,6 +82,14 @@ def test_rule_offers(target: object) -> None:
     sample = next(s for s in SAMPLES if s.target is target)
     offered = {s.label for s in strategies(run_whole(sample, grad=True).call, AXES[0])}
     assert offered >= {"I", "R", *MUST_OFFER[target].split()}
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+def test_grouped_convolution_offers_groups_and_channels(transposed: bool) -> None:
+    weight = torch.zeros(4, 3, 3) if transposed else torch.zeros(6, 2, 3)
+    sample = Sample(aten.convolution.default, (torch.zeros(2, 4, 7), weight, None, [1], [0], [1], transposed, [0], 2))
+    offered = {s.label for s in strategies(run_whole(sample, grad=True).call, AXES[0])}
+    assert offered >= {"n", "g", "o", "c"}
 
 
 def test_every_rule_has_a_sample() -> None:
