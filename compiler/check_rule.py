@@ -17,7 +17,7 @@ from torch import Tensor
 from ..passes.convert import backward_ops, convert
 from ..passes.graph_tools import map_operands
 from ..passes.ops.collectives import join_shards, take_shard, use_communicator
-from ..passes.rules.base import Axis, OpCall, Operand, Strategy, TensorMeta, localize, strategies
+from ..passes.rules.base import Axis, OpCall, Operand, Strategy, TensorMeta, has_derivatives, localize, strategies
 from ..passes.types import Partial, Sections, Type, Varying, balanced_sizes, even_sections, gradient_type, local_shape
 from ..runtime.lockstep import run_ranks
 from ..runtime.program import Mesh
@@ -39,7 +39,7 @@ def deal(whole: Tensor, type_: Type, n: int, generator: torch.Generator) -> list
 
 
 def _random_like(x: Tensor, generator: torch.Generator) -> Tensor:
-    if x.is_floating_point():
+    if has_derivatives(x.dtype):
         return torch.randn(x.shape, dtype=x.dtype, generator=generator)
     return torch.randint(-5, 5, x.shape, dtype=x.dtype, generator=generator)
 
@@ -134,7 +134,7 @@ def run_whole(sample: Sample, *, grad: bool) -> Run:
         return value
 
     args, kwargs = visit(tuple(sample.args)), {k: visit(v) for k, v in sample.kwargs.items()}
-    wants = [grad and k < sample.differentiable and t.is_floating_point() for k, t in enumerate(found)]
+    wants = [grad and k < sample.differentiable and has_derivatives(t.dtype) for k, t in enumerate(found)]
     leaves = [t.detach().clone().requires_grad_(w) for t, w in zip(found, wants, strict=True)]
     results = _call(sample.target, args, kwargs, leaves)
     generator = torch.Generator().manual_seed(1)

@@ -18,7 +18,7 @@ from torch import fx
 from ..passes.convert import is_free, traffic
 from ..passes.graph_tools import map_operands
 from ..passes.ops.collectives import COMMUNICATION
-from ..passes.rules.base import Axis, OpCall, Operand, Strategy, TensorMeta
+from ..passes.rules.base import Axis, OpCall, Operand, Strategy, TensorMeta, has_derivatives
 from ..passes.types import R, Type, Varying
 from ..runtime.program import Mesh
 from .topology import CollectiveKind, Device, Span, Topology, collective_bytes, collective_seconds
@@ -277,7 +277,7 @@ def call_of(node: fx.Node) -> OpCall:
 
 
 def _meta(tensor: torch.Tensor, node: fx.Node) -> TensorMeta:
-    return TensorMeta(tuple(tensor.shape), tensor.dtype, bool(node.meta.get("grad")) and tensor.dtype.is_floating_point)
+    return TensorMeta(tuple(tensor.shape), tensor.dtype, bool(node.meta.get("grad")) and has_derivatives(tensor.dtype))
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -7,6 +7,7 @@ import linecache
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import CodeType, FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.fx.traceback
 from torch import Tensor, fx, nn
+from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -21,6 +23,7 @@ from ..passes.normalize.promote import promote_casts
 from . import torch_compat
 from .call_structure import describe_output, split_target
 from .capture_error import CaptureError
+from .custom_functions import NotElementwise, replaced, with_slopes
 
 if TYPE_CHECKING:
     from .capture import Captured
@@ -90,10 +93,10 @@ HOOKS = frozenset({Tensor.register_hook, Tensor.register_post_accumulate_grad_ho
 GRADIENT_CALLS = frozenset({torch.autograd.grad, torch.autograd.backward, Tensor.backward})
 
 
-def custom_functions() -> dict[CodeType, type]:
+def custom_functions() -> dict[CodeType, type[Function]]:
     """The code of `forward` of every autograd Function that a user may have written, and the Function."""
-    found: dict[CodeType, type] = {}
-    stack: list[type] = [torch.autograd.Function]
+    found: dict[CodeType, type[Function]] = {}
+    stack: list[type[Function]] = [Function]
     while stack:
         for cls in stack.pop().__subclasses__():
             stack.append(cls)
@@ -111,6 +114,29 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.detached: list[Tensor] = []
         self.functions = custom_functions()
+        self.keeping = 0
+        self.replaced: AbstractContextManager[None] = nullcontext()
+
+    def __enter__(self) -> Watch:
+        own = [f for f in self.functions.values() if not f.__module__.startswith("torch.")]
+        self.replaced = replaced(own, self._keep)
+        self.replaced.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.replaced.__exit__(*error)
+
+    def _keep(self, function: type[Function], args: tuple[Any, ...]) -> Any:
+        """What a custom function gives, by operations that have its gradient."""
+        source = calling_line()
+        self.keeping += 1
+        try:
+            return with_slopes(function, args)
+        except NotElementwise as error:
+            raise custom_function(function.__qualname__, source) from error
+        finally:
+            self.keeping -= 1
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -154,6 +180,8 @@ class Watch(TorchFunctionMode):
             torch.fx.traceback.set_stack_trace([])
 
     def _check_function(self, func: Any) -> None:
+        if self.keeping:
+            return
         caller = sys._getframe(2)
         # A Function's own frame is that of its `forward`: `apply` has one in some versions of torch only.
         found = next(((f, self.functions[f.f_code]) for f in frames_from(caller) if f.f_code in self.functions), None)
@@ -175,7 +203,8 @@ class Watch(TorchFunctionMode):
 
 def custom_function(name: str, source: str | None) -> CaptureError:
     return CaptureError(
-        f"the forward uses the custom autograd function {name}, whose own backward a trace would lose",
+        f"the forward uses the custom autograd function {name}, whose own backward a trace would lose: it does more than multiply "
+        "its gradient element by element",
         source,
         "write it with ordinary differentiable operations, or register it as a torch.library.custom_op with register_autograd",
     )

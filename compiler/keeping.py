@@ -77,6 +77,8 @@ def _needs_value(node: fx.Node, call: OpCall, i: int) -> bool:
         return False
     if name in ("mul", "div", "mm", "bmm", "linear", "matmul", "addmm", "baddbmm", "convolution"):
         return any(o.grad for k, o in enumerate(call.operands) if k != i) or (name == "div" and i == 1)
+    if name == "with_slope":
+        return i == 2
     return name not in NEEDS_RESULT or name in ("attention", "chunked_attention", "logsumexp")
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 from torch import fx
 
+from ..passes.rules.base import has_derivatives
 from ..passes.schedule import gpipe, one_f_one_b
 from ..runtime.program import Instruction, OutputSpec, TensorSpec
 from .plan import DATA_AXES, Plan
@@ -55,14 +56,14 @@ def crossing(gm: fx.GraphModule, stage: int) -> tuple[tuple[str, ...], tuple[str
     output = next(n for n in gm.graph.nodes if n.op == "output")
     leaving = [(k, n) for k, n in zip(gm.meta["outputs"], output.args[0], strict=True) if k.startswith("act.")]  # type: ignore[arg-type]
 
-    def differentiable(n: fx.Node) -> bool:
-        return bool(n.meta.get("grad")) and n.meta["val"].dtype.is_floating_point
+    def has_gradient(n: fx.Node) -> bool:
+        return bool(n.meta.get("grad")) and has_derivatives(n.meta["val"].dtype)
 
     return (
         tuple(n.meta["key"] for n in entering),
         tuple(k for k, _ in leaving),
-        tuple(n.meta["key"] for n in entering if differentiable(n)),
-        tuple(k for k, n in leaving if differentiable(n)),
+        tuple(n.meta["key"] for n in entering if has_gradient(n)),
+        tuple(k for k, n in leaving if has_gradient(n)),
     )
 
 

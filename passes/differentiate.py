@@ -17,8 +17,10 @@ from typing import Any, Literal
 
 import torch
 from torch import fx
+from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ..compiler.torch_compat import OpOverload
 from .convert import backward_ops, convert, forward_ops
 from .graph_tools import (
     LazyGraphModule,
@@ -34,6 +36,7 @@ from .graph_tools import (
     standing,
     where,
 )
+from .rules.base import has_derivatives
 from .types import Type, gradient_type
 
 Seed = Literal["one", "input"]
@@ -110,6 +113,8 @@ class Templates:
         try:
             with self.values.mode, torch.no_grad():
                 traced = make_fx(run)(inputs, seeds)
+                if any(_writes(n) for n in traced.graph.nodes):
+                    traced = make_fx(functionalize(traced, remove="mutations"))(inputs, seeds)
         except Exception as error:
             raise RuntimeError(f"the backward of {where(node)} could not be traced: {error}") from error
         return _read_template(traced.graph, len(inputs), len(seeds), len(cotangents))
@@ -122,6 +127,13 @@ def _without_nodes(node: fx.Node) -> Any:
 
 
 _NOTHING = frozenset({aten.detach.default, aten.alias.default})
+_LAZY = {aten._conj.default: aten._conj_physical.default, aten._neg_view.default: aten.neg.default}
+"""Views that are computed when they are read, which not every op does."""
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a node's effect is what it writes: `_read_template` goes by results alone."""
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
 def _read_template(graph: fx.Graph, inputs: int, seeds: int, results: int) -> Template:
@@ -130,6 +142,9 @@ def _read_template(graph: fx.Graph, inputs: int, seeds: int, results: int) -> Te
         if node.op == "call_function" and node.target in _NOTHING:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif _writes(node):
+            raise RuntimeError(f"{node.target} writes to an operand")
+        node.target = _LAZY.get(node.target, node.target)
     graph.eliminate_dead_code()
     nodes = list(graph.nodes)
     placeholders = [n for n in nodes if n.op == "placeholder"]
@@ -239,9 +254,9 @@ class _Joint:
         several = isinstance(results, tuple | list)
         results = results if several else (results,)
         flows = node in self.flows
-        wants = tuple(flows and s in self.flows and s.meta["val"].dtype.is_floating_point for s in sources)
+        wants = tuple(flows and s in self.flows and has_derivatives(s.meta["val"].dtype) for s in sources)
         used = {int(str(u.args[1])) for u in node.users if is_getitem(u) and u in self.live} if several else {0}
-        tangents = tuple(any(wants) and k in used and r.dtype.is_floating_point for k, r in enumerate(results))
+        tangents = tuple(any(wants) and k in used and has_derivatives(r.dtype) for k, r in enumerate(results))
         # A cotangent is taken to be contiguous until it is known; `_backward_op` looks again.
         assumed = [self.values.tensor(tuple(r.shape), r.dtype) if t else None for r, t in zip(results, tangents, strict=True)]
         inputs = [self.new[s].meta["val"] for s in sources]

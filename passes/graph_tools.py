@@ -13,7 +13,7 @@ from torch import fx
 from ..compiler.torch_compat import FakeTensor, OpOverload, fake_mode
 from .convert import convert
 from .ops.collectives import NAMESPACE, StaticCommunicator, current_communicator
-from .rules.base import OpCall, Operand, TensorMeta
+from .rules.base import OpCall, Operand, TensorMeta, has_derivatives
 
 aten = torch.ops.aten
 
@@ -55,7 +55,7 @@ def metas(node: fx.Node) -> tuple[TensorMeta, ...]:
 
 def _meta(value: torch.Tensor, grad: bool) -> TensorMeta:
     dtype = value.dtype
-    return TensorMeta(tuple(value.shape), dtype, grad and dtype.is_floating_point)
+    return TensorMeta(tuple(value.shape), dtype, grad and has_derivatives(dtype))
 
 
 def map_operands(value: Any, visit: Callable[[Any], Any]) -> Any:

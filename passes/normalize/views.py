@@ -211,6 +211,23 @@ def fill(b: Builder, x: Any, number: Any) -> Any:
     return copy(b, x, number)
 
 
+def conjugate(b: Builder, x: Any) -> Any:
+    """Computed at once: what torch leaves to the reader of the value, `view_as_real` will not read."""
+    return b.emit(aten._conj_physical.default, x) if dtype_of(x).is_complex else x
+
+
+def part(index: int) -> Any:
+    """The real or the imaginary part."""
+
+    def rule(b: Builder, x: Any) -> Any:
+        if not dtype_of(x).is_complex:
+            return NotImplemented if index else x
+        pairs = b(aten.view_as_real.default, x)
+        return b(aten.select.int, pairs, len(shape_of(x)), index)
+
+    return rule
+
+
 RULES: dict[Any, Any] = {
     aten.reshape.default: reshape,
     aten.view.default: as_reshape,
@@ -250,6 +267,14 @@ RULES: dict[Any, Any] = {
     aten.copy.default: copy,
     aten.fill.Tensor: fill,
     aten.fill.Scalar: fill,
+    aten.conj.default: conjugate,
+    aten._conj.default: conjugate,
+    aten.conj_physical.default: conjugate,
+    aten.resolve_conj.default: lambda b, x: x,
+    aten._neg_view.default: lambda b, x: b(aten.neg.default, x),
+    aten.resolve_neg.default: lambda b, x: x,
+    aten.real.default: part(0),
+    aten.imag.default: part(1),
     aten.repeat.default: repeat,
     aten.tile.default: tile,
     aten.repeat_interleave.self_int: repeat_interleave,

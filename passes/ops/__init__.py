@@ -1,6 +1,6 @@
 """The ops of emitted programs, in the torch library namespace `shardwright`. They import torch alone."""
 
-from . import attention, collectives, embedding, experts, losses, random
+from . import attention, collectives, embedding, experts, gradient, losses, random
 from .collectives import (
     Communicator,
     StaticCommunicator,
@@ -18,6 +18,7 @@ __all__ = [
     "communicator",
     "embedding",
     "experts",
+    "gradient",
     "library",
     "losses",
     "ops",

@@ -51,6 +51,11 @@ class Operand:
     index: int
 
 
+def has_derivatives(dtype: torch.dtype) -> bool:
+    """Whether values of a dtype have gradients."""
+    return dtype.is_floating_point or dtype.is_complex
+
+
 @dataclass(frozen=True)
 class TensorMeta:
     shape: tuple[int, ...]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..convert import convert
 from ..types import Partial, Varying
-from .base import Axis, Factor, OpCall, Rule, Slot, rule_for
+from .base import Axis, Factor, OpCall, Rule, Slot, has_derivatives, rule_for
 from .views import ALONE
 
 
@@ -16,4 +16,4 @@ def conversion(call: OpCall, axis: Axis) -> Rule:
     touched = {t.dim for t in (src, dst) if isinstance(t, Varying)}
     factors = tuple(Factor(f"d{d}", s, (Slot(d),), (Slot(d),)) for d, s in enumerate(shape) if d not in touched and s > 1)
     sums = not any(isinstance(t, Partial) and t.op != "sum" for t in (src, dst))
-    return Rule(factors, linear=ALONE if sums and call.results[0].dtype.is_floating_point else ())
+    return Rule(factors, linear=ALONE if sums and has_derivatives(call.results[0].dtype) else ())

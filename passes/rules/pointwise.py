@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..ops import random  # noqa: F401  (defines the op)
+from ..ops import gradient, random  # noqa: F401  (define the ops)
 from ..types import Sections, Varying, flatten_sections
-from .base import Axis, Factor, OpCall, Rule, Slot, Strategy, rule_for
+from .base import Axis, Factor, OpCall, Rule, Slot, Strategy, has_derivatives, rule_for
 
 aten = torch.ops.aten
 ours = torch.ops.shardwright
@@ -16,6 +16,7 @@ LINEAR = {
     aten.add.Tensor: (frozenset({0, 1}),),
     aten.sub.Tensor: (frozenset({0, 1}),),
     aten.neg.default: (frozenset({0}),),
+    aten._conj_physical.default: (frozenset({0}),),
     aten.mul.Tensor: (frozenset({0}), frozenset({1})),
     aten.mul.Scalar: (frozenset({0}),),
     aten.div.Tensor: (frozenset({0}),),
@@ -40,6 +41,7 @@ LINEAR = {
     aten.fill.Tensor,
     aten._prelu_kernel.default,
     aten.floor_divide.default,
+    ours.with_slope.default,
 )
 def pointwise(call: OpCall, axis: Axis) -> Rule | None:
     if len(call.results) != 1:
@@ -73,7 +75,7 @@ def elementwise_loss(call: OpCall, axis: Axis) -> Rule | None:
 
 
 def linear_sets(call: OpCall) -> tuple[frozenset[int], ...]:
-    if not call.results[0].dtype.is_floating_point:
+    if not has_derivatives(call.results[0].dtype):
         return ()
     if call.target is aten.where.self:
         return (frozenset({1, 2}),) if len(call.operands) == 3 else ()

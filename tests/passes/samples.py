@@ -219,6 +219,7 @@ def pointwise(s: _Source) -> Iterator[Any]:
     yield Sample(aten.binary_cross_entropy.default, (s.unit(3, 4), s.unit(3, 4), s.unit(4), 0), differentiable=2)
     logits = (x, s.unit(3, 4, 5), None, s.unit(4, 1), 0)
     yield Sample(aten.binary_cross_entropy_with_logits.default, logits, differentiable=2)
+    yield Sample(ours.with_slope.default, (x, s.real(3, 4, 5), s.real(3, 4, 5)), differentiable=2)
     yield ours.dropout.default, (x, torch.tensor(11), 0.3, 4)
     yield ours.dropout.default, (s.real(7), torch.tensor(11), 0.3, 5)
 
@@ -323,6 +324,19 @@ def batched(s: _Source) -> Iterator[Any]:
     yield Sample(aten.cholesky_solve.default, (s.real(4, 4, 3), half[0, 0]), sharded=False)
 
 
+def fourier(s: _Source) -> Iterator[Any]:
+    x = torch.complex(s.real(3, 4, 5), s.real(3, 4, 5))
+    yield aten._fft_c2c.default, (x, [1, 2], 0, True)
+    yield aten._fft_c2c.default, (x, [2], 2, False)
+    yield aten._fft_r2c.default, (s.real(3, 4, 5), [1], 0, True)
+    yield aten._fft_c2r.default, (x, [1], 2, 6)
+    yield aten.view_as_real.default, (x,)
+    yield aten.view_as_complex.default, (s.real(3, 4, 2),)
+    yield aten._conj_physical.default, (x,)
+    yield aten._to_copy.default, (s.real(3, 4),), {"dtype": torch.complex128}
+    yield aten.mul.Tensor, (x, s.real(4, 1))
+
+
 def orders(s: _Source) -> Iterator[Any]:
     x = s.real(3, 5, 4)
     yield aten.kthvalue.default, (x, 2, 1)
@@ -343,7 +357,20 @@ def orders(s: _Source) -> Iterator[Any]:
     yield Sample(aten.floor_divide.default, (s.ints(9, 3, 5), s.ints(5, 3, 5, low=1)), differentiable=0)
 
 
-TABLES = (products, attention, views, reductions, orders, lookups, pointwise, normalizations, convolutions, batched, factories)
+TABLES = (
+    products,
+    attention,
+    views,
+    reductions,
+    orders,
+    lookups,
+    pointwise,
+    normalizations,
+    convolutions,
+    batched,
+    fourier,
+    factories,
+)
 
 
 def tagged_pointwise_ops() -> list[OpOverload]:

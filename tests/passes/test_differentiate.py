@@ -57,7 +57,12 @@ def unused_branch(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return (x * b).sum() + (x @ a).detach().sum() * b.sum() + a.sum() * 0.5
 
 
-FUNCTIONS = [several_uses, one_result_of_several, strided_views, cotangent_of_another_layout, unused_branch]
+def complex_numbers(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    waves = torch.fft.rfft(x @ a, dim=-1) * torch.polar(b[:4], b[2:])
+    return torch.fft.fft2(x @ a).real.pow(2).sum() + torch.fft.irfft(waves * waves.conj(), dim=-1).tanh().sum()
+
+
+FUNCTIONS = [several_uses, one_result_of_several, strided_views, cotangent_of_another_layout, unused_branch, complex_numbers]
 
 
 @pytest.mark.parametrize("axes", [{}, {"dp_shard": 2}, {"tp": 2}], ids=["one", "dp2", "tp2"])

@@ -613,3 +613,13 @@ def test_a_composite_of_values_alike_keeps_them_apart() -> None:
 def test_composites_that_write_are_taken_apart_into_ops_that_do_not(body: Callable[..., Tensor]) -> None:
     graph = normal(body, randn(5), randn(5))
     assert not any(getattr(n.target, "_schema", None) and n.target._schema.is_mutable for n in graph.graph.nodes)
+
+
+def test_complex_parts_have_one_spelling() -> None:
+    def body(x: Tensor) -> tuple[Tensor, ...]:
+        z = torch.fft.fft(x).conj()
+        return z.imag, z.real * x.real, torch.conj(x), (z * z.conj()).real
+
+    graph = normal(body, randn(3, 5))
+    lazy = ("_conj.default", "resolve_conj", "aten.real", "aten.imag", "_neg_view")
+    assert not [n for n in graph.graph.nodes if any(name in str(n.target) for name in lazy)]
