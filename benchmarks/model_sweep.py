@@ -69,7 +69,7 @@ def main() -> int:
     findings = []
     for index, family in enumerate(chosen, 1):
         findings.append(finding := sweep(family))
-        print(f"[{index}/{len(chosen)}] {' '.join(row_of(finding))}", flush=True)
+        print(f"[{index}/{len(chosen)}] {', '.join(row_of(finding))}", *notes_on(finding), sep="\n    ", flush=True)
     report(findings)
     write_json(options.json, {"families": [asdict(f) for f in findings], "peak_rss_bytes": peak_rss()})
     return 0 if all(f.captured == f.planned == f.equal == "" for f in findings) else 1
@@ -105,7 +105,8 @@ def attempt(check: Callable[[], Any], finding: Finding, step: str) -> Any:
 
 @dataclass(frozen=True)
 class Case:
-    """A family's model, captured and ready to be planned, with what one device computes; `problem` in float64."""
+    """A family's model, captured and ready to be planned, with what one device computes; `problem` in float64. `templates` are
+    the ops that were differentiated for one of its plans or another."""
 
     problem: Any
     state: Mapping[str, Tensor]
@@ -113,6 +114,7 @@ class Case:
     rows: int
     loss: Tensor
     gradients: Mapping[str, Tensor]
+    templates: Any
 
 
 def capture_case(family: Family, finding: Finding) -> Case:
@@ -121,6 +123,8 @@ def capture_case(family: Family, finding: Finding) -> Case:
     from shardwright.compiler.emit import Problem
     from shardwright.compiler.fidelity import check_capture
     from shardwright.compiler.prepare import prepare
+    from shardwright.passes.differentiate import Templates
+    from shardwright.passes.graph_tools import Values
 
     model, batch = family.build()
     model, batch = in_float64(model, batch)
@@ -140,7 +144,7 @@ def capture_case(family: Family, finding: Finding) -> Case:
     loss, gradients = verify.reference(graph, captured.loss, state, inputs)
     batch_inputs = tuple(k for k, v in inputs.items() if v.dim() and v.shape[0] == rows)
     problem = Problem(graph, captured.loss, batch_inputs, (rows,), captured.aliases, captured.constants)
-    return Case(problem, state, inputs, rows, loss, gradients)
+    return Case(problem, state, inputs, rows, loss, gradients, Templates(Values()))
 
 
 def in_float64(model: nn.Module, batch: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
@@ -200,14 +204,11 @@ def emit_ranks(case: Case, plan: Any, ranks: Sequence[int]) -> list[Any]:
 
     from shardwright.compiler.emit import emit
     from shardwright.compiler.layout import with_layout
-    from shardwright.passes.differentiate import Templates
-    from shardwright.passes.graph_tools import Values
     from shardwright.passes.types import balanced_sizes
 
     problem = replace(case.problem, local_batches=tuple(balanced_sizes(case.rows, plan.data_size)))
     plan = with_layout(problem, plan)
-    templates = Templates(Values())
-    return [emit(problem, plan, rank, templates) for rank in ranks]
+    return [emit(problem, plan, rank, case.templates) for rank in ranks]
 
 
 def compare_strategies(case: Case, finding: Finding) -> None:
@@ -245,17 +246,19 @@ def row_of(finding: Finding) -> list[str]:
     return [finding.name, finding.kind, *checks, share, f"{finding.seconds:.1f}"]
 
 
+def notes_on(finding: Finding) -> list[str]:
+    """Everything that is not as it should be."""
+    outcomes = {step: getattr(finding, step) for step in ("captured", "planned", "equal")}
+    whole = [f"{share:.1%} of its FLOP whole on every rank: {op}" for op, share in finding.replicated_ops.items()]
+    return [*(f"not {step}: {why}" for step, why in outcomes.items() if why), *finding.warnings, *whole]
+
+
 def report(findings: Sequence[Finding]) -> None:
     columns = ["family", "kind", "captured", "planned", "equal", "FLOP left whole under tp", "seconds"]
     print_table("Families of models on 4 ranks", columns, [row_of(f) for f in findings])
     for finding in findings:
-        for step in ("captured", "planned", "equal"):
-            if outcome := getattr(finding, step):
-                print(f"{finding.name}: not {step}: {outcome}")
-        for warning in finding.warnings:
-            print(f"{finding.name}: {warning}")
-        for op, share in finding.replicated_ops.items():
-            print(f"{finding.name}: {share:.1%} of its FLOP whole on every rank: {op}")
+        for note in notes_on(finding):
+            print(f"{finding.name}: {note}")
     counts = {step: sum(getattr(f, step) == "" for f in findings) for step in ("captured", "planned", "equal")}
     whole = sum(bool(f.replicated_ops) for f in findings)
     summary = ", ".join(f"{count} {step}" for step, count in counts.items())

@@ -136,6 +136,13 @@ def _writes(node: fx.Node) -> bool:
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
+def _contiguous(node: Any) -> bool:
+    """Whether a value lies as a new one would, dims of size 1 included. Any other strides a kernel may choose otherwise than its
+    fake, and what is a view of the one is none of the other."""
+    value = node.meta["val"]
+    return value.stride() == torch.empty(value.shape, device="meta").stride()
+
+
 def _read_template(graph: fx.Graph, inputs: int, seeds: int, results: int) -> Template:
     """Drop detach nodes, find the outputs, and split nodes by what the results need."""
     for node in list(graph.nodes):
@@ -144,6 +151,8 @@ def _read_template(graph: fx.Graph, inputs: int, seeds: int, results: int) -> Te
             graph.erase_node(node)
         elif _writes(node):
             raise RuntimeError(f"{node.target} writes to an operand")
+        elif node.target is aten.view.default and not _contiguous(node.args[0]):
+            node.target = aten.reshape.default
         node.target = _LAZY.get(node.target, node.target)
     graph.eliminate_dead_code()
     nodes = list(graph.nodes)

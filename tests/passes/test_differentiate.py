@@ -62,7 +62,20 @@ def complex_numbers(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.fft.fft2(x @ a).real.pow(2).sum() + torch.fft.irfft(waves * waves.conj(), dim=-1).tanh().sum()
 
 
-FUNCTIONS = [several_uses, one_result_of_several, strided_views, cotangent_of_another_layout, unused_branch, complex_numbers]
+def gradient_in_other_strides_than_its_fake(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    h = (x @ a).view(2, 2, 6, 1).transpose(1, 3).reshape(2, 6, 2)
+    return (h.detach() * F.layer_norm(h, (2,), b[:2])).sum()
+
+
+FUNCTIONS = [
+    several_uses,
+    one_result_of_several,
+    strided_views,
+    cotangent_of_another_layout,
+    unused_branch,
+    complex_numbers,
+    gradient_in_other_strides_than_its_fake,
+]
 
 
 @pytest.mark.parametrize("axes", [{}, {"dp_shard": 2}, {"tp": 2}], ids=["one", "dp2", "tp2"])
