@@ -8,7 +8,8 @@ For each family of benchmarks/_families.py, small and with random weights, in fl
 captured      the graph gives the eager model's loss, outputs and gradients
 planned       a plan is chosen for 8 devices, and for a mesh of 2 x 4; one rank's program of each is emitted
 equal         four ranks give the loss and every gradient of one device, under tp=4, ZeRO-3 x tp=2, and the plan chosen
-replicated    share of the FLOP of products, convolutions and attention that every rank of tp=4 computes whole
+replicated    share of the FLOP of products, convolutions and attention that every rank of tp=4 computes whole, for one sample:
+              with more, ranks could take a sample each
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="families, by name: mamba,whisper")
     parser.add_argument("--kind", help="families of one kind: vision")
+    parser.add_argument("--quick", action="store_true", help="of the meshes one is planned, of the strategies one is run")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -66,17 +69,25 @@ def main() -> int:
         parser.error(f"no families {', '.join(unknown)}; there are {', '.join(f.name for f in FAMILIES)}")
     chosen = [f for f in FAMILIES if f.name in names and options.kind in (None, f.kind)]
 
+    missing = {f.library for f in chosen if find_spec(f.library) is None}
+    for library in sorted(missing):
+        print(f"left out: the families of {library}, which is not installed (pip install 'shardwright[bench]')")
+    chosen = [f for f in chosen if f.library not in missing]
+
     findings = []
     for index, family in enumerate(chosen, 1):
-        findings.append(finding := sweep(family))
+        findings.append(finding := sweep(family, quick=options.quick))
         print(f"[{index}/{len(chosen)}] {', '.join(row_of(finding))}", *notes_on(finding), sep="\n    ", flush=True)
     report(findings)
     write_json(options.json, {"families": [asdict(f) for f in findings], "peak_rss_bytes": peak_rss()})
     return 0 if all(f.captured == f.planned == f.equal == "" for f in findings) else 1
 
 
-def sweep(family: Family) -> Finding:
-    """Every check of one family; what fails is written down, and stops the checks that need it alone."""
+def sweep(family: Family, *, quick: bool = False) -> Finding:
+    """Every check of one family; what fails is written down, and stops the checks that need it alone.
+
+    quick    one mesh is planned, and ZeRO-3 x tp alone is run
+    """
     finding = Finding(family.name, family.kind)
     start = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
@@ -84,8 +95,8 @@ def sweep(family: Family) -> Finding:
         case = attempt(lambda: capture_case(family, finding), finding, "captured")
         if case is not None:
             attempt(lambda: measure_replicated(case, finding), finding, "planned")
-            attempt(lambda: plan_meshes(case, finding), finding, "planned")
-            attempt(lambda: compare_strategies(case, finding), finding, "equal")
+            attempt(lambda: plan_meshes(case, finding, quick), finding, "planned")
+            attempt(lambda: compare_strategies(case, finding, quick), finding, "equal")
     finding.warnings = sorted({str(w.message) for w in caught if "sharding rule" in str(w.message)})
     finding.seconds = time.perf_counter() - start
     return finding
@@ -108,6 +119,9 @@ class Case:
     """A family's model, captured and ready to be planned, with what one device computes; `problem` in float64. `templates` are
     the ops that were differentiated for one of its plans or another."""
 
+    model: nn.Module
+    batch: Mapping[str, Any]
+    loss_fn: Callable[[Any, Any], Tensor] | None
     problem: Any
     state: Mapping[str, Tensor]
     inputs: Mapping[str, Tensor]
@@ -144,7 +158,7 @@ def capture_case(family: Family, finding: Finding) -> Case:
     loss, gradients = verify.reference(graph, captured.loss, state, inputs)
     batch_inputs = tuple(k for k, v in inputs.items() if v.dim() and v.shape[0] == rows)
     problem = Problem(graph, captured.loss, batch_inputs, (rows,), captured.aliases, captured.constants)
-    return Case(problem, state, inputs, rows, loss, gradients, Templates(Values()))
+    return Case(model, batch, family.loss, problem, state, inputs, rows, loss, gradients, Templates(Values()))
 
 
 def in_float64(model: nn.Module, batch: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
@@ -157,14 +171,20 @@ def double(x: Tensor) -> Tensor:
 
 def measure_replicated(case: Case, finding: Finding) -> None:
     """How much of the FLOP of products every rank of tp=4 would compute whole."""
+    from dataclasses import replace
+
+    from shardwright.compiler.capture import capture
     from shardwright.compiler.cost import op_flops
     from shardwright.compiler.graph_cost import tensor_placement
+    from shardwright.compiler.prepare import prepare
     from shardwright.passes.graph_tools import op_calls, where
     from shardwright.passes.types import Varying
     from shardwright.runtime.program import Mesh
 
-    calls = op_calls(case.problem.graph)
-    placement = tensor_placement(case.problem, Mesh(("tp",), (4,)), False, calls)
+    sample = {k: v[:1] if f"input.{k}" in case.problem.batch_inputs else v for k, v in case.batch.items()}
+    problem = replace(case.problem, graph=prepare(capture(case.model, (), sample, loss_fn=case.loss_fn), float64=True))
+    calls = op_calls(problem.graph)
+    placement = tensor_placement(problem, Mesh(("tp",), (4,)), False, calls)
     total = whole = 0.0
     by_op: dict[str, float] = {}
     for node, (call, _) in calls.items():
@@ -178,10 +198,10 @@ def measure_replicated(case: Case, finding: Finding) -> None:
     finding.replicated_ops = {op: flops / total for op, flops in by_op.items() if flops > LARGE_SHARE * total}
 
 
-def plan_meshes(case: Case, finding: Finding) -> None:
+def plan_meshes(case: Case, finding: Finding, quick: bool) -> None:
     from shardwright.compiler.choose import name_of
 
-    for mesh in ((8,), (2, 4)):
+    for mesh in ((8,), (2, 4))[: 1 if quick else 2]:
         plan = chosen_plan(case, mesh)
         finding.plans["x".join(map(str, mesh))] = name_of(plan)
         emit_ranks(case, plan, [plan.mesh.world_size - 1])
@@ -211,7 +231,7 @@ def emit_ranks(case: Case, plan: Any, ranks: Sequence[int]) -> list[Any]:
     return [emit(problem, plan, rank, case.templates) for rank in ranks]
 
 
-def compare_strategies(case: Case, finding: Finding) -> None:
+def compare_strategies(case: Case, finding: Finding, quick: bool) -> None:
     """Four ranks against one device, under each strategy; raises what the first that differs raises, after all were tried."""
     from shardwright.compiler import verify
     from shardwright.compiler.choose import name_of
@@ -219,12 +239,12 @@ def compare_strategies(case: Case, finding: Finding) -> None:
     from shardwright.runtime.program import Mesh
 
     makers: dict[str, Callable[[], Any]] = {
-        "tp4": lambda: Plan(Mesh(("tp",), (4,))),
         "zero3 x tp2": lambda: Plan(Mesh(("dp_shard", "tp"), (2, 2)), zero=3),
+        "tp4": lambda: Plan(Mesh(("tp",), (4,))),
         "auto": lambda: chosen_plan(case, (4,)),
     }
     failures = []
-    for name, make in makers.items():
+    for name, make in list(makers.items())[: 1 if quick else None]:
         try:
             plan = make()
             finding.plans[name] = name_of(plan)

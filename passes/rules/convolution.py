@@ -6,7 +6,7 @@ import torch
 
 from ..types import Varying
 from .base import Axis, Factor, LocalCall, OpCall, Rule, Slot, Strategy, everywhere, localizer, rule_for
-from .views import dims_map
+from .views import ALONE, dims_map
 
 aten = torch.ops.aten
 
@@ -45,6 +45,18 @@ def local_convolution(call: OpCall, strategy: Strategy, index: int) -> LocalCall
     if isinstance(x, Varying) and isinstance(result, Varying) and x.dim == result.dim == 1:
         groups = result.local_size(index) // (call.results[0].shape[1] // groups)
     return call.target, (*call.args[:8], groups), {}
+
+
+@rule_for(aten.im2col.default, aten.col2im.default)
+def windows(call: OpCall, axis: Axis) -> Rule:
+    """x[n, c, h, w] <-> [n, c*k, windows], for k positions in a window: n and c map. Without samples, c is in front."""
+    image, columns = (call.operands[0], call.results[0])[:: 1 if call.target is aten.im2col.default else -1]
+    channel = len(image.shape) - 3
+    width = columns.shape[channel] // image.shape[channel]
+    slots = [Slot(channel), Slot(channel, inner=width)][:: 1 if call.target is aten.im2col.default else -1]
+    factors = [Factor(f"d{d}", image.shape[d], (Slot(d),), (Slot(d),)) for d in range(channel)]
+    factors.append(Factor("c", image.shape[channel], (slots[0],), (slots[1],)))
+    return Rule(tuple(f for f in factors if f.size > 1), linear=ALONE, swap={f.name: everywhere for f in factors})
 
 
 @rule_for(
