@@ -18,7 +18,8 @@ import argparse
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -143,9 +144,8 @@ def capture_case(family: Family, finding: Finding) -> Case:
     model, batch = family.build()
     model, batch = in_float64(model, batch)
     captured = capture(model, (), batch, loss_fn=family.loss)
-    if callable(choose_experts := getattr(model, "set_experts_implementation", None)):
-        choose_experts("eager")  # torch has no grouped product of float64 outside of a graph
-    difference = check_capture(captured, model, (), batch, family.loss)
+    with eager_experts(model):
+        difference = check_capture(captured, model, (), batch, family.loss)
     finding.errors["eager"] = max(difference.loss, difference.gradients, difference.outputs)
     graph = prepare(captured, float64=True)
     state = {f"param.{n}": p.detach() for n, p in model.named_parameters()}
@@ -159,6 +159,19 @@ def capture_case(family: Family, finding: Finding) -> Case:
     batch_inputs = tuple(k for k, v in inputs.items() if v.dim() and v.shape[0] == rows)
     problem = Problem(graph, captured.loss, batch_inputs, (rows,), captured.aliases, captured.constants)
     return Case(model, batch, family.loss, problem, state, inputs, rows, loss, gradients, Templates(Values()))
+
+
+@contextmanager
+def eager_experts(model: nn.Module) -> Iterator[None]:
+    """A model of transformers whose experts are computed one by one: torch has no grouped product of float64."""
+    choose: Any = getattr(model, "set_experts_implementation", None)
+    if choose is None:
+        yield
+        return
+    before = model.config._experts_implementation  # type: ignore[union-attr]
+    choose("eager")
+    yield
+    choose(before)
 
 
 def in_float64(model: nn.Module, batch: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:

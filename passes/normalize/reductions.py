@@ -86,6 +86,15 @@ def global_average_pool(b: Builder, x: Any, sizes: Sequence[int]) -> Any:
     return b(aten.mean.dim, x, list(range(rank - len(sizes), rank)), True)
 
 
+def weight_norm(b: Builder, v: Any, g: Any, dim: int = 0) -> Any:
+    """(v * g / norm, norm), the norm of v over all dims but `dim`. Narrow numbers stay with torch, which sums wide ones."""
+    if dtype_of(v).itemsize < 4:
+        return NotImplemented
+    others = [d for d in range(len(shape_of(v))) if d != dim % len(shape_of(v))]
+    norm = b(aten.sqrt.default, b(aten.sum.dim_IntList, b(aten.mul.Tensor, v, v), others, True))
+    return b(aten.mul.Tensor, v, b(aten.div.Tensor, g, norm)), norm
+
+
 RULES: dict[Any, Any] = {
     aten.sum.dim_IntList: sum_dims,
     aten.sum.default: sum_all,
@@ -99,6 +108,7 @@ RULES: dict[Any, Any] = {
     aten.std.dim: std_dim,
     aten.var_mean.correction: var_mean,
     aten.var_mean.dim: lambda b, x, dims, unbiased, keepdim: var_mean(b, x, dims, correction=int(unbiased), keepdim=keepdim),
+    aten._weight_norm_interface.default: weight_norm,
     aten.adaptive_avg_pool1d.default: global_average_pool,
     aten.adaptive_avg_pool2d.default: global_average_pool,
     aten._adaptive_avg_pool2d.default: global_average_pool,

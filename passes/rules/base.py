@@ -202,15 +202,15 @@ def factor_cuts(factor: Factor, axis: Axis, splits: Splits) -> list[Sections]:
 
 
 def strategies(call: OpCall, axis: Axis, splits: Splits | None = None, rule: Rule | None = None) -> list[Strategy]:
-    """Every strategy of a call over an axis, `I` first. With no rule: `I` alone."""
+    """Every strategy of a call over an axis, `I` first. With no rule: that and `R`, as a parameter on a data axis is."""
     found = [
         Strategy("I", (I,) * len(call.operands), (I,) * len(call.results)),
     ]
     rule = rule if rule is not None else find_rule(call, axis)
+    if any(o.grad for o in call.operands):
+        found.append(Strategy("R", (R,) * len(call.operands), (R,) * len(call.results)))
     if rule is None:
         return found
-    if call.operands and any(o.grad for o in call.operands):
-        found.append(Strategy("R", (R,) * len(call.operands), (R,) * len(call.results)))
     for factor in rule.factors:
         if factor.reduce is None and None in factor.results:
             continue

@@ -74,6 +74,15 @@ def elementwise_loss(call: OpCall, axis: Axis) -> Rule | None:
     return pointwise(call, axis) if call.results[0].shape == call.operands[0].shape else None
 
 
+@rule_for(aten.log_sigmoid_forward.default)
+def log_sigmoid(call: OpCall, axis: Axis) -> Rule | None:
+    """Its second result is what the backward reads; not everywhere is it computed."""
+    x, kept = call.operands[0].shape, call.results[1].shape
+    if kept != x:
+        return None
+    return Rule(tuple(Factor(f"d{d}", size, (Slot(d),), (Slot(d), Slot(d))) for d, size in enumerate(x) if size > 1))
+
+
 def linear_sets(call: OpCall) -> tuple[frozenset[int], ...]:
     if not has_derivatives(call.results[0].dtype):
         return ()

@@ -294,6 +294,13 @@ def flip(call: OpCall, axis: Axis) -> Rule:
     return dims_map(call, [(d, d) for d in range(len(shape)) if d not in moved])
 
 
+@rule_for(aten.unfold.default)
+def unfold(call: OpCall, axis: Axis) -> Rule:
+    """Windows of one dim, their positions in a new last one."""
+    rank = len(call.operands[0].shape)
+    return dims_map(call, [(d, d) for d in range(rank) if d != _dim(call.arg(1, "dimension"), rank)])
+
+
 @rule_for(aten.tril.default, aten.triu.default)
 def triangle(call: OpCall, axis: Axis) -> Rule:
     return dims_map(call, [(d, d) for d in range(len(call.operands[0].shape) - 2)])

@@ -115,6 +115,8 @@ def views(s: _Source) -> Iterator[Any]:
     yield aten.flip.default, (s.real(3, 4, 5), [1])
     yield aten.roll.default, (s.real(3, 4, 5), [1, 2], [0, -1])
     yield Sample(aten.roll.default, (s.real(3, 4, 5), [2]), sharded=False)
+    yield aten.unfold.default, (s.real(3, 7, 5), 1, 3, 2)
+    yield aten.unfold.default, (s.real(3, 7, 5), -2, 4, 1)
     yield aten.tril.default, (s.real(3, 4, 5),)
     yield aten.triu.default, (s.real(3, 4, 5), 1)
 
@@ -356,6 +358,7 @@ def orders(s: _Source) -> Iterator[Any]:
     yield aten.logcumsumexp.default, (x, 1)
     yield aten._safe_softmax.default, (x, 1)
     yield aten.glu.default, (x, 2)
+    yield aten.log_sigmoid_forward.default, (x,)
     yield aten._prelu_kernel.default, (x, s.real(1, 5, 1))
     yield Sample(aten.floor_divide.default, (s.ints(9, 3, 5), s.ints(5, 3, 5, low=1)), differentiable=0)
 

@@ -623,3 +623,11 @@ def test_complex_parts_have_one_spelling() -> None:
     graph = normal(body, randn(3, 5))
     lazy = ("_conj.default", "resolve_conj", "aten.real", "aten.imag", "_neg_view")
     assert not [n for n in graph.graph.nodes if any(name in str(n.target) for name in lazy)]
+
+
+def test_weight_norm_is_sums() -> None:
+    def body(x: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        return x @ torch._weight_norm(v, g, 0).t() + (torch._weight_norm(v, g.view(1, 4)[:, :3], 1) * 2).sum()
+
+    graph = normal(body, randn(2, 3), randn(4, 3), randn(4, 1))
+    assert "_weight_norm_interface" not in str(graph.graph)

@@ -62,10 +62,21 @@ class Model(nn.Module):
         return self.second(OP(self.first(x).tanh(), x.sum(1))).square().mean()
 
 
-def train(strategy: Strategy) -> int:
+class Weighted(nn.Module):
+    """The op on parameters alone, as normalizations of weights are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, OP(self.weight, self.scale)).square().mean()
+
+
+def train(strategy: Strategy, make: type[nn.Module] = Model) -> int:
     """Train on every rank as on one. How many ranks' graphs call the op on less than the whole batch."""
     torch.manual_seed(0)
-    plain, x = Model().double(), torch.randn(4, 6, dtype=torch.float64)
+    plain, x = make().double(), torch.randn(4, 6, dtype=torch.float64)
     model = copy.deepcopy(plain)
     plain(x).backward()
 
@@ -87,6 +98,12 @@ def test_without_a_rule_it_is_replicated_with_a_warning(strategy: Strategy) -> N
     assert shardwright.check_rule(OP, *example()) == 0
     with pytest.warns(UserWarning, match=r"without a sharding rule.*scale_rows.*test_register_rule\.py.*register_rule"):
         assert train(strategy) == 0
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, Strategy(dp=4, zero=3)], ids=str)
+@pytest.mark.filterwarnings("ignore:ops without a sharding rule")
+def test_parameters_go_through_an_op_without_a_rule(strategy: Strategy) -> None:
+    train(strategy, Weighted)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
