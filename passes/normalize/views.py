@@ -70,7 +70,28 @@ def slice_(b: Builder, x: Any, dim: int, start: int | None, end: int | None, ste
     high = max(low, _clamp(size if end is None else end, size))
     if low == 0 and high == size and step == 1:
         return x
-    return b.emit(aten.slice.Tensor, x, dim, low, high, step)
+    pieces = _pieces(x, dim, low, high) if step == 1 else None
+    return b(aten.cat.default, pieces, dim) if pieces else b.emit(aten.slice.Tensor, x, dim, low, high, step)
+
+
+def _pieces(x: Any, dim: int, low: int, high: int) -> list[Any] | None:
+    """What a concatenation was made of from `low` to `high`; None where a piece lies across a border.
+
+    A tensor that is filled part by part is a concatenation anew after each part, of which the next takes slices.
+    """
+    if not made_by(x, aten.cat.default):
+        return None
+    tensors, joined = arguments(x)[:2]
+    if joined != dim or any(dtype_of(t) != dtype_of(x) for t in tensors):
+        return None
+    found, end = [], 0
+    for tensor in tensors:
+        start, end = end, end + shape_of(tensor)[dim]
+        if low <= start and end <= high:
+            found.append(tensor)
+        elif start < high and low < end:
+            return None
+    return found
 
 
 def _clamp(position: int, size: int) -> int:

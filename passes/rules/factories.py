@@ -22,7 +22,7 @@ aten = torch.ops.aten
 ours = torch.ops.shardwright
 
 localizer(aten.full.default, aten.zeros.default, aten.ones.default, aten.empty.memory_format)(with_result_sizes(0))
-localizer(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default)(with_result_sizes(1))
+localizer(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default)(with_result_sizes(1))
 
 
 @rule_for(aten.full.default, aten.zeros.default, aten.ones.default, aten.empty.memory_format)
@@ -31,7 +31,7 @@ def constant(call: OpCall, axis: Axis) -> Rule:
     return Rule(tuple(Factor(f"d{d}", s, (), (Slot(d),)) for d, s in enumerate(shape) if s > 1))
 
 
-@rule_for(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default)
+@rule_for(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default)
 def new_constant(call: OpCall, axis: Axis) -> Rule:
     shape = call.results[0].shape
     return Rule(tuple(Factor(f"d{d}", s, (None,), (Slot(d),)) for d, s in enumerate(shape) if s > 1))

@@ -271,6 +271,7 @@ def factories(s: _Source) -> Iterator[Any]:
     yield aten.new_zeros.default, (x, [5, 4])
     yield aten.new_ones.default, (x, [5, 4])
     yield aten.new_full.default, (x, [5, 4], 1.5)
+    yield Sample(aten.new_empty.default, (x, [5, 4]), compare=False)
     yield aten.arange.default, (7,)
     yield aten.arange.default, (7,), double
     yield aten.arange.start, (-2, 5)

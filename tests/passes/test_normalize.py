@@ -627,7 +627,21 @@ def test_complex_parts_have_one_spelling() -> None:
 
 def test_weight_norm_is_sums() -> None:
     def body(x: Tensor, v: Tensor, g: Tensor) -> Tensor:
-        return x @ torch._weight_norm(v, g, 0).t() + (torch._weight_norm(v, g.view(1, 4)[:, :3], 1) * 2).sum()
+        return x @ torch.ops.aten._weight_norm(v, g, 0).t() + (torch.ops.aten._weight_norm(v, g.view(1, 4)[:, :3], 1) * 2).sum()
 
     graph = normal(body, randn(2, 3), randn(4, 3), randn(4, 1))
     assert "_weight_norm_interface" not in str(graph.graph)
+
+
+def test_a_tensor_filled_part_by_part_is_one_concatenation() -> None:
+    def body(x: Tensor, y: Tensor) -> Tensor:
+        whole = x.new_empty(2, 7)
+        whole[:, :4] = x
+        whole[:, 4:] = y
+        return whole * 2
+
+    graph = normal(body, randn(2, 4), randn(2, 3))
+    assert [n.target for n in graph.graph.nodes if n.op == "call_function"] == [
+        torch.ops.aten.cat.default,
+        torch.ops.aten.mul.Tensor,
+    ]
