@@ -109,7 +109,9 @@ def _view_of_view(node: fx.Node, graph: fx.Graph, values: Values) -> fx.Node | N
         return None
     if tuple(value.shape) == tuple(node.meta["val"].shape):
         return source if _same_layout(source, node) else None
-    return _made(node, graph, values, aten.view.default, (source, shape)) if source is not inner else None
+    may_copy = aten.reshape.default in (node.target, inner.target)
+    target = aten.reshape.default if may_copy else aten.view.default
+    return _made(node, graph, values, target, (source, shape)) if source is not inner else None
 
 
 def _number_on_the_smaller(node: fx.Node, graph: fx.Graph, values: Values) -> fx.Node | None:
