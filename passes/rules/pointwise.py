@@ -41,6 +41,8 @@ LINEAR = {
     aten.fill.Tensor,
     aten._prelu_kernel.default,
     aten.floor_divide.default,
+    aten.complex.default,
+    aten.polar.default,
     ours.with_slope.default,
 )
 def pointwise(call: OpCall, axis: Axis) -> Rule | None:

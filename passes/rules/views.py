@@ -294,7 +294,7 @@ def flip(call: OpCall, axis: Axis) -> Rule:
     return dims_map(call, [(d, d) for d in range(len(shape)) if d not in moved])
 
 
-@rule_for(aten.unfold.default)
+@rule_for(aten.unfold.default, aten.unfold_copy.default)
 def unfold(call: OpCall, axis: Axis) -> Rule:
     """Windows of one dim, their positions in a new last one."""
     rank = len(call.operands[0].shape)

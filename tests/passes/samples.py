@@ -117,6 +117,7 @@ def views(s: _Source) -> Iterator[Any]:
     yield Sample(aten.roll.default, (s.real(3, 4, 5), [2]), sharded=False)
     yield aten.unfold.default, (s.real(3, 7, 5), 1, 3, 2)
     yield aten.unfold.default, (s.real(3, 7, 5), -2, 4, 1)
+    yield aten.unfold_copy.default, (s.real(3, 7, 5), 1, 3, 2)
     yield aten.tril.default, (s.real(3, 4, 5),)
     yield aten.triu.default, (s.real(3, 4, 5), 1)
 
@@ -341,6 +342,8 @@ def fourier(s: _Source) -> Iterator[Any]:
     yield aten._conj_physical.default, (x,)
     yield aten._to_copy.default, (s.real(3, 4),), {"dtype": torch.complex128}
     yield aten.mul.Tensor, (x, s.real(4, 1))
+    yield aten.complex.default, (s.real(3, 4), s.real(4))
+    yield aten.polar.default, (s.unit(3, 4), s.real(4))
 
 
 def orders(s: _Source) -> Iterator[Any]:
