@@ -8,8 +8,8 @@ For each family of benchmarks/_families.py, small and with random weights, in fl
 captured      the graph gives the eager model's loss, outputs and gradients
 planned       a plan is chosen for 8 devices, and for a mesh of 2 x 4; one rank's program of each is emitted
 equal         four ranks give the loss and every gradient of one device, under tp=4, ZeRO-3 x tp=2, and the plan chosen
-replicated    share of the FLOP of products, convolutions and attention that every rank of tp=4 computes whole, for one sample:
-              with more, ranks could take a sample each
+replicated    share of the FLOP of products, convolutions and attention that every rank of tp=4 computes whole, for two samples:
+              with four, ranks could take a sample each
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def measure_replicated(case: Case, finding: Finding) -> None:
     from shardwright.passes.types import Varying
     from shardwright.runtime.program import Mesh
 
-    sample = {k: v[:1] if f"input.{k}" in case.problem.batch_inputs else v for k, v in case.batch.items()}
+    sample = {k: v[:2] if f"input.{k}" in case.problem.batch_inputs else v for k, v in case.batch.items()}
     problem = replace(case.problem, graph=prepare(capture(case.model, (), sample, loss_fn=case.loss_fn), float64=True))
     calls = op_calls(problem.graph)
     placement = tensor_placement(problem, Mesh(("tp",), (4,)), False, calls)

@@ -116,16 +116,17 @@ def take_shard(x: Tensor, dim: int, sections: Sections, index: int) -> Tensor:
 
 
 def join_shards(shards: Sequence[Tensor], dim: int, sections: Sections) -> Tensor:
-    """The whole, from every rank's shard: the inverse of `take_shard`."""
+    """The whole, from every rank's shard: the inverse of `take_shard`. Contiguous, as the fakes of the ops say, whatever memory
+    format torch would take over from the shards."""
     if len(sections) == 1:
-        return torch.cat(list(shards), dim)
+        return torch.cat(list(shards), dim).contiguous()
     pieces = []
     starts = [0] * len(shards)
     for section in sections:
         for rank, length in enumerate(section):
             pieces.append(shards[rank].narrow(dim, starts[rank], length))
             starts[rank] += length
-    return torch.cat(pieces, dim)
+    return torch.cat(pieces, dim).contiguous()
 
 
 def pad_to(x: Tensor, dim: int, length: int) -> Tensor:

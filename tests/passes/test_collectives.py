@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
+import torch
 from harness import problem_of
 from programs import case, lowered, plan, program, shares
 from zoo import BATCH, LENGTH
@@ -25,7 +26,8 @@ from shardwright.compiler.strategy import Strategy, resolve
 from shardwright.compiler.topology import Topology
 from shardwright.compiler.traffic import Collective, graph_collectives, received, traffic
 from shardwright.passes.graph_tools import op_call
-from shardwright.passes.types import Varying
+from shardwright.passes.ops.collectives import join_shards, take_shard
+from shardwright.passes.types import Sections, Varying
 
 LAYERS, WIDTH, RANKS = 2, 32, 4
 ACTIVATION = 8.0 * BATCH * LENGTH * WIDTH
@@ -50,6 +52,15 @@ def count(found: Iterable[Collective]) -> Counter[tuple[str, str, float]]:
 def parameter_bytes(prefix: str = "") -> float:
     state = case("llama", layers=LAYERS, num_key_value_heads=4).state
     return float(sum(8 * v.numel() for k, v in state.items() if k.startswith(f"param.{prefix}")))
+
+
+@pytest.mark.parametrize("sections", [((2, 1),), ((1, 1), (1, 0))], ids=str)
+def test_joined_shards_are_contiguous(sections: Sections) -> None:
+    """Also where torch.cat would keep the shards' memory format: what follows was traced as a view of a contiguous value."""
+    whole = torch.randn(2, 4, 5, 3)
+    parts = [take_shard(whole, 3, sections, rank).contiguous(memory_format=torch.channels_last) for rank in range(2)]
+    joined = join_shards(parts, 3, sections)
+    assert joined.is_contiguous() and torch.equal(joined, whole)
 
 
 def test_tensor_parallel_layer_has_two_all_reduces_each_way() -> None:
