@@ -34,6 +34,7 @@ from .assign_presolve import INFINITY, Infeasible, Network, Shared
 
 _SCALE = 1e4  # the largest cost as HiGHS sees it: its tolerances (1e-7) are absolute
 _INTEGRAL = 1e-6
+_ROUNDING = 1e-9
 
 
 class AssignError(ValueError):
@@ -111,7 +112,13 @@ class Solution:
     @property
     def gap(self) -> float:
         """Relative distance between cost and bound."""
-        return 0.0 if self.cost <= self.bound else (self.cost - self.bound) / abs(self.cost)
+        return relative_gap(self.cost, self.bound)
+
+
+def relative_gap(cost: float, bound: float) -> float:
+    """How far above `bound`, relative to itself, `cost` is; 0 where the difference is no more than the solver's rounding."""
+    gap = 0.0 if cost <= bound else (cost - bound) / abs(cost)
+    return gap if gap > _ROUNDING else 0.0
 
 
 def solve(problem: Problem, *, gap: float = 0.0, time_limit: float = 60.0) -> Solution:

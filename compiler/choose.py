@@ -219,7 +219,7 @@ class _Search:
         if "pp" in traffic:
             traffic["pp"] += 2 * (stages - 1) / stages * self._border(plan, share) * m
         parts |= {"state bytes": state.total, "activation bytes": activations}
-        return Candidate(plan, samples, Prediction(seconds, peak, traffic, parts))
+        return Candidate(plan, samples, Prediction(seconds, peak, traffic, parts, cost.gap))
 
     def _data_traffic(self, plan: Plan, cost: GraphCost) -> Iterator[tuple[str, CollectiveKind, float, int]]:
         """(axis, kind, bytes, times a step): gradients summed, and parameters gathered, over the data axes."""

@@ -38,6 +38,7 @@ class GraphCost:
     parameters              bytes held of all parameters; of these `trainable` have gradients, `read_again` are used in the backward
     received                bytes received over the tensor axis: of the batch, and of gradients summed once a step
     ops                     kernels of a forward and backward
+    gap                     of the placement, see `Placement.gap`
     """
 
     compute: float
@@ -50,6 +51,7 @@ class GraphCost:
     received: float
     received_once: float
     ops: int
+    gap: float = 0.0
 
 
 def graph_cost(problem: Problem, mesh: Mesh, sequence: bool, topology: Topology, calls: Calls, kept: Keeping) -> GraphCost:
@@ -102,7 +104,8 @@ def placed_cost(
     if placement is not None:
         traffic += sum(_priced(calls, placement, lambda a, b, m: seconds.conversion(a, b, m, axis)))
         received = sum(_priced(calls, placement, lambda a, b, m: conversion_bytes(a, b, size_of(m), axis.size, m.grad).total))
-    return GraphCost(compute, traffic, activations, temporaries, parameters, trainable, again, received, once, 3 * len(calls))
+    ops, gap = 3 * len(calls), placement.gap if placement else 0.0
+    return GraphCost(compute, traffic, activations, temporaries, parameters, trainable, again, received, once, ops, gap)
 
 
 def _read_again(parameter: fx.Node) -> bool:

@@ -5,6 +5,7 @@ Nodes at the same position of identical blocks (meta["blocks"] of the graph) are
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from ..passes.rules.base import (
 from ..passes.shard import ShardingError
 from ..passes.splits import Cuts, Site, Value, spread
 from ..passes.types import I, Partial, R, Type, Varying, even_sections
-from .assign import AssignError, Problem, Solution, Use, solve
+from .assign import AssignError, Problem, Solution, Use, relative_gap, solve
 from .assign import Value as AssignValue
 from .prices import Prices
 
@@ -62,6 +63,11 @@ class Placement:
     cost: float
     bound: float
 
+    @property
+    def gap(self) -> float:
+        """How far, relative to its cost, the placement may be from the cheapest there is; 0 where it is proven to be that."""
+        return relative_gap(self.cost, self.bound)
+
 
 Barred = Mapping[str, Sequence[tuple[Type, ...]]]
 """By node name: types, of all its results, that it must not give."""
@@ -87,20 +93,24 @@ def place(
     return builder.placement(solution)
 
 
+_Uses = tuple[tuple[int, int], ...]
+"""Those who read a value: indices of decisions (or outputs), and which of their operands it is."""
+
+
 @dataclass
 class _Decision:
-    """One node, standing for `count` nodes at the same place of identical blocks.
+    """One node, standing for all nodes at the same place of identical blocks.
 
-    carried     operands of later ones where they are other values: what one block hands to the next
+    operands    its own
+    places      how many of the nodes take which operands: later ones have others where one block hands values to the next
     """
 
     name: str
     node: fx.Node
     options: list[Strategy]
-    count: int = 1
     values: tuple[Value, ...] = ()
     operands: tuple[Value, ...] = ()
-    carried: dict[tuple[Value, ...], None] = field(default_factory=dict)
+    places: Counter[tuple[Value, ...]] = field(default_factory=Counter)
     call: OpCall | None = None
     site: Site | None = None
 
@@ -129,26 +139,22 @@ class _Builder:
             name = self.first(node)
             if node.op == "output" or is_getitem(node):
                 continue
+            operands = tuple(self.value_of(n) for n in self.calls[node][1]) if node.op != "placeholder" else ()
             if name in self.decisions:
-                decision = self.decisions[name]
-                decision.count += 1
-                operands = tuple(self.value_of(n) for n in self.calls[node][1]) if node.op != "placeholder" else ()
-                if operands != decision.operands:
-                    decision.carried[operands] = None
+                self.decisions[name].places[operands] += 1
                 continue
             results = {(name, k): m for k, m in enumerate(metas(node))}
             self.meta.update(results)
-            decision = _Decision(name, node, [], values=tuple(results))
+            decision = _Decision(name, node, [], tuple(results), operands, Counter([operands]))
             self.decisions[name] = decision
             if node.op == "placeholder":
                 pinned = self.policy.pinned.get(node.meta["key"]) or self.policy.slices.get(node.meta["key"])
                 if isinstance(pinned, Varying):
                     given[name, 0] = pinned
                 continue
-            decision.call, sources = self.calls[node]
-            decision.operands = tuple(self.value_of(s) for s in sources)
-            sites.append(Site(decision.call, find_rule(decision.call, self.axis), decision.operands, decision.values))
-        again = [replace(s, operands=o) for s in sites for o in self.decisions[s.results[0][0]].carried]
+            decision.call = self.calls[node][0]
+            sites.append(Site(decision.call, find_rule(decision.call, self.axis), operands, decision.values))
+        again = [replace(s, operands=o) for s in sites for o in self.decisions[s.results[0][0]].places if o != s.operands]
         self.cuts = cuts = spread((*sites, *again), self.axis, Cuts(given))
         for site in sites:
             decision = self.decisions[site.results[0][0]]
@@ -199,23 +205,41 @@ class _Builder:
     def problem(self) -> Problem:
         self.order = list(self.decisions.values())
         self.index = {d.name: i for i, d in enumerate(self.order)}
-        costs = [np.array([self._option_cost(d, s) for s in d.options], dtype=float) * d.count for d in self.order]
-        uses: dict[Value, list[tuple[int, list[Type]]]] = {}
-        for d in self.order:
-            for k, values in enumerate(zip(d.operands, *d.carried, strict=True)):
-                for value in dict.fromkeys(values):
-                    grad = self.meta[value].grad
-                    uses.setdefault(value, []).append((self.index[d.name], [self._canonical(s.ins[k], grad) for s in d.options]))
+        costs = [self._option_costs(d) for d in self.order]
         self.exits: list[tuple[int, Value]] = []
+        self.exit_types: dict[int, list[Type]] = {}
         for k, result in enumerate(self.output.args[0]):  # type: ignore[arg-type]
             value = self.value_of(result)  # type: ignore[arg-type]
-            types = self._output_types(k, value)
+            self.exit_types[len(costs)] = types = self._output_types(k, value)
             self.exits.append((len(costs), value))
-            uses.setdefault(value, []).append((len(costs), types))
             costs.append(np.zeros(len(types)))
-        self.exit_types = {node: dict(uses[value])[node] for node, value in self.exits}
-        values = tuple(self._assign_value(value, found) for value, found in uses.items())
-        return Problem(tuple(costs), values)
+        values = [
+            self._assign_value(value, count, [(node, self._needed(value, node, k)) for node, k in uses])
+            for (value, uses), count in self._uses().items()
+        ]
+        return Problem(tuple(costs), tuple(values))
+
+    def _uses(self) -> Counter[tuple[Value, _Uses]]:
+        """How many nodes at a value's place give it to the same uses. A block's last repetition may serve others than the first
+        ones do, and pays for the conversions that these need alone."""
+        uses: dict[tuple[fx.Node, int], dict[tuple[int, int], None]] = {}
+        for node in self.calls:
+            reader = self.index[self.first(node)]
+            for k, source in enumerate(self.calls[node][1]):
+                uses.setdefault(self._made_by(source), {})[reader, k] = None
+        for (reader, _), result in zip(self.exits, self.output.args[0], strict=True):  # type: ignore[arg-type]
+            uses.setdefault(self._made_by(result), {})[reader, 0] = None  # type: ignore[arg-type]
+        return Counter(((self.first(maker), k), tuple(found)) for (maker, k), found in uses.items())
+
+    @staticmethod
+    def _made_by(node: fx.Node) -> tuple[fx.Node, int]:
+        return (node.args[0], int(node.args[1])) if is_getitem(node) else (node, 0)  # type: ignore[arg-type,return-value]
+
+    def _needed(self, value: Value, reader: int, k: int) -> list[Type]:
+        """The types in which a reader needs operand k, which is `value`, under each of its strategies."""
+        if reader in self.exit_types:
+            return self.exit_types[reader]
+        return [self._canonical(s.ins[k], self.meta[value].grad) for s in self.order[reader].options]
 
     def _output_types(self, k: int, value: Value) -> list[Type]:
         """How an output may leave: I; V as it was made; P for the loss, which the schedule reduces."""
@@ -230,7 +254,7 @@ class _Builder:
             types += sorted((t for t in produced if isinstance(t, Varying)), key=str)
         return types
 
-    def _assign_value(self, value: Value, uses: list[tuple[int, list[Type]]]) -> AssignValue:
+    def _assign_value(self, value: Value, count: int, uses: list[tuple[int, list[Type]]]) -> AssignValue:
         meta = self.meta[value]
         d = self.decisions[value[0]]
         produced = [self._canonical(s.outs[value[1]], meta.grad) for s in d.options]
@@ -244,7 +268,7 @@ class _Builder:
                 if is_free(a, b, meta.grad):
                     conversion[i, j] = 0.0
                 elif exists(a, b, meta.grad) and self._allowed(a, b, meta, d):
-                    conversion[i, j] = self.prices.conversion(a, b, meta, self.axis) * d.count
+                    conversion[i, j] = self.prices.conversion(a, b, meta, self.axis) * count
         return AssignValue(
             self.index[d.name],
             tuple(ids[t] for t in produced),
@@ -282,12 +306,19 @@ class _Builder:
             return b == I or scattered
         return True
 
-    def _option_cost(self, d: _Decision, s: Strategy) -> float:
+    def _option_costs(self, d: _Decision) -> np.ndarray:
         if d.node.op == "placeholder":
-            return self.prices.placeholder(s.outs[0], metas(d.node)[0], self.axis)
+            meta = metas(d.node)[0]
+            prices = [self.prices.placeholder(s.outs[0], meta, self.axis) for s in d.options]
+            return np.array(prices, dtype=float) * d.places.total()
         assert d.call is not None
-        from_parameters = tuple(self._is_parameter(v) for v in d.operands)
-        return self.prices.node(d.call, s, self.axis, from_parameters)
+        counts: Counter[tuple[bool, ...]] = Counter()
+        for operands, count in d.places.items():
+            counts[tuple(self._is_parameter(v) for v in operands)] += count
+        total = np.zeros(len(d.options))
+        for from_parameters, count in counts.items():
+            total += count * np.array([self.prices.node(d.call, s, self.axis, from_parameters) for s in d.options], dtype=float)
+        return total
 
     def _is_parameter(self, value: Value) -> bool:
         """True when a value is a parameter, or a view or cast of one."""

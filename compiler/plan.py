@@ -27,12 +27,16 @@ def decode_type(value: Any) -> Type:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a plan is expected to cost: seconds a step, bytes a rank at the peak, bytes received a rank and step by axis."""
+    """What a plan is expected to cost: seconds a step, bytes a rank at the peak, bytes received a rank and step by axis.
+
+    gap    how far the placement over tp may be from the cheapest there is, relative to its cost: 0 where none is cheaper
+    """
 
     step_seconds: float
     peak_bytes: float
     traffic: Mapping[str, float] = field(default_factory=dict)
     parts: Mapping[str, float] = field(default_factory=dict)
+    gap: float = 0.0
 
 
 @dataclass(frozen=True)
