@@ -58,6 +58,8 @@ def exists(src: Type, dst: Type, grad: bool) -> bool:
 
 def forward_ops(axis: str, src: Type, dst: Type) -> list[Step]:
     """The raw ops of a conversion, applied one after the other. Empty: identity."""
+    if src == dst:
+        return []
     match src, dst:
         case (Invariant() | Replicate(), Invariant() | Replicate()):
             return []
@@ -80,6 +82,8 @@ def forward_ops(axis: str, src: Type, dst: Type) -> list[Step]:
 
 def backward_ops(axis: str, src: Type, dst: Type) -> list[Step]:
     """The raw ops that take the cotangent of dst's value to the cotangent of src's."""
+    if src == dst:
+        return []
     match src, dst:
         case (Invariant(), Replicate()):
             return [(ops.all_reduce.default, (axis,))]

@@ -86,6 +86,11 @@ def test_refused(src: Type, dst: Type) -> None:
         backward_ops("x", src, dst)
 
 
+@pytest.mark.parametrize("type_", [*TYPES, MAX], ids=str)
+def test_to_the_same_type_is_nothing(type_: Type) -> None:
+    assert forward_ops("x", type_, type_) == backward_ops("x", type_, type_) == []
+
+
 @pytest.mark.parametrize("src", TYPES, ids=str)
 def test_without_gradient_invariant_and_replicate_are_one(src: Type) -> None:
     assert is_free(R, I, grad=False) and is_free(I, R, grad=False)
