@@ -1,10 +1,13 @@
-"""How many examples a property test draws: the same ones every time; with SHARDWRIGHT_EXAMPLES=20, 20 times as many, at random."""
+"""How many examples a property test draws: the same ones every time.
+
+With SHARDWRIGHT_EXAMPLES=20, 20 times as many, at random, and one that fails is made as small as it can be, which takes minutes.
+"""
 
 from __future__ import annotations
 
 import os
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 TIMES = int(os.environ.get("SHARDWRIGHT_EXAMPLES", "1"))
 
@@ -18,5 +21,6 @@ def examples(count: int) -> settings:
         database=None,
         deadline=None,
         print_blob=True,
+        phases=[Phase.explicit, Phase.generate, *([Phase.shrink] if TIMES > 1 else [])],
         suppress_health_check=ignored,
     )

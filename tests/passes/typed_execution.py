@@ -58,7 +58,7 @@ def typed(case: Case, plan: Plan) -> Typed:
     return Typed(case, axis, graphs, found)
 
 
-class _Interpreter(fx.Interpreter):
+class Interpreter(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is convert and args[0].is_floating_point():
             target = differentiable
@@ -81,7 +81,7 @@ def error_of(model: Typed, graphs: Sequence[fx.GraphModule]) -> float:
         with use_communicator(world.communicator(Mesh((model.axis.name,), (n,)), rank)):
             nodes = [p for p in gm.graph.nodes if p.op == "placeholder"]
             args = [held[p.meta["key"]][rank].clone().requires_grad_(bool(p.meta.get("grad"))) for p in nodes]
-            results = dict(zip(gm.meta["outputs"], _Interpreter(gm).run(*args), strict=True))
+            results = dict(zip(gm.meta["outputs"], Interpreter(gm).run(*args), strict=True))
             loss = results[model.case.captured.loss]
             leaves = {p.meta["key"]: a for p, a in zip(nodes, args, strict=True) if a.requires_grad}
             found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
