@@ -10,6 +10,7 @@ from torch import fx
 from ..passes.graph_tools import Calls, Values, metas, op_calls
 from ..passes.ops import use_communicator
 from ..passes.prologue import TIME
+from ..passes.reshard import steps
 from ..passes.rules.base import Axis, Strategy
 from ..passes.shard import ShardingError
 from ..passes.types import I, Type
@@ -190,5 +191,6 @@ def _own_seconds(node: fx.Node, placement: Placement, seconds: Seconds, axis: Ax
         have, _ = produced(source, placement)
         (meta,) = metas(source)
         if have != needed:
-            total += seconds.conversion(have, needed, meta, axis)
+            way = steps(have, needed, meta.shape, axis.size, meta.grad)
+            total += sum(seconds.conversion(a, b, meta, axis) for a, b in way)
     return total

@@ -11,6 +11,7 @@ from torch import fx
 from ..passes.convert import is_free
 from ..passes.graph_tools import Calls, is_getitem, metas
 from ..passes.partition import VIEWS
+from ..passes.reshard import steps
 from ..passes.rules.base import Axis, TensorMeta
 from ..passes.rules.base import Strategy as NodeStrategy
 from ..passes.types import I, R, Type
@@ -134,7 +135,8 @@ def _priced(calls: Calls, placement: Placement, price: Price) -> Iterator[float]
                 continue
             made.add((source, k, needed))
             if (have, needed, meta) not in known:
-                known[have, needed, meta] = price(have, needed, meta)
+                way = steps(have, needed, meta.shape, placement.axis.size, meta.grad)
+                known[have, needed, meta] = sum(price(a, b, meta) for a, b in way)
             yield known[have, needed, meta]
 
 

@@ -27,6 +27,7 @@ from .graph_tools import (
     place_operands,
     where,
 )
+from .reshard import way
 from .rules.base import Axis, LocalCall, Strategy, localize
 from .types import I, Type, Varying, local_shape
 
@@ -136,9 +137,23 @@ class _Lowering:
                 f"{where(user)} needs {needed} over axis {self.axis.name!r} of a value that is {have} ({where(node)}): "
                 f"there is no conversion {have} -> {needed}"
             )
+        source = node
+        for type_ in way(have, needed, self.whole_shape(node), self.axis.size, grad):
+            source = self.converted_from(source, node, type_, user)
+        return source
+
+    def whole_shape(self, node: fx.Node) -> tuple[int, ...]:
+        """Of a value before it was sharded over the axis."""
+        shape, type_ = tuple(node.meta["val"].shape), self.type_of(node)
+        if not isinstance(type_, Varying):
+            return shape
+        return (*shape[: type_.dim], type_.global_size, *shape[type_.dim + 1 :])
+
+    def converted_from(self, source: fx.Node, node: fx.Node, needed: Type, user: fx.Node) -> fx.Node:
+        """`node` as `needed`, by one conversion of `source`, which is itself on the way there."""
         if (node, needed) not in self.converted:
             name = f"{node.name}_{self.axis.name}_{str(needed)[0]}{needed.dim if isinstance(needed, Varying) else ''}"
-            made = call(self.graph, self.values, convert, (node, self.axis.name, have, needed), name=name)
+            made = call(self.graph, self.values, convert, (source, self.axis.name, self.type_of(source), needed), name=name)
             self.names.setdefault(node.name, []).append((name, made.name))
             copy_facts(node, made)
             made.meta.pop("key", None)

@@ -1,9 +1,9 @@
 """spmd_types, a type checker by others, made to look at our sharded graphs: which type it gives a node where we give ours.
 
-It knows the letters I, R, V and P of an axis, not which dim is cut. A graph is gone through node after node: an op of ATen is called
-as the function of torch it is (on meta tensors, under its type checking mode; what it cannot call so, as something that is linear in
-nothing), a conversion as the collective of its API. What it infers is noted where it differs from `node.meta["types"]`, with which
-the next nodes go on, so that each difference is seen by itself.
+It knows the letters I, R, V and P of an axis, not which dim is cut. A graph is gone through node after node: an op of ATen is
+called as the function of torch it is (on meta tensors, under its type checking mode; what it cannot call so, as something that is
+linear in nothing), a conversion as the collective of its API. What it infers is noted where it differs from `node.meta["types"]`,
+with which the next nodes go on, so that each difference is seen by itself.
 """
 
 from __future__ import annotations

@@ -38,12 +38,12 @@ def name(pair: tuple[Type, Type]) -> str:
 def on_ranks(steps: list[Step], parts: list[Tensor]) -> list[Tensor]:
     def body(rank: int, world: object) -> Tensor:
         x = parts[rank]
-        with use_communicator(world.communicator(Mesh(("x",), (N,)), rank)):
+        with use_communicator(world.communicator(Mesh(("x",), (len(parts),)), rank)):
             for op, args in steps:
                 x = op(x, *args)
         return x
 
-    return run_ranks(N, body)
+    return run_ranks(len(parts), body)
 
 
 def pairing(values: list[Tensor], type_: Type, gradients: list[Tensor]) -> float:

@@ -1,0 +1,77 @@
+"""The cheapest way from one type to another over an axis: a shortest path over the table of conversions, found, not listed.
+
+Graphs are lowered one axis after the other, so a way has one axis, and what the axes before left of the value is its whole. A value
+that changes its types over two axes goes one way after the other; one collective over both, as the exchange of two axes' cuts of
+one dim would be, is not found.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+
+from .convert import exists, is_free, traffic
+from .types import I, P, R, Type, Varying, even_sections
+
+Price = Callable[[Type, Type], float]
+"""Of one conversion, forward and backward; infinite where there is none."""
+
+
+def cheapest(src: Type, dst: Type, stops: Sequence[Type], price: Price) -> tuple[Type, ...]:
+    """The types that a value takes on its way from src to dst, which is the last (Dijkstra 1959); of equally cheap ways the one of
+    fewest conversions. Empty where src is dst already.
+
+    stops    types that may be passed through
+    Raises ValueError where no way leads there.
+    """
+    order = itertools.count()  # breaks ties before types are compared
+    queue: list[tuple[float, int, int, Type, tuple[Type, ...]]] = [(0.0, 0, next(order), src, ())]
+    done: set[Type] = set()
+    while queue:
+        spent, steps, _, here, way = heapq.heappop(queue)
+        if here == dst:
+            return way
+        if here in done:
+            continue
+        done.add(here)
+        for there in dict.fromkeys((dst, *stops)):
+            cost = price(here, there) if there not in done else math.inf
+            if cost < math.inf:
+                heapq.heappush(queue, (spent + cost, steps + 1, next(order), there, (*way, there)))
+    raise ValueError(f"no conversions lead from {src} to {dst}")
+
+
+def stops_of(shape: Sequence[int], n: int) -> tuple[Type, ...]:
+    """What a value of this shape, before it is sharded over n ranks, may be in between."""
+    return (I, R, P, *(Varying(dim, even_sections(size, n)) for dim, size in enumerate(shape) if size >= n))
+
+
+WIRE = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}
+"""Bytes that a rank receives, in units of the whole value times (n - 1)/n; local ops receive none (Thakur et al. 2005)."""
+
+
+def received(src: Type, dst: Type, n: int, grad: bool) -> float:
+    """Of one conversion in both directions, in units of the value times (n - 1)/n: a price without a machine in it."""
+    if is_free(src, dst, grad):
+        return 0.0
+    if not exists(src, dst, grad):
+        return math.inf
+    found = traffic(src, dst, grad)
+    return sum(1 / n if kind == "all_to_all" else WIRE.get(kind, 0.0) for kind in (*found.forward, *found.backward))
+
+
+@cache
+def way(src: Type, dst: Type, shape: tuple[int, ...], n: int, grad: bool) -> tuple[Type, ...]:
+    """The cheapest way by bytes received, as emitted programs take it. Dims of `shape` are those before the value is sharded.
+
+    A dim cut in another way goes by two all-to-alls over another dim where that moves less than gathering it.
+    """
+    return cheapest(src, dst, stops_of(shape, n), lambda a, b: received(a, b, n, grad))
+
+
+def steps(src: Type, dst: Type, shape: tuple[int, ...], n: int, grad: bool) -> Iterator[tuple[Type, Type]]:
+    """The conversions of `way`, each as (from, to)."""
+    return itertools.pairwise((src, *way(src, dst, shape, n, grad)))
