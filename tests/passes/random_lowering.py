@@ -6,6 +6,7 @@ Where `compiler.place` chooses what is cheap, this chooses what is possible, so 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -133,10 +134,11 @@ class _Picks:
         labels = [label for label in found[0] if all(label in other for other in found)]
         if not labels:
             raise _Stuck()
-        sharded = [label for label in labels if label not in ("I", "R")]
+        sharded = [label for label in labels if label not in ("I'1", "R'1")]
         label = self.choose.choice(sharded if sharded and self.choose.random() < 0.75 else labels)
-        if "P" in labels and self.choose.random() < 0.4:
-            label = "P"  # what is Partial once stays so for a while
+        partial = [label for label in labels if label.startswith("P'")]
+        if partial and self.choose.random() < 0.4:
+            label = self.choose.choice(partial)  # what is Partial once stays so for a while
         for at, node, options in zip(self.all, nodes, found, strict=True):
             self.choice[at][node.name] = options[label]
             self.types[at][node.name] = options[label].outs
@@ -150,9 +152,11 @@ class _Picks:
             if isinstance(type_, Varying):
                 splits["in", i, type_.dim] = [type_.sections]
         found: dict[str, Strategy] = {}
+        labels: Counter[str] = Counter()
         for s in strategies(call, self.axis, splits):
+            labels[s.label] += 1
             if all(_converts(a, b, m.grad) for a, b, m in zip(have, s.ins, call.operands, strict=True)):
-                found.setdefault(s.label, s)
+                found[f"{s.label}'{labels[s.label]}"] = s  # an op that is linear in each operand has a "P" for each
         return found
 
     def output(self, nodes: Sequence[fx.Node]) -> None:
