@@ -7,7 +7,7 @@ for each data axis, then micro-batches, then tp:  place ▶ shard ▶ check
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
@@ -25,7 +25,7 @@ from ..passes.rules.base import Axis
 from ..passes.segment import segment
 from ..passes.shard import shard
 from ..passes.simplify import simplify
-from ..passes.stages import split_stages
+from ..passes.stages import as_received, split_stages
 from ..passes.types import (
     I,
     Partial,
@@ -64,6 +64,7 @@ class Problem:
     aliases         tied names: canonical -> others
     persistent      names of buffers that are in the state dict
     trainable       names of parameters with requires_grad; None: those that the loss depends on
+    buffers         values of the buffers that are whole numbers, by key: where the model has them, checks by numbers need them
     share_outputs   whether every pipeline stage gets all outputs, not the loss alone
     ragged          whether data ranks call with other lengths, so that their graphs have other shapes
     """
@@ -77,6 +78,7 @@ class Problem:
     training: bool = True
     persistent: frozenset[str] = frozenset()
     trainable: frozenset[str] | None = None
+    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     share_outputs: bool = False
     ragged: bool = False
 
@@ -277,6 +279,7 @@ class _Emission:
         return ranks[0], ranks[1]
 
     def add(self, name: str, gm: fx.GraphModule) -> None:
+        gm = as_received(gm, self.templates.values)
         keys = tuple(n.meta["key"] for n in gm.graph.nodes if n.op == "placeholder")
         self.graphs[name] = GraphSpec(gm, keys, gm.meta["outputs"])
 

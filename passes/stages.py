@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from .convert import convert
-from .graph_tools import extract, named_results
+from .graph_tools import Values, call, extract, named_results
 from .partition import VIEWS
 
 aten = torch.ops.aten
@@ -32,6 +32,28 @@ def split_stages(gm: fx.GraphModule, count: int) -> list[fx.GraphModule]:
                 if source in stage:
                     last_use[source] = max(last_use.get(source, 0), stage[node])
     return [_stage_graph(gm, k, stage, last_use) for k in range(count)]
+
+
+def as_received(gm: fx.GraphModule, values: Values) -> fx.GraphModule:
+    """The graph of a stage, taking what it receives as it arrives: contiguous. Changes `gm`.
+
+    Ensures: each such value lies in memory again as the ops after it were captured with, where that is otherwise.
+    """
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = node.meta["val"]
+        if not node.meta["key"].startswith(("act.", "grad.act.")) or value.is_contiguous():
+            continue
+        order = sorted(range(value.dim()), key=lambda d: -value.stride(d))
+        users = list(node.users)
+        with values.mode:
+            node.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+        with gm.graph.inserting_before(next(n for n in gm.graph.nodes if n.op != "placeholder")):
+            turned = call(gm.graph, values, aten.permute.default, (node, order))
+            dense = call(gm.graph, values, aten.clone.default, (turned,), {"memory_format": torch.contiguous_format})
+            again = call(gm.graph, values, aten.permute.default, (dense, [order.index(d) for d in range(value.dim())]))
+        for user in users:
+            user.replace_input_with(node, again)
+    return gm
 
 
 def _assign(gm: fx.GraphModule) -> dict[fx.Node, int]:

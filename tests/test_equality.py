@@ -54,6 +54,16 @@ def check(case: Case, plan: Plan) -> None:
     compare(case, programs, run(case, programs))
 
 
+def test_values_that_cross_stages_transposed() -> None:
+    """A query that crosses lies in memory as its transpose: attention's result follows it, and what views that."""
+    found, wanted = prepare(*zoo.MODELS["t5"](layers=4)), Plan(mesh(pp=2), microbatches=2)
+    programs = emit_all(found, wanted, [found.batch], TEMPLATES)
+    entries = [n for g in programs[1].graphs.values() for n in g.graph.graph.nodes if n.op == "placeholder"]
+    received = [n.meta["val"] for n in entries if n.meta["key"].startswith(("act.", "grad.act."))]
+    assert received and all(value.is_contiguous() for value in received)
+    compare(found, programs, run(found, programs))
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("model", MODELS)
 def test_equals_one_device(model: str, strategy: str) -> None:
