@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor, fx, nn
 
-from ..passes.check_schedules import collectives_of
+from ..passes.check_schedules import collectives_of, ranks_on
 from ..passes.graph_tools import where
 from ..runtime.errors import MismatchError
 from ..runtime.faults import Control
@@ -69,12 +69,11 @@ def same_collectives(control: Control, program: RankProgram) -> None:
 
 
 def _neighbours(mesh: Mesh, axis: str) -> Iterator[tuple[int, int]]:
-    """Pairs of ranks that `axis`, which may join several by "+", joins."""
-    first: dict[tuple[int, ...], int] = {}
-    joined = axis.split("+")
+    """Pairs of ranks that `axis` joins, every rank that it joins being in one."""
     for rank in range(mesh.world_size):
-        group = tuple(k for name, k in mesh.coordinates(rank).items() if name not in joined)
-        yield first.setdefault(group, rank), rank
+        group = ranks_on(mesh, rank, axis)
+        if rank in group:
+            yield group[0], rank
 
 
 def _same(control: Control, facts: Sequence[str], what: str, describe: Callable[[int], str] = lambda i: "") -> None:

@@ -263,8 +263,9 @@ def verify(
 
     Raises TypeCheckError, MismatchError, DeadlockError or VerificationError, naming what does not hold.
     """
-    given = planned.example if inputs is None else inputs
-    real = numbers and given and not any(t.is_meta for t in given.values())
+    found = planned.example if inputs is None else inputs
+    real = numbers and found and not any(t.is_meta for t in found.values())
+    given = {k: t.cpu() for k, t in found.items()} if real else {}
     return certify(
         planned.problem,
         planned.plan,

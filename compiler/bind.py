@@ -86,5 +86,6 @@ def bind(
         training=differentiate and captured.loss is not None,
         persistent=frozenset(model.state_dict()),
         trainable=captured.trainable,
+        buffers={f"buffer.{n}": b for n, b in model.named_buffers() if not (b.is_floating_point() or b.is_meta)},
     )
     return Bound(captured, problem)

@@ -117,7 +117,10 @@ def certify(
         needed = comparison_bytes(candidate.problem, candidate.plan)
         if needed <= limit:
             report(f"comparing numbers{_reduced(candidate)}")
-            compared, error = compare_sample(candidate, inputs)
+            try:
+                compared, error = compare_sample(candidate, inputs)
+            except Incomparable as reason:
+                return certified(f"not compared: {reason}")
             what = f"reduced: {', '.join(candidate.left_out)}" if candidate.left_out else "the whole model"
             return certified(f"{what}; float64, {_emitted(candidate.plan.mesh)}, in one process", compared, error)
     return certified(f"not compared: about {bytes_text(needed)} would be needed, and memory_limit is {bytes_text(limit)}")
@@ -139,38 +142,70 @@ def _reduced(sample: Sample) -> str:
 
 
 def compare_sample(sample: Sample, inputs: Mapping[str, Tensor]) -> tuple[int, float]:
-    """(gradients compared, largest relative error) of every rank's program in this process against one device, in float64."""
+    """(gradients compared, largest relative error) of every rank's program in this process against one device, in float64.
+
+    Raises Incomparable where the model itself, on random parameters, gives no number to compare with.
+    """
     problem = replace(sample.problem, graph=in_float64(sample.problem.graph, sample.problem.loss))
     assert problem.loss is not None
     templates = Templates(Values())
     programs = [emit(problem, sample.plan, rank, templates) for rank in range(sample.plan.mesh.world_size)]
     state = random_state(problem.graph, torch.Generator().manual_seed(0))
+    state.update({k: v for k, v in problem.buffers.items() if k in state})
     state.update({k: _double(v) for k, v in problem.constants.items()})
-    given = {k: _double(v) for k, v in repeated(problem, inputs).items()}
-    expected, gradients = reference(problem.graph, problem.loss, state, given)
-    error = compare(programs, run_programs(programs, state, given, timeout=DAY), problem.loss, expected, gradients)
-    return len(gradients), error
+    for vary in (True, False):
+        given = {k: _double(v) for k, v in repeated(problem, inputs, vary=vary).items()}
+        try:
+            expected, gradients = reference(problem.graph, problem.loss, state, given)
+        except (IndexError, RuntimeError):
+            if vary:
+                continue  # numbers that belong together, as the corners of a box do: the example as it is then
+            raise
+        if not expected.isfinite().all():
+            raise Incomparable(f"the model's loss on random parameters is {float(expected)}")
+        error = compare(programs, run_programs(programs, state, given, timeout=DAY), problem.loss, expected, gradients)
+        return len(gradients), error
+    raise AssertionError
+
+
+class Incomparable(Exception):
+    """There is nothing to compare programs with."""
 
 
 def _double(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
 
 
-def repeated(problem: Problem, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`inputs` with as many samples as the problem's batch has: the first of them, or repeated, each time shifted by one along
-    dim 1, so that no two data ranks compute the same."""
+def repeated(problem: Problem, inputs: Mapping[str, Tensor], *, vary: bool = True) -> dict[str, Tensor]:
+    """`inputs` with as many samples as the problem's batch has: the first of them, or repeated.
+
+    vary    so that no two data ranks compute the same: copies have their rows in other orders, whole numbers smaller here and
+            there, which leaves ids what they may be, and other numbers a little off
+    """
     rows = sum(problem.local_batches)
+    have = next((x.shape[0] for k, x in inputs.items() if k in problem.batch_inputs), rows)
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(have, generator=generator) if k and vary else torch.arange(have) for k in range(-(-rows // have))]
 
     def fit(x: Tensor) -> Tensor:
-        copies = -(-rows // x.shape[0])
-        return torch.cat([x.roll(k, 1) if x.dim() > 1 else x for k in range(copies)])[:rows]
+        first, *others = (x[order] for order in orders)
+        return torch.cat([first, *(_varied(y, generator) if vary else y for y in others)])[:rows]
 
-    return {k: fit(x) if k in problem.batch_inputs else x for k, x in inputs.items()}
+    return {k: fit(x.detach()) if k in problem.batch_inputs else x.detach() for k, x in inputs.items()}
+
+
+def _varied(x: Tensor, generator: torch.Generator) -> Tensor:
+    if x.is_floating_point():
+        return x * (1 + 0.1 * torch.randn(x.shape, generator=generator, dtype=x.dtype))
+    if x.dtype == torch.bool or x.is_complex():
+        return x
+    smaller = (torch.rand(x.shape, generator=generator) * (x + 1)).to(x.dtype)
+    return torch.where((x > 0) & (torch.rand(x.shape, generator=generator) < 0.5), smaller, x)
 
 
 def comparison_bytes(problem: Problem, plan: Plan) -> float:
-    """About how many bytes `compare_sample` takes: parameters and gradients of the reference and of every rank, the reference's
-    values, and those of the ranks, as if nothing were kept from tp's ranks."""
+    """About how many bytes `compare_sample` takes: parameters, gradients and what sums these, of the reference and of every rank;
+    the reference's values, and those of the ranks as if tp cut nothing."""
     state = values = 0.0
     for node in problem.graph.graph.nodes:
         size = sum(8.0 * math.prod(m.shape) for m in metas(node)) if "val" in node.meta else 0.0
@@ -179,14 +214,18 @@ def comparison_bytes(problem: Problem, plan: Plan) -> float:
         elif node.op == "call_function" and node.target not in VIEWS:
             values += size
     copies = plan.mesh.world_size / (plan.mesh.size("tp") * plan.mesh.size("pp"))
-    return 2 * state * (1 + copies) + values * (1 + plan.mesh.size("tp"))
+    return 3 * state * (1 + copies) + values * (1 + plan.mesh.size("tp"))
 
 
 def free_memory() -> float:
     """Bytes that this process may still take without driving others out (Linux; elsewhere half of what the machine has)."""
-    meminfo = Path("/proc/meminfo")
+    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    found = 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if meminfo.exists():
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
         if "MemAvailable" in lines:
-            return float(lines["MemAvailable"].split()[0]) * 1024
-    return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            found = float(lines["MemAvailable"].split()[0]) * 1024
+    limit, used = group / "memory.max", group / "memory.current"  # of a container
+    if limit.exists() and used.exists() and (most := limit.read_text().strip()).isdigit():
+        found = min(found, float(most) - float(used.read_text()))
+    return max(found, 0.0)

@@ -110,6 +110,9 @@ class _Search:
         self.microbatches = microbatches if microbatches is not None else request.strategy.microbatches
         self.rows, self.captured = rows, sum(problem.local_batches)
         self.costs: dict[tuple[int, bool], GraphCost] = {}
+        parameters = [n for n in problem.graph.graph.find_nodes(op="placeholder") if n.meta["key"].startswith("param.")]
+        sizes = [float(size_of(metas(n)[0])) for n in parameters]
+        self.largest = max(sizes, default=0.0) / (sum(sizes) or 1.0)
         self.stream = least_crossing(problem.graph)
         self.calls = op_calls(problem.graph)
         self.kept = keeping(self.calls)
@@ -187,6 +190,10 @@ class _Search:
             self.costs[n, sequence] = graph_cost(self.problem, only, sequence, self.topology, self.calls, self.kept)
         return self.costs[n, sequence]
 
+    def heaviest_stage(self, stages: int) -> float:
+        """The least share of all parameters' bytes that the heaviest stage can have: an even one, or the largest parameter's."""
+        return max(1 / stages, self.largest)
+
     def price(self, plan: Plan) -> Candidate:
         mesh, top = plan.mesh, self.topology
         cost = self.tensor_cost(mesh, plan.sequence_parallel)
@@ -196,20 +203,22 @@ class _Search:
         work = (cost.compute + cost.traffic) * share + launches
         bubble = (m + stages - 1) / m
         pipelined = work / stages * bubble
-        bytes_held = cost.parameters / stages
+        heaviest = self.heaviest_stage(stages)
+        bytes_held, trained = cost.parameters * heaviest, cost.trainable * heaviest
         moved = [*self._data_traffic(plan, cost)]
         parts = {
             "compute": cost.compute * share / stages * bubble + launches / stages,
             "tensor": cost.traffic * share / stages * bubble,
             "data": sum(n * collective_seconds(kind, size, top.span(mesh, axis)) for axis, kind, size, n in moved),
             "pipeline": self._pipeline_seconds(plan, share),
-            "optimizer": self._optimizer_seconds(plan, bytes_held),
+            "optimizer": self._optimizer_seconds(plan, trained),
         }
         seconds = pipelined + parts["data"] + parts["pipeline"] + parts["optimizer"]
-        state = state_memory(bytes_held, plan.zero, max(1, mesh.size("dp_shard")))
+        shards = max(1, mesh.size("dp_shard"))
+        state = state_memory(trained, plan.zero, shards).total + (bytes_held - trained) / (shards if plan.zero == 3 else 1)
         flying = min(stages, m) if plan.schedule == "1f1b" else m
         activations = cost.activations * share / stages * flying / m + cost.temporaries * share / m
-        peak = state.total + activations
+        peak = state + activations
         samples = self.rows * data if self.batch == "local" else self.rows
         traffic = {axis: 0.0 for axis in mesh.axes}
         for axis, kind, size, n in moved:
@@ -218,7 +227,7 @@ class _Search:
             traffic["tp"] += (cost.received * share + cost.received_once) / stages
         if "pp" in traffic:
             traffic["pp"] += 2 * (stages - 1) / stages * self._border(plan, share) * m
-        parts |= {"state bytes": state.total, "activation bytes": activations}
+        parts |= {"state bytes": state, "activation bytes": activations}
         return Candidate(plan, samples, Prediction(seconds, peak, traffic, parts, cost.gap))
 
     def _data_traffic(self, plan: Plan, cost: GraphCost) -> Iterator[tuple[str, CollectiveKind, float, int]]:
@@ -253,10 +262,11 @@ class _Search:
         return 7 * size / max(1, shards) / (device.bandwidth * device.memory_efficiency)
 
 
-def most_data_ranks(request: Request, rows: int, batch: str) -> int:
-    """Of all meshes that the request allows: as many as the best plan has most often."""
+def data_ranks(request: Request, rows: int, batch: str) -> tuple[int, int]:
+    """The fewest and the most of all meshes that the request allows. The best plan has the most more often than not."""
     meshes = request.meshes(Limits(batch=rows if batch == "global" else None))
-    return max(m.size("dp_replicate") * m.size("dp_shard") for m in meshes)
+    found = [m.size("dp_replicate") * m.size("dp_shard") for m in meshes]
+    return min(found), max(found)
 
 
 def microbatch_counts(stages: int, rows: int) -> list[int]:
@@ -362,12 +372,14 @@ def _largest(search: _Search, candidate: Candidate, count: int = 3) -> Iterator[
     found = [
         (sum(sizes) / whole * parts["activation bytes"], f"activations, {len(sizes)} x {line}") for line, sizes in lines.items()
     ]
-    held_here: dict[str, float] = {}
-    for node in search.problem.graph.graph.nodes:
-        if node.op == "placeholder" and node.meta["key"].startswith("param."):
-            type_ = placement.placeholders[node.meta["key"]] if placement else I
-            held_here[node.meta["key"].removeprefix("param.")] = size_of(metas(node)[0]) * held(type_, axis)
-    total = sum(held_here.values()) or 1.0
-    found += [(size / total * parts["state bytes"], f"{name} and its optimizer state") for name, size in held_here.items()]
+    state, shards = parts["state bytes"], max(1, plan.mesh.size("dp_shard"))
+    for node in search.problem.graph.graph.find_nodes(op="placeholder"):
+        key, meta = node.meta["key"], metas(node)[0]
+        if key.startswith("param."):
+            size = size_of(meta) * held(placement.placeholders[key] if placement else I, axis)
+            bytes_here = state_memory(size, plan.zero, shards).total if meta.grad else size / (shards if plan.zero == 3 else 1)
+            name = key.removeprefix("param.")
+            what = f"{name}, its gradient and its optimizer state" if meta.grad else f"{name}, frozen"
+            found.append((min(bytes_here, state), what))
     for size, what in sorted(found, reverse=True)[:count]:
         yield f"{bytes_text(size)}  {' '.join(what.split())}"

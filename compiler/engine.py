@@ -97,7 +97,6 @@ class ModelEngine:
     plan: Plan | None = None
     communicator: MeshCommunicator | None = None
     groups: tuple[tuple[int, ...], ...] = ()
-    captured_autocast: bool = False
     certificate: Certificate | None = None
     programs: dict[Hashable, BoundCall] = field(default_factory=dict)
     report: Callable[[str], None] = lambda text: None
@@ -233,10 +232,17 @@ class ModelEngine:
         def again(batches: Sequence[int]) -> Problem:
             return self._bind(args, kwargs, batches, shapes, self.model.training, problem.training).problem
 
+        # What `again` captures in another thread is captured as the plan's graph was.
+        autocast = torch.autocast("cpu", dtype=torch.get_autocast_dtype("cpu"), enabled=torch.is_autocast_enabled("cpu"))
+
+        def captured(batches: Sequence[int]) -> Problem:
+            with autocast:
+                return again(batches)
+
         def work() -> str:
             inputs = flatten_call(args, kwargs)[1]
             on_cpu = {k: x.detach().cpu() for k, x in inputs.items()}
-            return certify(problem, plan, on_cpu, capture=again, report=self.report).to_json()
+            return certify(problem, plan, on_cpu, capture=captured, report=self.report).to_json()
 
         return Certificate.from_json(from_first(self.control, "verifying the plan", work))
 

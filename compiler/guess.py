@@ -17,7 +17,7 @@ from ..passes.blocks import Run, find_blocks
 from ..passes.graph_tools import copy_call, extract, named_results
 from ..passes.types import balanced_sizes
 from .bind import BatchMode
-from .choose import choose, most_data_ranks
+from .choose import choose, data_ranks
 from .emit import Problem
 from .prepare import mark_twins
 from .strategy import Request
@@ -26,7 +26,7 @@ from .topology import Topology
 DEEP = 48
 """Layers beyond which the guess takes less time than a second capture: one layer takes torch.export about 0.1 s."""
 
-FEW = 4
+CAPTURED = 4
 """Layers of a list that are captured: a first that may differ, two that repeat, and a last that may differ."""
 
 
@@ -45,9 +45,9 @@ def likely_data_size(
 
     capture    the problem of one call at other local batches; the other arguments as of `choose`
     """
-    most = most_data_ranks(request, rows, batch)
+    fewest, most = data_ranks(request, rows, batch)
     with shallow(model) as left_out, warnings.catch_warnings():
-        if not left_out or most == 1:
+        if not left_out or most == fewest:
             return most
         warnings.simplefilter("ignore")  # the model itself is captured next, and warns then
         try:
@@ -73,10 +73,10 @@ def shallow(model: nn.Module) -> Iterator[Mapping[str, int]]:
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > DEEP and len({*map(_form, module)}) == 1:
             held.append((module, module._modules))
-            left_out[name] = len(module) - FEW
+            left_out[name] = len(module) - CAPTURED
     try:
         for module, children in held:
-            module._modules = dict(list(children.items())[:FEW])
+            module._modules = dict(list(children.items())[:CAPTURED])
         yield left_out
     finally:
         for module, children in held:
@@ -92,7 +92,7 @@ def deepened(problem: Problem, left_out: Mapping[str, int]) -> Problem | None:
     blocks of a list are not found."""
     gm = extract(problem.graph, named_results(problem.graph), {})
     for name, count in left_out.items():
-        run = next((run for run in find_blocks(gm.graph).runs if _is_of(run, f"param.{name}.")), None)
+        run = next((run for run in find_blocks(gm.graph).runs if _is_of(run, f"param.{name}." if name else "param.")), None)
         if run is None:
             return None
         _lengthen(gm, run, count)

@@ -44,7 +44,8 @@ def fewer_ranks(sample: Sample, capture: Capture | None) -> Sample:
         return sample
     left_out = [f"{k} of {n} ranks on {a}" for a, k, n in zip(plan.mesh.axes, sizes, plan.mesh.sizes, strict=True) if k < n]
     left_out.append(f"{sum(batches)} of {sum(problem.local_batches)} samples")
-    return Sample(capture(batches), small, (*sample.left_out, *left_out))
+    found = replace(capture(batches), share_outputs=problem.share_outputs)
+    return Sample(found, small, (*sample.left_out, *left_out))
 
 
 def fewer_blocks(sample: Sample) -> Sample:

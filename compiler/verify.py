@@ -39,10 +39,11 @@ def reference(
         if node.op == "placeholder":
             key = node.meta["key"]
             value = torch.tensor(seed) if key == "seed" else inputs[key] if key in inputs else state[key]
-            if node.meta.get("grad"):
+            if node.meta.get("grad") and key.startswith("param."):
                 value = leaves[key] = value.detach().clone().requires_grad_(True)
             args.append(value)
-    results = dict(zip((k for k, _ in named_results(graph)), fx.Interpreter(graph).run(*args), strict=True))
+    with torch.enable_grad():
+        results = dict(zip((k for k, _ in named_results(graph)), fx.Interpreter(graph).run(*args), strict=True))
     found = torch.autograd.grad(results[loss], list(leaves.values()), allow_unused=True)
     return results[loss].detach(), {k: g for k, g in zip(leaves, found, strict=True) if g is not None}
 

@@ -132,7 +132,7 @@ class _Rank:
 
     def group(self, axis: str) -> tuple[int, ...]:
         if axis not in self._groups:
-            self._groups[axis] = _group(self.program.mesh, self.rank, axis)
+            self._groups[axis] = ranks_on(self.program.mesh, self.rank, axis)
         return self._groups[axis]
 
     def advance(self, ranks: list[_Rank], channels: dict[tuple[int, int], deque]) -> list[_Rank]:
@@ -190,15 +190,17 @@ def _short(what: Hashable) -> str:
     return text if len(text) < 200 else text[:200] + "..."
 
 
-def _group(mesh: Mesh, rank: int, axis: str) -> tuple[int, ...]:
-    """The ranks that `axis` (several joined by "+" for a flattened one) joins with `rank`."""
-    names = axis.split("+")
+def ranks_on(mesh: Mesh, rank: int, axis: str) -> tuple[int, ...]:
+    """The ranks that `axis` joins with `rank`: several by "+" for a flattened one; ":0,2" after it for some indices alone."""
+    joined, _, some = axis.partition(":")
+    names = joined.split("+")
     unknown = [name for name in names if name not in mesh.axes]
     if unknown:
         raise MismatchError(f"rank {rank}: {unknown[0]!r} is no axis of the mesh ({', '.join(mesh.axes)})")
     here = mesh.coordinates(rank)
     places = product(*(range(mesh.size(name)) for name in names))
-    return tuple(mesh.rank({**here, **dict(zip(names, place, strict=True))}) for place in places)
+    ranks = tuple(mesh.rank({**here, **dict(zip(names, place, strict=True))}) for place in places)
+    return tuple(ranks[int(index)] for index in some.split(",")) if some else ranks
 
 
 def _deadlock(stuck: list[_Rank]) -> DeadlockError:

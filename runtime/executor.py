@@ -171,8 +171,9 @@ class Executor:
         arguments = [values[slot] for slot in step.reads]
         for slot in step.dead:
             values[slot] = None
-        if step.instruction.graph in self._products:
-            arguments.insert(0, [self._place(write, values) if i in step.products else None for i, write in enumerate(step.writes)])
+        products = self._products.get(step.instruction.graph, frozenset())
+        if products:
+            arguments.insert(0, [self._place(write, values) if i in products else None for i, write in enumerate(step.writes)])
         results = list(self._functions[step.instruction.graph](arguments))
         for i, write in enumerate(step.writes):
             if write is None:
@@ -182,9 +183,9 @@ class Executor:
             if held is not None:
                 if write.first_sum:
                     values[write.slot] = held + value  # `held` may share memory with another value: it is not ours to change
-                elif held is not value:
+                elif held is not value:  # the graph has not added it itself
                     held.add_(value)
-            elif write.home is not None and i not in step.products:
+            elif write.home is not None and i not in products:
                 values[write.slot] = self._home(write, values).copy_(value)
             else:
                 values[write.slot] = value

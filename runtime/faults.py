@@ -7,9 +7,10 @@ import contextvars
 import hashlib
 import json
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
@@ -311,11 +312,18 @@ def from_first(control: Control, what: str, work: Callable[[], str], beat: float
         if text.startswith("!"):
             raise ShardwrightError(f"{what} failed on rank 0: {text[1:]}")
         return text[1:]
-    context = contextvars.copy_context()
-    with ThreadPoolExecutor(1) as pool:
-        done = pool.submit(context.run, work)
-        while not wait([done], timeout=beat).done:
-            control.exchange_text("")
+    done: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    # Not a pool, which would wait for the work when a peer is lost.
+    threading.Thread(target=contextvars.copy_context().run, args=(run,), daemon=True).start()
+    while not wait([done], timeout=beat).done:
+        control.exchange_text("")
     error = done.exception()
     control.exchange_text(f"={done.result()}" if error is None else f"!{type(error).__name__}: {error}")
     return done.result()

@@ -63,7 +63,6 @@ class Engine(Protocol):
     """What compiles calls to programs.
 
     groups      ranks that must be given the same batch, once the mesh is known
-    captured_autocast  whether the model was captured under torch.autocast
     certificate  of what was verified before the first call, None where it was not asked for
     describe    what a call is, to be compared among ranks
     prepare     the first call, where there were no example inputs: capture, plan, materialize
@@ -73,7 +72,6 @@ class Engine(Protocol):
     plan: Any
     device: torch.device
     groups: tuple[tuple[int, ...], ...]
-    captured_autocast: bool
     certificate: Any
 
     @property
@@ -210,7 +208,7 @@ class ParallelModule(nn.Module):
 
     def _refuse_ambient(self) -> None:
         kind = self._engine.device.type
-        if torch.is_autocast_enabled(kind) and not self._engine.captured_autocast:
+        if torch.is_autocast_enabled(kind):
             raise ShardwrightError(
                 "torch.autocast around a parallel model: its program has its dtypes already. Leave autocast out, and give the "
                 "precision to auto_parallelize(..., precision=torch.bfloat16), or a model in that dtype"

@@ -148,7 +148,7 @@ def test_memory_that_does_not_suffice() -> None:
     text = refused(model, None, batch, memory_limit=1000)
     assert "no plan fits 1000 B per rank" in text and "too much" in text and "x the devices" in text
     largest = max(model.named_parameters(), key=lambda item: item[1].numel())[0]
-    assert f"  {largest} and its optimizer state" in text
+    assert f"  {largest}, its gradient and its optimizer state" in text
     text = refused(model, Strategy(dp=4, zero=0), batch, memory_limit=20_000)
     assert "What would fit, the cheapest first: dp_shard=" in text and "which your strategy rules out" in text
 

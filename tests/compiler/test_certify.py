@@ -162,3 +162,108 @@ def test_inputs_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     own = {"input.x": torch.randn(8, 4), "input.y": torch.randint(3, (8,))}
     assert verify(made, own).compared
     assert seen == [own]
+
+
+class Tied(Stack):
+    """The first layer's weight is the last's, which another stage holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Embedding(9, WIDTH), nn.Linear(WIDTH, 9, bias=False)
+        self.last.weight = self.first.weight
+
+
+def test_a_parameter_that_stages_share() -> None:
+    example = {"x": torch.randint(9, (4,)), "y": torch.randint(9, (4,))}
+    made = plan(
+        Tied(),
+        Topology.preset("cpu", devices=3),
+        example_inputs=example,
+        strategy=Strategy(dp=1, tp=1, pp=3, microbatches=2),
+        device="cpu",
+    )
+    assert verify(made).compared == 1 + 4 * LAYERS
+
+
+class Masked(nn.Module):
+    """A mask and a count, which zeros would not stand for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+        self.mask, self.count = nn.Buffer(torch.tril(torch.ones(4, 4, dtype=torch.bool))), nn.Buffer(torch.tensor(3))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        scores = (self.inner(x) @ x.transpose(1, 2)).masked_fill(~self.mask, -torch.inf).softmax(-1) / self.count
+        return nn.functional.cross_entropy(self.outer(scores @ x).mean(1), y)
+
+
+def example_of(model: nn.Module, example: dict[str, Tensor]) -> PlannedModel:
+    wanted = Strategy(dp=2, tp=1, pp=1)
+    return plan(model, Topology.preset("cpu", devices=2), example_inputs=example, strategy=wanted, device="cpu")
+
+
+def test_buffers_of_whole_numbers_are_the_models_own() -> None:
+    example = {"x": torch.randn(2, 4, WIDTH), "y": torch.randint(3, (2,))}
+    assert verify(example_of(Masked(), example)).compared == 4
+    broken = Masked()
+    broken.count.zero_()
+    assert "not compared: the model's loss on random parameters is nan" in str(verify(example_of(broken, example)))
+
+
+class Columns(nn.Module):
+    """Each column of the input has ids of its own, and the third is a sum of the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(n, WIDTH) for n in (50, 3))
+        self.last = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self.last(self.tables[0](x[:, 0]) + self.tables[1](x[:, 1])), y)
+
+
+def test_inputs_of_columns_and_of_one_dim() -> None:
+    table = {"x": torch.tensor([[49, 0], [20, 1], [3, 2], [4, 1]]), "y": torch.randint(3, (4,))}
+    made = example_of(Columns(), table)
+    assert verify(made).compared == 4
+    flat = module.repeated(made.problem, {"input.x": table["x"][:, 0], "input.y": table["y"]})["input.x"]
+    assert not torch.equal(flat[:4], flat[4:]) and flat.min() >= 0 and flat.max() <= 49
+
+
+def test_ranks_that_all_take_the_first_share_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from shardwright.compiler import verify as numbers
+
+    made = example_of(Columns(), {"x": torch.tensor([[49, 0], [20, 1], [3, 2], [4, 1]]), "y": torch.randint(3, (4,))})
+    honest = numbers.cut
+    monkeypatch.setattr(numbers, "cut", lambda whole, cuts, at: honest(whole, cuts, dict.fromkeys(at, 0)))
+    with pytest.raises(VerificationError):
+        verify(made)
+
+
+class Boxes(nn.Module):
+    """Of two whole numbers the second is the larger."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.last = nn.Embedding(9, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self.last(self.table(x[:, 1] - x[:, 0])), y)
+
+
+def test_numbers_that_belong_together_stay_as_they_are() -> None:
+    example = {"x": torch.tensor([[7, 8], [6, 7]]).repeat(8, 1), "y": torch.randint(3, (16,))}
+    assert verify(example_of(Boxes(), example)).compared == 3
+
+
+def test_without_gradients_around_it_and_with_inputs_that_want_them() -> None:
+    example = {"x": torch.randn(4, 4, requires_grad=True), "y": torch.randint(3, (4,))}
+    with torch.no_grad():
+        assert verify(example_of(Stack(), example)).compared == 4 + 4 * LAYERS
+
+
+def test_what_is_captured_again_shares_outputs_as_the_plan_does() -> None:
+    made = planned(Strategy(dp=4, tp=1, pp=1))
+    sample = Sample(replace(made.problem, share_outputs=True), made.plan)
+    assert fewer_ranks(sample, made.capture).problem.share_outputs

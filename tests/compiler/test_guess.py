@@ -53,7 +53,7 @@ def test_a_few_layers_give_the_costs_of_all() -> None:
     with torch.device("meta"):
         model = Deep()
     with guess.shallow(model) as left_out:
-        assert left_out == {"layers": LAYERS - guess.FEW} and len(model.layers) == guess.FEW
+        assert left_out == {"layers": LAYERS - guess.CAPTURED} and len(model.layers) == guess.CAPTURED
         few = problem(model)
     assert len(model.layers) == LAYERS
     deep = guess.deepened(few, left_out)
@@ -86,7 +86,7 @@ def test_the_model_is_captured_once_at_the_chosen_size(monkeypatch: pytest.Monke
         model, topology, example_inputs=EXAMPLE, strategy=api.Strategy(pp=1), memory_limit=0.7 * free.plan.predicted.peak_bytes
     )
     assert tight.plan.data_size < 8
-    assert captures == [(guess.FEW, 8), (LAYERS, tight.plan.data_size)]
+    assert captures == [(guess.CAPTURED, 8), (LAYERS, tight.plan.data_size)]
 
 
 def test_models_that_need_their_layers_are_captured_whole() -> None:

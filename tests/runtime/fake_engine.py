@@ -56,7 +56,6 @@ class Engine:
 
     plan = "the plan"
     certificate = None
-    captured_autocast = False
 
     def __init__(self, program: RankProgram, communicator: MeshCommunicator) -> None:
         self.program, self.communicator = program, communicator

@@ -183,6 +183,22 @@ def test_what_one_rank_does_for_all_may_take_long() -> None:
     with_control(run)
 
 
+def test_a_peer_lost_meanwhile_is_heard_of_at_once() -> None:
+    class Lost:
+        rank, world_size = 0, 2
+
+        def exchange_text(self, text: str) -> list[str]:
+            raise PeerLostError("gone")
+
+        def exchange(self, header: list[int]) -> list[list[int]]:
+            raise AssertionError
+
+    start = time.monotonic()
+    with pytest.raises(PeerLostError):
+        from_first(Lost(), "looking", lambda: (time.sleep(5), "found")[1], beat=0.05)
+    assert time.monotonic() - start < 4
+
+
 def test_modules_refuse_different_batches() -> None:
     """Ranks of a tensor-parallel group share a batch."""
 

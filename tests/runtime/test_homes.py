@@ -9,7 +9,9 @@ import torch
 from harness import compare, emit_all, run
 from programs import case, plan, shares
 
+from shardwright.compiler import verify
 from shardwright.runtime import emit_python, executor, homes
+from shardwright.runtime.lockstep import run_ranks
 from shardwright.runtime.steps import plan_steps
 
 MODELS = ["mlp", "gpt", "llama"]
@@ -77,6 +79,22 @@ def test_only_products_used_for_nothing_else_are_placed() -> None:
     total = graph.call_function(torch.ops.aten.add.Tensor, (read, 1.0))
     graph.output((alone, read, twice, twice, total))
     assert homes.product_outputs(torch.fx.GraphModule(torch.nn.Module(), graph)) == {0}
+
+
+def test_functions_that_know_of_no_places() -> None:
+    """Graphs as functions of their own, as a saved program has: what they give is put into the bucket."""
+    found, wanted = case("mlp"), plan(dp_replicate=2)
+    programs = emit_all(found, wanted, shares(found, wanted))
+
+    def body(rank: int, world: Any) -> executor.StepResult:
+        program = programs[rank]
+        functions = {name: emit_python.compile_graph(spec, name) for name, spec in program.graphs.items()}
+        made = executor.Executor(program, world.communicator(program.mesh, rank), "cpu", functions=functions)
+        working = {f"param.{s.name}": verify.working_part(found.state[f"param.{s.name}"], s, program) for s in program.parameters}
+        inputs = {s.key: verify.cut(found.inputs[s.key], s.cuts, program.coordinates) for s in program.inputs}
+        return made.run(working, inputs, 0)
+
+    verify.compare(programs, run_ranks(2, body), found.loss_key, found.loss, found.gradients)
 
 
 def test_products_where_they_are_told() -> None:

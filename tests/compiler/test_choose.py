@@ -1,0 +1,49 @@
+"""What a plan is predicted to hold: nothing but itself of a frozen parameter; in a stage no less than the largest parameter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardwright import Strategy, Topology, emit, plan
+from shardwright.compiler.memory import program_memory
+
+
+class Tables(nn.Module):
+    """A large table and a large head around small layers."""
+
+    def __init__(self, rows: int = 5000, width: int = 64) -> None:
+        super().__init__()
+        self.table = nn.Embedding(rows, width)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(4))
+        self.head = nn.Linear(width, rows, bias=False)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        hidden = self.table(x)
+        for layer in self.layers:
+            hidden = hidden + torch.tanh(layer(hidden))
+        return nn.functional.cross_entropy(self.head(hidden), y)
+
+
+def held(model: nn.Module, rank: int, strategy: Strategy, **options: Any) -> tuple[float, float]:
+    """Bytes of state that the plan predicts, and those counted in the program of a rank."""
+    example = {"x": torch.randint(9, (4,)), "y": torch.randint(9, (4,))}
+    made = plan(model, Topology.preset("cpu", devices=4), example_inputs=example, strategy=strategy, device="cpu", **options)
+    assert made.plan.predicted is not None
+    memory = program_memory(emit(made, rank))
+    gradients = sum(s.dtype.itemsize * torch.Size(s.shape).numel() for s in emit(made, rank).parameters if s.trainable)
+    return made.plan.predicted.parts["state bytes"], memory.parameters + memory.optimizer + gradients
+
+
+def test_frozen_parameters_have_no_gradients() -> None:
+    model = Tables()
+    model.table.weight.requires_grad_(False)
+    predicted, counted = held(model, 0, Strategy(dp=4, tp=1, pp=1, zero=0))
+    assert abs(predicted - counted) < 0.01 * counted
+
+
+def test_the_stage_of_the_largest_parameter() -> None:
+    predicted, counted = held(Tables(), 0, Strategy(dp=1, tp=1, pp=4, microbatches=2))
+    assert abs(predicted - counted) < 0.1 * counted
