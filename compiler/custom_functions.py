@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from ..passes.ops import gradient as _ops  # noqa: F401  (defines the op)
 from ..passes.ops.collectives import ops
@@ -47,7 +46,7 @@ class Follow(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        used = [a for a in tree_leaves((args, kwargs)) if self.is_multiple(a)]
+        used = [a for a in _leaves((args, kwargs)) if self.is_multiple(a)]
         if used and not (isinstance(result, Tensor) and self._multiplies(func.__name__, used, args, result)):
             if isinstance(result, Tensor) or func.__name__ not in FACTS:
                 raise NotElementwise(func.__name__)
@@ -67,6 +66,17 @@ class Follow(TorchFunctionMode):
         if name == "masked_fill":
             return args[0] is first and _is_zero(args[2])
         return args[0] is first and (name in UNCHANGED or (name in DIVISIONS and len(args) == 2))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What nested arguments hold."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
 
 
 def _is_zero(value: Any) -> bool:

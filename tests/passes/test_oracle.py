@@ -60,7 +60,7 @@ def test_it_agrees_but_for_what_is_explained(model: str) -> None:
     assert not listed - met.keys(), "no longer met: " + "; ".join(map(str, listed - met.keys()))
 
 
-SHARES = {("llama", "tp4"): 0.7, ("gpt2", "sequence-parallel"): 0.55, ("bert", "zero3"): 0.3}
+SHARES = {("llama", "tp4"): 0.6, ("gpt2", "sequence-parallel"): 0.55, ("bert", "zero3"): 0.3}
 """Of the wrong conversions that our check refuses, how many at least it refuses too. It sees neither a cut of the wrong dim, nor a
 removed gather before a product that sums what was cut, nor an input marked as what it is not."""
 SAMPLED = 8
