@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor, fx, nn
 
-from ..passes.check_schedules import collectives_of, ranks_on
+from ..passes.check_schedules import collectives_of
 from ..passes.graph_tools import where
 from ..runtime.errors import MismatchError
 from ..runtime.faults import Control
@@ -71,7 +71,7 @@ def same_collectives(control: Control, program: RankProgram) -> None:
 def _neighbours(mesh: Mesh, axis: str) -> Iterator[tuple[int, int]]:
     """Pairs of ranks that `axis` joins, every rank that it joins being in one."""
     for rank in range(mesh.world_size):
-        group = ranks_on(mesh, rank, axis)
+        group = mesh.ranks_on(rank, axis)
         if rank in group:
             yield group[0], rank
 

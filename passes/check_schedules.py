@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from typing import Any
 
 import torch
@@ -132,7 +131,7 @@ class _Rank:
 
     def group(self, axis: str) -> tuple[int, ...]:
         if axis not in self._groups:
-            self._groups[axis] = ranks_on(self.program.mesh, self.rank, axis)
+            self._groups[axis] = _group(self.program.mesh, self.rank, axis)
         return self._groups[axis]
 
     def advance(self, ranks: list[_Rank], channels: dict[tuple[int, int], deque]) -> list[_Rank]:
@@ -190,17 +189,12 @@ def _short(what: Hashable) -> str:
     return text if len(text) < 200 else text[:200] + "..."
 
 
-def ranks_on(mesh: Mesh, rank: int, axis: str) -> tuple[int, ...]:
-    """The ranks that `axis` joins with `rank`: several by "+" for a flattened one; ":0,2" after it for some indices alone."""
-    joined, _, some = axis.partition(":")
-    names = joined.split("+")
-    unknown = [name for name in names if name not in mesh.axes]
+def _group(mesh: Mesh, rank: int, axis: str) -> tuple[int, ...]:
+    """The ranks that `axis` joins with `rank`. Raises MismatchError for an axis the mesh lacks."""
+    unknown = [name for name in axis.partition(":")[0].split("+") if name not in mesh.axes]
     if unknown:
         raise MismatchError(f"rank {rank}: {unknown[0]!r} is no axis of the mesh ({', '.join(mesh.axes)})")
-    here = mesh.coordinates(rank)
-    places = product(*(range(mesh.size(name)) for name in names))
-    ranks = tuple(mesh.rank({**here, **dict(zip(names, place, strict=True))}) for place in places)
-    return tuple(ranks[int(index)] for index in some.split(",")) if some else ranks
+    return mesh.ranks_on(rank, axis)
 
 
 def _deadlock(stuck: list[_Rank]) -> DeadlockError:

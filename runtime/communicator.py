@@ -7,7 +7,6 @@ one of time: its size and index are the `microbatch` being run, and nothing comm
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -88,19 +87,14 @@ class AxisGroup:
 
 def axis_group(mesh: Mesh, rank: int, axis: str) -> AxisGroup:
     """The group of `rank` on `axis`, which may be flattened. Raises ShardwrightError for an axis the mesh lacks."""
-    joined, _, subset = axis.partition(":")
-    names = joined.split("+")
+    names = axis.partition(":")[0].split("+")
     order = [mesh.axes.index(name) if name in mesh.axes else -1 for name in names]
     if -1 in order or order != sorted(set(order)):
         known = ", ".join(mesh.axes)
         raise ShardwrightError(f"{axis!r} is no axis of the mesh ({known}): use these, or several joined by '+' in this order")
-    here = mesh.coordinates(rank)
-    places = itertools.product(*(range(mesh.size(name)) for name in names))
-    ranks = tuple(mesh.rank({**here, **dict(zip(names, place, strict=True))}) for place in places)
-    if subset:
-        ranks = tuple(ranks[int(index)] for index in subset.split(","))
-        if rank not in ranks:
-            raise ShardwrightError(f"{describe_rank(mesh, rank)} is none of the indices that {axis!r} joins")
+    ranks = mesh.ranks_on(rank, axis)
+    if rank not in ranks:
+        raise ShardwrightError(f"{describe_rank(mesh, rank)} is none of the indices that {axis!r} joins")
     return AxisGroup(axis, ranks, ranks.index(rank))
 
 

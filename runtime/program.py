@@ -17,6 +17,7 @@ A graph's placeholders are its `inputs` in order, its output tuple its `outputs`
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,15 @@ class Mesh:
 
     def size(self, axis: str) -> int:
         return dict(zip(self.axes, self.sizes, strict=True)).get(axis, 1)
+
+    def ranks_on(self, rank: int, axis: str) -> tuple[int, ...]:
+        """The ranks that `axis` joins with `rank`, by their index on it: `dp`, several flattened as `dp+tp`, or some indices alone
+        as `pp:0,2`, of which `rank` need not be."""
+        joined, _, some = axis.partition(":")
+        names, here = joined.split("+"), self.coordinates(rank)
+        places = itertools.product(*(range(self.size(name)) for name in names))
+        ranks = tuple(self.rank({**here, **dict(zip(names, place, strict=True))}) for place in places)
+        return tuple(ranks[int(index)] for index in some.split(",")) if some else ranks
 
 
 @dataclass(frozen=True)
