@@ -59,7 +59,7 @@ class Executor:
         self.gather = gather
         self.plan = plan_steps(program)
         self._constants = {key: value.to(self.device) for key, value in program.constants.items()}
-        self._products = {s.instruction.graph: s.products for s in self.plan.steps if s.products} if functions is None else {}
+        self._products = self.plan.products if functions is None else {}
         self._functions = functions or {
             name: compile_graph(spec, name, self.device, self._products.get(name, frozenset()))
             for name, spec in program.graphs.items()

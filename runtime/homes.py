@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from torch import Tensor, dtype
 from torch.fx import GraphModule, Node
 
 if TYPE_CHECKING:
-    from .steps import Step
+    from .steps import Step, Write
 
 Fact = tuple[tuple[int, ...], dtype]
 
@@ -58,22 +59,33 @@ def product_into(a: Tensor, b: Tensor, place: Place) -> Tensor:
     return target
 
 
-def product_outputs(gm: GraphModule) -> frozenset[int]:
-    """Positions of the outputs that are matrix products used for nothing else."""
-    fresh = fresh_outputs(gm)
-    results = _results(gm)
-    return frozenset(i for i in fresh if getattr(results[i], "target", None) is torch.ops.aten.mm.default)
+@dataclass(frozen=True)
+class Outputs:
+    """What is known of a graph's outputs.
+
+    facts       shape and dtype of each, None where the graph does not say
+    fresh       positions of those whose memory is new and theirs alone: results of ops that are no views, used nowhere else
+    products    of these, the matrix products
+    """
+
+    facts: tuple[Fact | None, ...]
+    fresh: frozenset[int]
+    products: frozenset[int]
 
 
-def fresh_outputs(gm: GraphModule) -> frozenset[int]:
-    """Positions of the outputs whose memory is new and theirs alone: results of ops that are no views, used nowhere else. None of
-    a saved program, which has its graphs as functions."""
-    results = _results(gm)
-    return frozenset(i for i, n in enumerate(results) if isinstance(n, Node) and results.count(n) == 1 and _is_fresh(n))
+def read_outputs(gm: GraphModule) -> Outputs:
+    """Of a saved program, which has its graphs as functions, nothing is known."""
+    results = next((n.args[0] for n in gm.graph.nodes if n.op == "output"), ())
+    nodes = [n if isinstance(n, Node) else None for n in results]  # type: ignore[union-attr]
+    given = Counter(nodes)
+    fresh = frozenset(i for i, n in enumerate(nodes) if n is not None and given[n] == 1 and _is_fresh(n))
+    products = frozenset(i for i in fresh if getattr(nodes[i], "target", None) is torch.ops.aten.mm.default)
+    return Outputs(tuple(_fact(n) for n in nodes), fresh, products)
 
 
-def _results(gm: GraphModule) -> tuple[object, ...]:
-    return tuple(next((n.args[0] for n in gm.graph.nodes if n.op == "output"), ()))  # type: ignore[arg-type]
+def _fact(node: Node | None) -> Fact | None:
+    value = node.meta.get("val") if node is not None else None
+    return (tuple(map(int, value.shape)), value.dtype) if isinstance(value, Tensor) else None
 
 
 _SILENT_VIEWS = ("aten::_unsafe_view", "aten::_reshape_alias")
@@ -86,12 +98,6 @@ def _is_fresh(node: Node) -> bool:
         return False
     schema = getattr(source.target, "_schema", None)
     return schema is not None and schema.name not in _SILENT_VIEWS and all(r.alias_info is None for r in schema.returns)
-
-
-def output_facts(gm: GraphModule) -> tuple[Fact | None, ...]:
-    """(shape, dtype) of each output, None where the graph does not say."""
-    values = [n.meta.get("val") if isinstance(n, Node) else None for n in _results(gm)]
-    return tuple((tuple(map(int, v.shape)), v.dtype) if isinstance(v, Tensor) else None for v in values)
 
 
 def with_homes(steps: Sequence[Step], facts: Mapping[int, Fact], slots: int) -> tuple[list[Step], int]:
@@ -116,14 +122,14 @@ def with_homes(steps: Sequence[Step], facts: Mapping[int, Fact], slots: int) -> 
         made[i] = replace(step, bucket=slots)
         slots += 1
     for i, step in enumerate(made):
-        if step.instruction.kind == "run" and any(write is not None and write.slot in homes for write in step.writes):
-            made[i] = replace(
-                step,
-                writes=tuple(
-                    replace(w, home=homes[w.slot], first_sum=False) if w is not None and w.slot in homes else w for w in step.writes
-                ),
-            )
+        if step.instruction.kind == "run":
+            made[i] = replace(step, writes=tuple(_at_home(write, homes) for write in step.writes))
     return made, slots
+
+
+def _at_home(write: Write | None, homes: Mapping[int, Home]) -> Write | None:
+    home = homes.get(write.slot) if write is not None else None
+    return write if write is None or home is None else replace(write, home=home, first_sum=False)
 
 
 def _bytes(fact: Fact) -> int:

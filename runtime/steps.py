@@ -6,14 +6,14 @@ and a micro-batch keeps seeing the version it saw first: its backward reads what
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import dtype
 
 from .buckets import ScatterLayout
 from .errors import MismatchError
-from .homes import Fact, Home, fresh_outputs, output_facts, product_outputs, with_homes
+from .homes import Fact, Home, Outputs, read_outputs, with_homes
 from .program import Cut, Instruction, Key, OutputSpec, RankProgram, TensorSpec
 
 Shape = tuple[int, ...]
@@ -62,8 +62,6 @@ class Step:
     """Positions of operands that share memory with nothing: a reduction may overwrite them."""
     bucket: int | None = None
     """The slot of the bucket in which the small operands of a reduction lie already, those that have a home."""
-    products: frozenset[int] = frozenset()
-    """Positions of gradients that the graph can be told to write somewhere."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +90,8 @@ class Plan:
     raw_gradients: tuple[tuple[Key, int], ...]
     """The gradients as they are before the schedule's reductions."""
     buffers: tuple[tuple[Key, int], ...]
+    products: Mapping[str, frozenset[int]]
+    """By graph, the positions of gradients that it can be told to write somewhere."""
 
 
 def plan_steps(program: RankProgram) -> Plan:
@@ -134,7 +134,7 @@ class _Planner:
     summed: set[int] = field(default_factory=set)
     owned: set[int] = field(default_factory=set)
     facts: dict[int, Fact] = field(default_factory=dict)
-    products: dict[str, frozenset[int]] = field(default_factory=dict)
+    known: dict[str, Outputs] = field(default_factory=dict)
     joined: dict[Key, int] = field(default_factory=dict)
     cat: dict[Key, list[tuple[int, int]]] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
@@ -172,6 +172,7 @@ class _Planner:
             gradients=tuple(kept["grad.param."].items()),
             raw_gradients=tuple((k, self.raw.get(k, s)) for k, s in kept["grad.param."].items() if self.raw.get(k, s) >= 0),
             buffers=tuple(kept["buffer."].items()),
+            products=self._products(),
         )
 
     def _new(self) -> int:
@@ -208,16 +209,22 @@ class _Planner:
         prologue = bool(spec.outputs) and all(key.startswith("prologue.") for key in spec.outputs)
         m = -1 if prologue else instruction.microbatch
         reads = tuple(self._read(key, m, instruction) for key in spec.inputs)
-        fresh = fresh_outputs(spec.graph)
+        if instruction.graph not in self.known:
+            self.known[instruction.graph] = read_outputs(spec.graph)
+        outputs = self.known[instruction.graph]
         writes = tuple(self._write(key, m) for key in spec.outputs)
-        self.owned |= {write.slot for i, write in enumerate(writes) if i in fresh or write.add}
-        for write, fact in zip(writes, output_facts(spec.graph) or (None,) * len(writes), strict=True):
-            if fact is not None and not write.add:
-                self.facts[write.slot] = fact
-        gradients = {i for i, key in enumerate(spec.outputs) if key.startswith("grad.param.")}
-        products = self.products.setdefault(instruction.graph, product_outputs(spec.graph) & gradients)
-        microbatch = (0, 1) if prologue else (m, self.count)
-        return Step(instruction, str(instruction), reads, writes, microbatch=microbatch, products=products)
+        self.owned |= {write.slot for i, write in enumerate(writes) if i in outputs.fresh or write.add}
+        facts = zip(writes, outputs.facts or (None,) * len(writes), strict=True)
+        self.facts |= {write.slot: fact for write, fact in facts if fact is not None and not write.add}
+        return Step(instruction, str(instruction), reads, writes, microbatch=(0, 1) if prologue else (m, self.count))
+
+    def _products(self) -> dict[str, frozenset[int]]:
+        found = {}
+        for name, outputs in self.known.items():
+            keys = self.program.graphs[name].outputs
+            if products := frozenset(i for i in outputs.products if keys[i].startswith("grad.param.")):
+                found[name] = products
+        return found
 
     def _write(self, key: Key, microbatch: int) -> Write:
         scope = self._scope(key, microbatch)

@@ -14,7 +14,7 @@ from shardwright.compiler import emit
 from shardwright.passes.graph_tools import named_results, node_bytes
 from shardwright.passes.segment import PARTS, segment
 from shardwright.runtime import homes
-from shardwright.runtime.homes import fresh_outputs
+from shardwright.runtime.homes import read_outputs
 
 
 def backward_of(model: str) -> fx.GraphModule:
@@ -89,9 +89,9 @@ def test_gradients_that_are_one_tensor_are_each_reduced_once(monkeypatch: pytest
     programs = emit_all(found, plan(dp_shard=4), [1, 1, 1, 1])
     compare(found, programs, run(found, programs))
     backward = programs[0].graphs["backward"].graph
-    fresh = {key for i, (key, _) in enumerate(named_results(backward)) if i in fresh_outputs(backward)}
+    fresh = {key for i, (key, _) in enumerate(named_results(backward)) if i in read_outputs(backward).fresh}
     assert not fresh & {"grad.param.first", "grad.param.second"}
-    assert fresh_outputs(backward_of("llama")), "there are gradients that are reduced where they lie"
+    assert read_outputs(backward_of("llama")).fresh, "there are gradients that are reduced where they lie"
 
 
 class Tied(nn.Module):

@@ -78,7 +78,7 @@ def test_only_products_used_for_nothing_else_are_placed() -> None:
     alone, read, twice = (graph.call_function(mm, (x, y)) for _ in range(3))
     total = graph.call_function(torch.ops.aten.add.Tensor, (read, 1.0))
     graph.output((alone, read, twice, twice, total))
-    assert homes.product_outputs(torch.fx.GraphModule(torch.nn.Module(), graph)) == {0}
+    assert homes.read_outputs(torch.fx.GraphModule(torch.nn.Module(), graph)).products == {0}
 
 
 def test_functions_that_know_of_no_places() -> None:
