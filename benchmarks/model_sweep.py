@@ -140,6 +140,7 @@ def capture_case(family: Family, finding: Finding) -> Case:
     from shardwright.compiler.prepare import prepare
     from shardwright.passes.differentiate import Templates
     from shardwright.passes.graph_tools import Values
+    from shardwright.passes.normalize.promote import double
 
     model, batch = family.build()
     model, batch = in_float64(model, batch)
@@ -175,11 +176,9 @@ def eager_experts(model: nn.Module) -> Iterator[None]:
 
 
 def in_float64(model: nn.Module, batch: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    from shardwright.passes.normalize.promote import double
+
     return model.double(), {k: double(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-def double(x: Tensor) -> Tensor:
-    return x.double() if x.is_floating_point() else x
 
 
 def measure_replicated(case: Case, finding: Finding) -> None:

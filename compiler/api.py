@@ -263,13 +263,11 @@ def verify(
 
     Raises TypeCheckError, MismatchError, DeadlockError or VerificationError, naming what does not hold.
     """
-    found = planned.example if inputs is None else inputs
-    real = numbers and found and not any(t.is_meta for t in found.values())
-    given = {k: t.cpu() for k, t in found.items()} if real else {}
+    given = planned.example if inputs is None else inputs
     return certify(
         planned.problem,
         planned.plan,
-        given if real else None,
+        given if numbers else None,
         capture=planned.capture,
         memory_limit=memory_limit,
         report=_Steps(0),

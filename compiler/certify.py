@@ -16,6 +16,7 @@ from torch import Tensor
 from ..passes.check_schedules import check_schedules
 from ..passes.differentiate import Templates
 from ..passes.graph_tools import Values, metas
+from ..passes.normalize.promote import double
 from ..passes.partition import VIEWS
 from ..runtime.program import Mesh
 from .choose import name_of
@@ -81,7 +82,8 @@ def certify(
     memory_limit: float | None = None,
     report: Callable[[str], None] = lambda text: None,
 ) -> Certificate:
-    """Check a plan that has its layout. `inputs`: tensors of any number of samples by key; None: no comparison by numbers.
+    """Check a plan that has its layout. `inputs`: tensors of any number of samples by key; without, or on the meta device, numbers
+    are not compared.
 
     Where the mesh has more than EVERY ranks, or the model does not fit in `memory_limit` bytes (None: half of what is free), the
     plan is checked on what `reduce` leaves of it, which the certificate says.
@@ -109,8 +111,10 @@ def certify(
         spent = time.perf_counter() - start
         return Certificate(name, plan.mesh.world_size, types, schedules, numbers, compared, error, spent)
 
-    if inputs is None or problem.loss is None or not problem.training:
-        return certified("not compared: no inputs with values were given" if inputs is None else "not compared: there is no loss")
+    if not inputs or any(x.is_meta for x in inputs.values()):
+        return certified("not compared: no inputs with values were given")
+    if problem.loss is None or not problem.training:
+        return certified("not compared: there is no loss")
     limit = SHARE * free_memory() if memory_limit is None else memory_limit
     needed = 0.0
     for candidate in _samples(whole, capture) if sample is whole else [sample]:
@@ -152,28 +156,29 @@ def compare_sample(sample: Sample, inputs: Mapping[str, Tensor]) -> tuple[int, f
     programs = [emit(problem, sample.plan, rank, templates) for rank in range(sample.plan.mesh.world_size)]
     state = random_state(problem.graph, torch.Generator().manual_seed(0))
     state.update({k: v for k, v in problem.buffers.items() if k in state})
-    state.update({k: _double(v) for k, v in problem.constants.items()})
-    for vary in (True, False):
-        given = {k: _double(v) for k, v in repeated(problem, inputs, vary=vary).items()}
-        try:
-            expected, gradients = reference(problem.graph, problem.loss, state, given)
-        except (IndexError, RuntimeError):
-            if vary:
-                continue  # numbers that belong together, as the corners of a box do: the example as it is then
-            raise
-        if not expected.isfinite().all():
-            raise Incomparable(f"the model's loss on random parameters is {float(expected)}")
-        error = compare(programs, run_programs(programs, state, given, timeout=DAY), problem.loss, expected, gradients)
-        return len(gradients), error
-    raise AssertionError
+    state.update({k: double(v) for k, v in problem.constants.items()})
+    given, expected, gradients = _expected(problem, problem.loss, state, inputs)
+    if not expected.isfinite().all():
+        raise Incomparable(f"the model's loss on random parameters is {float(expected)}")
+    error = compare(programs, run_programs(programs, state, given, timeout=DAY), problem.loss, expected, gradients)
+    return len(gradients), error
+
+
+def _expected(
+    problem: Problem, loss: str, state: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    """Inputs, and one device's loss and gradients. Varied inputs, or the example as it is where the model does not take these: some
+    numbers belong together, as the corners of a box do."""
+    varied = {k: double(v) for k, v in repeated(problem, inputs).items()}
+    try:
+        return varied, *reference(problem.graph, loss, state, varied)
+    except (IndexError, RuntimeError):
+        given = {k: double(v) for k, v in repeated(problem, inputs, vary=False).items()}
+        return given, *reference(problem.graph, loss, state, given)
 
 
 class Incomparable(Exception):
     """There is nothing to compare programs with."""
-
-
-def _double(x: Tensor) -> Tensor:
-    return x.double() if x.is_floating_point() else x
 
 
 def repeated(problem: Problem, inputs: Mapping[str, Tensor], *, vary: bool = True) -> dict[str, Tensor]:
@@ -191,7 +196,8 @@ def repeated(problem: Problem, inputs: Mapping[str, Tensor], *, vary: bool = Tru
         first, *others = (x[order] for order in orders)
         return torch.cat([first, *(_varied(y, generator) if vary else y for y in others)])[:rows]
 
-    return {k: fit(x.detach()) if k in problem.batch_inputs else x.detach() for k, x in inputs.items()}
+    on_cpu = {k: x.detach().cpu() for k, x in inputs.items()}
+    return {k: fit(x) if k in problem.batch_inputs else x for k, x in on_cpu.items()}
 
 
 def _varied(x: Tensor, generator: torch.Generator) -> Tensor:

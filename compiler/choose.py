@@ -110,8 +110,9 @@ class _Search:
         self.microbatches = microbatches if microbatches is not None else request.strategy.microbatches
         self.rows, self.captured = rows, sum(problem.local_batches)
         self.costs: dict[tuple[int, bool], GraphCost] = {}
-        parameters = [n for n in problem.graph.graph.find_nodes(op="placeholder") if n.meta["key"].startswith("param.")]
-        sizes = [float(size_of(metas(n)[0])) for n in parameters]
+        placeholders = problem.graph.graph.find_nodes(op="placeholder")
+        self.parameters = {n.meta["key"]: metas(n)[0] for n in placeholders if n.meta["key"].startswith("param.")}
+        sizes = [float(size_of(meta)) for meta in self.parameters.values()]
         self.largest = max(sizes, default=0.0) / (sum(sizes) or 1.0)
         self.stream = least_crossing(problem.graph)
         self.calls = op_calls(problem.graph)
@@ -121,10 +122,9 @@ class _Search:
 
     def candidates(self) -> Iterable[Candidate]:
         pins = self.request.strategy
-        stages = sum(1 for n in self.problem.graph.graph.nodes if n.op == "placeholder" and n.meta["key"].startswith("param."))
         limits = Limits(
             tensor=min(self.topology.node_size, 64),
-            stages=max(1, stages),
+            stages=max(1, len(self.parameters)),
             batch=self.rows if self.batch == "global" else None,
             hybrid=True,
         )
@@ -186,8 +186,7 @@ class _Search:
         """Costs of the graph over the mesh's tp axis; depends on the other axes only through where tp lies."""
         n = mesh.size("tp")
         if (n, sequence) not in self.costs:
-            only = Mesh(("tp",), (n,)) if n > 1 else Mesh((), ())
-            self.costs[n, sequence] = graph_cost(self.problem, only, sequence, self.topology, self.calls, self.kept)
+            self.costs[n, sequence] = graph_cost(self.problem, _tensor_mesh(n), sequence, self.topology, self.calls, self.kept)
         return self.costs[n, sequence]
 
     def heaviest_stage(self, stages: int) -> float:
@@ -214,8 +213,7 @@ class _Search:
             "optimizer": self._optimizer_seconds(plan, trained),
         }
         seconds = pipelined + parts["data"] + parts["pipeline"] + parts["optimizer"]
-        shards = max(1, mesh.size("dp_shard"))
-        state = state_memory(trained, plan.zero, shards).total + (bytes_held - trained) / (shards if plan.zero == 3 else 1)
+        state = _state_bytes(plan, trained, bytes_held - trained)
         flying = min(stages, m) if plan.schedule == "1f1b" else m
         activations = cost.activations * share / stages * flying / m + cost.temporaries * share / m
         peak = state + activations
@@ -260,6 +258,16 @@ class _Search:
         shards = plan.mesh.size("dp_shard") if plan.zero else 1
         device = self.topology.device
         return 7 * size / max(1, shards) / (device.bandwidth * device.memory_efficiency)
+
+
+def _tensor_mesh(n: int) -> Mesh:
+    return Mesh(("tp",), (n,)) if n > 1 else Mesh((), ())
+
+
+def _state_bytes(plan: Plan, trained: float, frozen: float) -> float:
+    """Bytes that a rank holds all the time of so many bytes of parameters, whole over the data axes."""
+    shards = max(1, plan.mesh.size("dp_shard"))
+    return state_memory(trained, plan.zero, shards).total + frozen / (shards if plan.zero == 3 else 1)
 
 
 def data_ranks(request: Request, rows: int, batch: str) -> tuple[int, int]:
@@ -361,8 +369,7 @@ def _largest(search: _Search, candidate: Candidate, count: int = 3) -> Iterator[
     """Where the most bytes of a plan lie: lines of the model with the activations that are kept of them, and parameters."""
     plan, parts = candidate.plan, candidate.predicted.parts
     n = plan.mesh.size("tp")
-    only = Mesh(("tp",), (n,)) if n > 1 else Mesh((), ())
-    placement = tensor_placement(search.problem, only, plan.sequence_parallel, search.calls) if n > 1 else None
+    placement = tensor_placement(search.problem, _tensor_mesh(n), plan.sequence_parallel, search.calls) if n > 1 else None
     axis = Axis("tp", n)
     lines: dict[str, list[float]] = {}
     for node, size in kept_values(search.calls, search.kept, placement, axis):
@@ -372,14 +379,11 @@ def _largest(search: _Search, candidate: Candidate, count: int = 3) -> Iterator[
     found = [
         (sum(sizes) / whole * parts["activation bytes"], f"activations, {len(sizes)} x {line}") for line, sizes in lines.items()
     ]
-    state, shards = parts["state bytes"], max(1, plan.mesh.size("dp_shard"))
-    for node in search.problem.graph.graph.find_nodes(op="placeholder"):
-        key, meta = node.meta["key"], metas(node)[0]
-        if key.startswith("param."):
-            size = size_of(meta) * held(placement.placeholders[key] if placement else I, axis)
-            bytes_here = state_memory(size, plan.zero, shards).total if meta.grad else size / (shards if plan.zero == 3 else 1)
-            name = key.removeprefix("param.")
-            what = f"{name}, its gradient and its optimizer state" if meta.grad else f"{name}, frozen"
-            found.append((min(bytes_here, state), what))
+    for key, meta in search.parameters.items():
+        size, name = size_of(meta) * held(placement.placeholders[key] if placement else I, axis), key.removeprefix("param.")
+        if meta.grad:
+            found.append((_state_bytes(plan, size, 0.0), f"{name}, its gradient and its optimizer state"))
+        else:
+            found.append((_state_bytes(plan, 0.0, size), f"{name}, frozen"))
     for size, what in sorted(found, reverse=True)[:count]:
         yield f"{bytes_text(size)}  {' '.join(what.split())}"

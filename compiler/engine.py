@@ -229,20 +229,16 @@ class ModelEngine:
     ) -> Certificate:
         """Rank 0 checks the plan of all with its own example, repeated."""
 
-        def again(batches: Sequence[int]) -> Problem:
-            return self._bind(args, kwargs, batches, shapes, self.model.training, problem.training).problem
-
-        # What `again` captures in another thread is captured as the plan's graph was.
+        # In the thread that `from_first` works in, the model is captured as the plan's graph was.
         autocast = torch.autocast("cpu", dtype=torch.get_autocast_dtype("cpu"), enabled=torch.is_autocast_enabled("cpu"))
 
         def captured(batches: Sequence[int]) -> Problem:
             with autocast:
-                return again(batches)
+                return self._bind(args, kwargs, batches, shapes, self.model.training, problem.training).problem
 
         def work() -> str:
             inputs = flatten_call(args, kwargs)[1]
-            on_cpu = {k: x.detach().cpu() for k, x in inputs.items()}
-            return certify(problem, plan, on_cpu, capture=captured, report=self.report).to_json()
+            return certify(problem, plan, inputs, capture=captured, report=self.report).to_json()
 
         return Certificate.from_json(from_first(self.control, "verifying the plan", work))
 

@@ -19,7 +19,7 @@ from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
-from ..passes.normalize.promote import promote_casts
+from ..passes.normalize.promote import double, promote_casts
 from . import torch_compat
 from .call_structure import describe_output, split_target
 from .capture_error import CaptureError
@@ -437,7 +437,7 @@ def _run_captured(
     graph, constants = captured.graph, captured.constants
     if dtype == torch.float64:
         graph = promote_casts(graph)
-        constants = {k: t.double() if t.is_floating_point() else t for k, t in constants.items()}
+        constants = {k: double(t) for k, t in constants.items()}
     parameters = {n: p.detach().cpu().requires_grad_(p.requires_grad) for n, p in model.named_parameters()}
     state = {
         **{f"param.{n}": p for n, p in parameters.items()},

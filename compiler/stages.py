@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from statistics import median
 
@@ -10,7 +11,7 @@ import numpy as np
 from torch import fx
 
 from ..passes.graph_tools import is_getitem, metas, op_call
-from .cost import op_flops
+from .cost import op_flops, size_of
 from .graph_cost import least_crossing
 
 
@@ -74,7 +75,7 @@ def stages_of_parameters(gm: fx.GraphModule, stages: int) -> dict[str, int]:
         if not node.meta.get("grad"):
             continue
         last = max((position[u] for u in node.users if u in position), default=position[node])
-        size = float(sum(_bytes(m.shape) * m.dtype.itemsize for m in metas(node)))
+        size = float(sum(map(size_of, metas(node))))
         for at in range(position[node] + 1, last + 1):
             crossing[at] += size
     costs = [work(n) for n in nodes]
@@ -115,16 +116,9 @@ def _balanced(costs: list[float], borders: list[int], cuts: tuple[int, ...]) -> 
     return bool(cuts) and max(sum(costs[a:b]) for a, b in itertools.pairwise(edges)) <= 1.5 * sum(costs) / (len(edges) - 1)
 
 
-def _bytes(shape: tuple[int, ...]) -> int:
-    n = 1
-    for s in shape:
-        n *= s
-    return n
-
-
 def work(node: fx.Node) -> float:
     """A node's share of a step, up to a constant: FLOPs of products, elements of everything else."""
     if is_getitem(node):
         return 0.0
     call, _ = op_call(node)
-    return float(op_flops(call)) + float(sum(_bytes(m.shape) for m in metas(node)))
+    return float(op_flops(call)) + float(sum(math.prod(m.shape) for m in metas(node)))

@@ -17,6 +17,7 @@ from shardwright.compiler.plan import Plan
 from shardwright.compiler.prepare import prepare as prepare_graph
 from shardwright.passes.differentiate import Templates
 from shardwright.passes.graph_tools import Values
+from shardwright.passes.normalize.promote import double
 from shardwright.passes.ops.collectives import take_shard
 from shardwright.runtime.clip import grad_norm
 from shardwright.runtime.delivery import add_gradients
@@ -61,14 +62,14 @@ class Ran:
 
 def prepare(model: nn.Module, batch: Mapping[str, Any]) -> Case:
     model = model.double()
-    batch = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
+    batch = {k: double(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
     captured = capture(model, (), batch)
     graph = prepare_graph(captured, float64=True)
     state: dict[str, Tensor] = {f"param.{n}": p.detach().clone() for n, p in model.named_parameters()}
     state |= {f"buffer.{n}": b.detach().clone() for n, b in model.named_buffers()}
     state |= dict(captured.constants)
     inputs = {f"input.{k}": v for k, v in batch.items() if isinstance(v, Tensor)}
-    state = {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
+    state = {k: double(v) for k, v in state.items()}
     loss, gradients = verify.reference(graph, captured.loss or "out.0", state, inputs, SEED)
     size = next(iter(inputs.values())).shape[0]
     return Case(captured, graph, state, inputs, size, loss, gradients)

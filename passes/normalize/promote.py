@@ -18,6 +18,11 @@ ASSERTIONS = {aten._assert_tensor_metadata.default: nothing}
 """They speak of the dtypes that there were."""
 
 
+def double(x: torch.Tensor) -> torch.Tensor:
+    """In float64, where it has a floating dtype."""
+    return x.double() if x.is_floating_point() else x
+
+
 def promote_casts(gm: fx.GraphModule) -> fx.GraphModule:
     """`gm` with every float32 that its ops name, in casts and constants, replaced by float64. Inputs keep their dtypes.
 
