@@ -1,7 +1,7 @@
 """The instruction list of one rank: the pipeline order between what a step needs before and after it.
 
-gather parameters (ZeRO-1/2) ▶ prologue ▶ forwards and backwards, with sends and receives; in the last backward, reductions
-of gradients ▶ loss ▶ the reductions left ▶ buffers
+gather parameters (ZeRO-1/2) ▶ prologue ▶ forwards and backwards, with sends and receives; after the last forward the sum of the
+loss, in the last backward reductions of gradients ▶ loss to every stage ▶ the reductions left ▶ buffers
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def build(
         found.append(Instruction("run", graph="prologue"))
     training = any(g.startswith("backward") for g in step.graphs)
     order = list(ORDERS[plan.schedule](plan.stages, plan.microbatches, stage))
-    last = max((i for i, (phase, _) in enumerate(order) if phase == "backward"), default=-1)
+    last = {phase: i for i, (phase, _) in enumerate(order)}
     reductions = _Reductions(step)
     for i, (phase, k) in enumerate(order):
         suffix = step.suffixes[k]
@@ -87,16 +87,19 @@ def build(
             found.append(Instruction("run", graph="forward" + suffix, microbatch=k))
             if step.leaving:
                 found.append(Instruction("send", step.leaving, microbatch=k, peer=after))
+            if i == last["forward"]:  # while backwards go on
+                found.extend(_loss_sum(stage, step, outputs))
         elif training:
             if step.leaving_gradients:
                 found.append(Instruction("receive", _grads(step.leaving_gradients), microbatch=k, peer=after))
             for part, keys in enumerate(step.parts[suffix]):
                 found.append(Instruction("run", graph=part_name("backward" + suffix, part), microbatch=k))
-                if i == last:
+                if i == last["backward"]:
                     found.extend(reductions.first(keys))
             if step.entering_gradients:
                 found.append(Instruction("send", _grads(step.entering_gradients), microbatch=k, peer=before))
-    found.extend(_loss(plan, stage, step, outputs))
+    if step.loss is not None and plan.stages > 1:
+        found.append(Instruction("broadcast", (step.loss,), axis="pp", peer=_home(step.loss, outputs)))
     if training:
         found.extend(reductions.rest())
     if plan.stages > 1:
@@ -184,15 +187,14 @@ class _Reductions:
             yield Instruction(kind, bucket, axis=axis)
 
 
-def _loss(plan: Plan, stage: int, step: Step, outputs: Sequence[OutputSpec]) -> Iterable[Instruction]:
-    """The loss summed over the axes it is Partial on, then known to every stage."""
-    if step.loss is None:
-        return
-    home = next(o.stage for o in outputs if o.key == step.loss)
-    if stage == home and step.loss_axes:
+def _home(key: str, outputs: Sequence[OutputSpec]) -> int:
+    return next(o.stage for o in outputs if o.key == key)
+
+
+def _loss_sum(stage: int, step: Step, outputs: Sequence[OutputSpec]) -> Iterable[Instruction]:
+    """The loss summed over the axes it is Partial on, in the stage that makes it."""
+    if step.loss is not None and step.loss_axes and stage == _home(step.loss, outputs):
         yield Instruction("all_reduce", (step.loss,), axis="+".join(step.loss_axes))
-    if plan.stages > 1:
-        yield Instruction("broadcast", (step.loss,), axis="pp", peer=home)
 
 
 def _buffers(outputs: Sequence[OutputSpec]) -> Iterable[Instruction]:

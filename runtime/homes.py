@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 Fact = tuple[tuple[int, ...], dtype]
 
-LARGE = 1 << 20
-"""Bytes from which a tensor is reduced where it lies: copying it into a bucket would take longer than another collective."""
+LARGE = 1 << 23
+"""Bytes from which a tensor is reduced where it lies: copying it into a bucket would take longer than another collective. (Of 26
+MB, 4 MB by itself cost 1 ms of 44 more with Gloo, two of them 5 ms; a copy of 4 MB takes 1 to 2.)"""
 
 
 @dataclass(frozen=True)

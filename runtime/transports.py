@@ -99,8 +99,17 @@ class GlooTransport:
         dist.all_to_all_single(as_bytes(received), as_bytes(rows), group=self.group)
         return received
 
+    def _start_exchange(self, rows: Tensor) -> Finish:
+        received = torch.empty_like(rows)
+        work = dist.all_to_all_single(as_bytes(received), as_bytes(rows), group=self.group, async_op=True)
+        return _finish(work, lambda: received, rows)
+
+    def _repeated(self, x: Tensor) -> Tensor:
+        """A row of x for every rank."""
+        return x.unsqueeze(0).expand(self._size, *x.shape).contiguous()
+
     def _copies(self, x: Tensor) -> Tensor:
-        return self._exchange(x.unsqueeze(0).expand(self._size, *x.shape).contiguous())
+        return self._exchange(self._repeated(x))
 
     def all_reduce(self, x: Tensor, op: str, overwrite: bool) -> Tensor:
         if x.nbytes * self._size <= _SMALL:
@@ -117,15 +126,17 @@ class GlooTransport:
         return self.all_gather(part).view(-1)[: x.numel()].view(x.shape)
 
     def start_all_reduce(self, x: Tensor) -> Finish:
+        if x.nbytes * self._size <= _SMALL:
+            finish = self._start_exchange(self._repeated(x))
+            return lambda: reduce_rows(finish(), "sum")
         if x.nbytes < _LARGE or x.dtype not in _GLOO_SUMS:
             result = self.all_reduce(x, "sum", True)
             return lambda: result
         return _finish(dist.all_reduce(x, group=self.group, async_op=True), lambda: x)
 
     def start_reduce_scatter(self, x: Tensor) -> Finish:
-        received = torch.empty_like(x)
-        work = dist.all_to_all_single(as_bytes(received), as_bytes(x), group=self.group, async_op=True)
-        return _finish(work, lambda: reduce_rows(received, "sum"), x)
+        finish = self._start_exchange(x)
+        return lambda: reduce_rows(finish(), "sum")
 
     def all_gather(self, x: Tensor) -> Tensor:
         if x.nbytes * self._size <= _SMALL:

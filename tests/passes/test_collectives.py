@@ -104,6 +104,18 @@ def test_data_parallel_reduces_each_bucket_once(axes: dict[str, int]) -> None:
     assert {c.phase for c in tokens} == {"forward"}, "labels are counted over the global batch"
 
 
+@pytest.mark.parametrize("pp", [1, 2])
+def test_the_loss_is_summed_while_backwards_go_on(pp: int) -> None:
+    """After the last forward of the stage that makes it."""
+    wanted = plan(dp_shard=2, pp=pp, microbatches=2) if pp > 1 else plan(dp_shard=2, microbatches=2)
+    found = program(case("llama", layers=LAYERS, num_key_value_heads=4), wanted, rank=wanted.mesh.world_size - 1)
+    steps = [i for i in found.schedule if i.kind in ("run", "all_reduce")]
+    (at,) = [k for k, i in enumerate(steps) if i.kind == "all_reduce" and i.keys[0].startswith("out.")]
+    before, after = steps[at - 1], steps[at + 1]
+    assert before.graph.startswith("forward") and after.graph.startswith("backward")
+    assert not any(i.graph.startswith("forward") for i in steps[at:])
+
+
 def test_data_parallel_graphs_communicate_nothing() -> None:
     """Where the loss is a mean over a number known beforehand."""
     found = traffic(program(case("mlp"), plan(dp_shard=RANKS)))
