@@ -211,11 +211,10 @@ def measure_replicated(case: Case, finding: Finding) -> None:
 
 
 def plan_meshes(case: Case, finding: Finding, quick: bool) -> None:
-    from shardwright.compiler.choose import name_of
 
     for mesh in ((8,), (2, 4))[: 1 if quick else 2]:
         plan = chosen_plan(case, mesh)
-        finding.plans["x".join(map(str, mesh))] = name_of(plan)
+        finding.plans["x".join(map(str, mesh))] = plan.name
         emit_ranks(case, plan, [plan.mesh.world_size - 1])
 
 
@@ -246,7 +245,6 @@ def emit_ranks(case: Case, plan: Any, ranks: Sequence[int]) -> list[Any]:
 def compare_strategies(case: Case, finding: Finding, quick: bool) -> None:
     """Four ranks against one device, under each strategy; raises what the first that differs raises, after all were tried."""
     from shardwright.compiler import verify
-    from shardwright.compiler.choose import name_of
     from shardwright.compiler.plan import Plan
     from shardwright.runtime.program import Mesh
 
@@ -259,7 +257,7 @@ def compare_strategies(case: Case, finding: Finding, quick: bool) -> None:
     for name, make in list(makers.items())[: 1 if quick else None]:
         try:
             plan = make()
-            finding.plans[name] = name_of(plan)
+            finding.plans[name] = plan.name
             programs = emit_ranks(case, plan, range(4))
             results = verify.run_programs(programs, case.state, case.inputs)
             finding.errors[name] = verify.compare(programs, results, case.problem.loss, case.loss, case.gradients)

@@ -19,7 +19,6 @@ from ..passes.graph_tools import Values, metas
 from ..passes.normalize.promote import double
 from ..passes.partition import VIEWS
 from ..runtime.program import Mesh
-from .choose import name_of
 from .emit import Problem, emit
 from .plan import Plan
 from .prepare import in_float64
@@ -91,7 +90,7 @@ def certify(
     Raises TypeCheckError, MismatchError, DeadlockError or VerificationError, naming what does not hold.
     """
     start = time.perf_counter()
-    whole, name = Sample(problem, plan), name_of(plan)
+    whole, name = Sample(problem, plan), plan.name
     sample, types = whole, _emitted(plan.mesh)
     if plan.mesh.world_size > EVERY:
         sample = fewer_blocks(fewer_ranks(whole, capture))

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 
 from ..passes.types import Type, Varying
-from .choose import name_of
 from .plan import Plan
 from .units import bytes_text, seconds_text
 
@@ -19,7 +18,7 @@ def explain(plan: Plan, name: str | None = None, width: int = 110) -> str:
     if name is not None:
         return _parameter(plan, name)
     console = Console(file=io.StringIO(), width=width, force_terminal=False)
-    console.print(f"Plan {plan.hash}: {name_of(plan)}")
+    console.print(f"Plan {plan.hash}: {plan.name}")
     if plan.predicted is not None:
         step, peak = seconds_text(plan.predicted.step_seconds), bytes_text(plan.predicted.peak_bytes)
         console.print(f"Predicted: {step} a step, {peak} a rank at the peak")

@@ -85,6 +85,21 @@ class Plan:
     def stages(self) -> int:
         return self.mesh.size("pp")
 
+    @property
+    def name(self) -> str:
+        """`dp_shard=4 (zero 3) x tp=2, pp=2 (1f1b, 8 micro-batches)`."""
+        parts = []
+        for axis, size in zip(self.mesh.axes, self.mesh.sizes, strict=True):
+            extra = ""
+            if axis == "dp_shard" and self.zero:
+                extra = f" (zero {self.zero})"
+            if axis == "tp" and self.sequence_parallel:
+                extra = " (sequence parallel)"
+            if axis == "pp":
+                extra = f" ({self.schedule}, {self.microbatches} micro-batches)"
+            parts.append(f"{axis}={size}{extra}")
+        return " x ".join(parts) or "one device"
+
     def data_rank(self, coordinates: Mapping[str, int]) -> int:
         rank = 0
         for axis in self.data_axes:

@@ -1,0 +1,231 @@
+"""The plans a request allows, and what each would cost: every factorization of the devices, priced by the cost and memory model.
+
+A step of a candidate takes
+
+    seconds = (compute + tensor traffic) / stages x (micro-batches + stages - 1) / micro-batches
+              + gradient and parameter traffic over the data axes + stage transfers + optimizer
+
+with compute and traffic summed over the placement that the passes would make. That gradients are summed
+while the backward goes on is not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ..passes.graph_tools import Calls, metas, op_calls
+from ..passes.prologue import TIME
+from ..passes.rules.base import Axis
+from ..passes.shard import ShardingError
+from ..passes.types import Type, Varying, balanced_sizes
+from ..runtime.program import Mesh
+from .cost import size_of
+from .emit import Problem
+from .graph_cost import GraphCost, graph_cost, least_crossing
+from .keeping import keeping
+from .memory import state_memory
+from .place import Policy, place
+from .plan import Plan, Prediction
+from .prices import Volume
+from .strategy import Limits, Request, Strategy, StrategyError, divisors
+from .topology import CollectiveKind, Topology, collective_bytes, collective_seconds
+
+
+@dataclass(frozen=True)
+class Candidate:
+    plan: Plan
+    samples: int
+    predicted: Prediction
+
+    @property
+    def per_sample(self) -> float:
+        return self.predicted.step_seconds / self.samples
+
+
+class Search:
+    def __init__(
+        self, problem: Problem, request: Request, topology: Topology, rows: int, batch: str, microbatches: int | None
+    ) -> None:
+        self.problem, self.request, self.topology, self.batch = problem, request, topology, batch
+        self.microbatches = microbatches if microbatches is not None else request.strategy.microbatches
+        self.rows, self.captured = rows, sum(problem.local_batches)
+        self.costs: dict[tuple[int, bool], GraphCost] = {}
+        placeholders = problem.graph.graph.find_nodes(op="placeholder")
+        self.parameters = {n.meta["key"]: metas(n)[0] for n in placeholders if n.meta["key"].startswith("param.")}
+        sizes = [float(size_of(meta)) for meta in self.parameters.values()]
+        self.largest = max(sizes, default=0.0) / (sum(sizes) or 1.0)
+        self.stream = least_crossing(problem.graph)
+        self.calls = op_calls(problem.graph)
+        self.kept = keeping(self.calls)
+        self.coupled: ShardingError | Literal[False] | None = None
+        """Why the batch cannot be cut into micro-batches, False where it can; None: not looked at yet."""
+
+    def candidates(self) -> Iterable[Candidate]:
+        pins = self.request.strategy
+        limits = Limits(
+            tensor=min(self.topology.node_size, 64),
+            stages=max(1, len(self.parameters)),
+            batch=self.rows if self.batch == "global" else None,
+            hybrid=True,
+        )
+        for mesh in self.request.meshes(limits):
+            for plan in self.variants(mesh, pins):
+                yield self.price(plan)
+
+    def without_pins(self) -> Search | None:
+        """The same search with nothing pinned, None if nothing is."""
+        free = Strategy()
+        if self.request.strategy == free:
+            return None
+        request = replace(self.request, strategy=free)
+        return Search(self.problem, request, self.topology, self.rows, self.batch, None)
+
+    def variants(self, mesh: Mesh, pins: Strategy) -> Iterable[Plan]:
+        """Plans over one mesh: ZeRO level, sequence parallelism, micro-batches."""
+        shard = mesh.size("dp_shard") > 1
+        levels = [pins.zero] if pins.zero is not None else ([1, 2, 3] if shard else [0])
+        sequence = (
+            [pins.sequence_parallel] if pins.sequence_parallel is not None else ([False, True] if mesh.size("tp") > 1 else [False])
+        )
+        data = mesh.size("dp_replicate") * mesh.size("dp_shard")
+        if self.batch == "global" and data > self.rows:
+            sizes = ", ".join(str(d) for d in divisors(mesh.world_size) if d <= self.rows)
+            raise StrategyError(
+                f"dim 0 of the batch, {self.rows} samples, cannot be cut over {data} data ranks: dp of {sizes} works, "
+                "or a larger batch"
+            )
+        local = self.rows if self.batch == "local" else self.rows // data
+        counts = self.microbatch_counts(mesh.size("pp"), local)
+        for zero in levels:
+            for sp in sequence:
+                for count in counts:
+                    yield Plan(
+                        mesh=mesh,
+                        zero=int(zero if shard else 0),
+                        sequence_parallel=bool(sp) and mesh.size("tp") > 1,
+                        schedule=pins.schedule or "1f1b",
+                        microbatches=max(1, min(int(count), max(1, local))),
+                    )
+
+    def microbatch_counts(self, stages: int, rows: int) -> list[int]:
+        """Counts to price. Raises StrategyError for a pinned number above that of samples, and ShardingError, naming the op, for
+        one above 1 where samples are coupled."""
+        counts = microbatch_counts(stages, rows) if self.microbatches is None else [self.microbatches]
+        if self.microbatches is not None and self.microbatches > rows:
+            raise StrategyError(
+                f"microbatches={self.microbatches} cannot cut dim 0 of the batch, which has {rows} samples for each data rank: "
+                f"{f'1 to {rows} work' if rows > 1 else 'only 1 works'}"
+            )
+        if self.coupled is None and min(max(counts), rows) > 1:
+            self.coupled = coupling(self.problem, self.calls) or False
+        if self.coupled and self.microbatches is not None and min(self.microbatches, rows) > 1:
+            raise self.coupled
+        return [1] if self.coupled else counts
+
+    def tensor_cost(self, mesh: Mesh, sequence: bool) -> GraphCost:
+        """Costs of the graph over the mesh's tp axis; depends on the other axes only through where tp lies."""
+        n = mesh.size("tp")
+        if (n, sequence) not in self.costs:
+            self.costs[n, sequence] = graph_cost(self.problem, tensor_mesh(n), sequence, self.topology, self.calls, self.kept)
+        return self.costs[n, sequence]
+
+    def heaviest_stage(self, stages: int) -> float:
+        """The least share of all parameters' bytes that the heaviest stage can have: an even one, or the largest parameter's."""
+        return max(1 / stages, self.largest)
+
+    def price(self, plan: Plan) -> Candidate:
+        mesh, top = plan.mesh, self.topology
+        cost = self.tensor_cost(mesh, plan.sequence_parallel)
+        data, stages, m = plan.data_size, plan.stages, plan.microbatches
+        share = (self.rows if self.batch == "local" else max(self.rows / data, 1.0)) / self.captured
+        launches = top.device.launch * cost.ops * (m - 1)
+        work = (cost.compute + cost.traffic) * share + launches
+        bubble = (m + stages - 1) / m
+        pipelined = work / stages * bubble
+        heaviest = self.heaviest_stage(stages)
+        bytes_held, trained = cost.parameters * heaviest, cost.trainable * heaviest
+        moved = [*self._data_traffic(plan, cost)]
+        parts = {
+            "compute": cost.compute * share / stages * bubble + launches / stages,
+            "tensor": cost.traffic * share / stages * bubble,
+            "data": sum(n * collective_seconds(kind, size, top.span(mesh, axis)) for axis, kind, size, n in moved),
+            "pipeline": self._pipeline_seconds(plan, share),
+            "optimizer": self._optimizer_seconds(plan, trained),
+        }
+        seconds = pipelined + parts["data"] + parts["pipeline"] + parts["optimizer"]
+        state = state_bytes(plan, trained, bytes_held - trained)
+        flying = min(stages, m) if plan.schedule == "1f1b" else m
+        activations = cost.activations * share / stages * flying / m + cost.temporaries * share / m
+        peak = state + activations
+        samples = self.rows * data if self.batch == "local" else self.rows
+        traffic = {axis: 0.0 for axis in mesh.axes}
+        for axis, kind, size, n in moved:
+            traffic[axis] += n * collective_bytes(kind, size, mesh.size(axis))
+        if "tp" in traffic:
+            traffic["tp"] += (cost.received * share + cost.received_once) / stages
+        if "pp" in traffic:
+            traffic["pp"] += 2 * (stages - 1) / stages * self._border(plan, share) * m
+        parts |= {"state bytes": state, "activation bytes": activations}
+        return Candidate(plan, samples, Prediction(seconds, peak, traffic, parts, cost.gap))
+
+    def _data_traffic(self, plan: Plan, cost: GraphCost) -> Iterator[tuple[str, CollectiveKind, float, int]]:
+        """(axis, kind, bytes, times a step): gradients summed, and parameters gathered, over the data axes."""
+        held, trainable, again = (x / plan.stages for x in (cost.parameters, cost.trainable, cost.read_again))
+        for axis in plan.data_axes:
+            if axis == "dp_shard" and plan.zero:
+                times = plan.microbatches if plan.zero == 3 else 1
+                yield axis, "all_gather", held if plan.zero == 3 else trainable, times
+                if plan.zero == 3:
+                    yield axis, "all_gather", again, times
+                yield axis, "reduce_scatter", trainable, times
+        shards = plan.mesh.size("dp_shard") if plan.zero else 1
+        for axis in plan.data_axes:
+            if axis != "dp_shard" or not plan.zero:
+                yield axis, "all_reduce", trainable / shards, 1
+
+    def _border(self, plan: Plan, share: float) -> float:
+        """Bytes that a micro-batch's activations have at a stage border, and their gradients."""
+        return self.stream * share / plan.microbatches / (plan.mesh.size("tp") if plan.sequence_parallel else 1)
+
+    def _pipeline_seconds(self, plan: Plan, share: float) -> float:
+        if plan.stages == 1:
+            return 0.0
+        span = self.topology.span(plan.mesh, "pp")
+        return 2 * (plan.microbatches + plan.stages - 2) * collective_seconds("send", self._border(plan, share), span)
+
+    def _optimizer_seconds(self, plan: Plan, size: float) -> float:
+        """Read parameter, gradient and two moments, write three of them (AdamW)."""
+        shards = plan.mesh.size("dp_shard") if plan.zero else 1
+        device = self.topology.device
+        return 7 * size / max(1, shards) / (device.bandwidth * device.memory_efficiency)
+
+
+def tensor_mesh(n: int) -> Mesh:
+    return Mesh(("tp",), (n,)) if n > 1 else Mesh((), ())
+
+
+def state_bytes(plan: Plan, trained: float, frozen: float) -> float:
+    """Bytes that a rank holds all the time of so many bytes of parameters, whole over the data axes."""
+    shards = max(1, plan.mesh.size("dp_shard"))
+    return state_memory(trained, plan.zero, shards).total + frozen / (shards if plan.zero == 3 else 1)
+
+
+def microbatch_counts(stages: int, rows: int) -> list[int]:
+    """Counts worth trying: none without a pipeline, else 1 to 8 for each stage, as far as there are samples."""
+    if stages == 1:
+        return [1]
+    counts = {min(rows, stages * k) for k in (1, 2, 4, 8)}
+    return sorted(c for c in counts if c >= 1)
+
+
+def coupling(problem: Problem, calls: Calls) -> ShardingError | None:
+    """Why the batch cannot be cut into micro-batches, naming the op that couples samples; None where it can."""
+    rows = sum(problem.local_batches)
+    slices: dict[str, Type] = {key: Varying(0, (balanced_sizes(rows, 2),)) for key in problem.batch_inputs}
+    try:
+        place(problem.graph, Axis(TIME, 2), Policy("time", {}, problem.loss, slices=slices), Volume(), calls)
+    except ShardingError as error:
+        return error
+    return None
