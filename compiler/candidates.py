@@ -5,24 +5,25 @@ A step of a candidate takes
     seconds = (compute + tensor traffic) / stages x (micro-batches + stages - 1) / micro-batches
               + gradient and parameter traffic over the data axes + stage transfers + optimizer
 
-with compute and traffic summed over the placement that the passes would make. That gradients are summed
-while the backward goes on is not counted.
+with compute and traffic summed over the placement that the passes would make. What runs of the sums of gradients beside the last
+backward (passes/segment.py) is left out, as far as the topology's profile says that compute does not suffer from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..passes.graph_tools import Calls, metas, op_calls
 from ..passes.prologue import TIME
 from ..passes.rules.base import Axis
+from ..passes.segment import parts_of
 from ..passes.shard import ShardingError
 from ..passes.types import Type, Varying, balanced_sizes
 from ..runtime.program import Mesh
 from .cost import size_of
-from .emit import Problem
+from .emit import SEGMENT_BYTES, Problem
 from .graph_cost import GraphCost, graph_cost, least_crossing
 from .keeping import keeping
 from .memory import state_memory
@@ -31,6 +32,9 @@ from .plan import Plan, Prediction
 from .prices import Volume
 from .strategy import Limits, Request, Strategy, StrategyError, divisors
 from .topology import CollectiveKind, Topology, collective_bytes, collective_seconds
+
+BACKWARD_SHARE = 2 / 3
+"""Of a graph's compute: each product of the forward has two in the backward."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Search:
         placeholders = problem.graph.graph.find_nodes(op="placeholder")
         self.parameters = {n.meta["key"]: metas(n)[0] for n in placeholders if n.meta["key"].startswith("param.")}
         sizes = [float(size_of(meta)) for meta in self.parameters.values()]
+        self.trained = sum(float(size_of(meta)) for meta in self.parameters.values() if meta.grad)
         self.largest = max(sizes, default=0.0) / (sum(sizes) or 1.0)
         self.stream = least_crossing(problem.graph)
         self.calls = op_calls(problem.graph)
@@ -150,7 +155,8 @@ class Search:
         parts = {
             "compute": cost.compute * share / stages * bubble + launches / stages,
             "tensor": cost.traffic * share / stages * bubble,
-            "data": sum(n * collective_seconds(kind, size, top.span(mesh, axis)) for axis, kind, size, n in moved),
+            "data": sum(n * collective_seconds(kind, size, top.span(mesh, axis)) for axis, kind, size, n in moved)
+            - self._hidden_seconds(plan, moved, cost.compute * share / stages / m * BACKWARD_SHARE),
             "pipeline": self._pipeline_seconds(plan, share),
             "optimizer": self._optimizer_seconds(plan, trained),
         }
@@ -184,6 +190,20 @@ class Search:
         for axis in plan.data_axes:
             if axis != "dp_shard" or not plan.zero:
                 yield axis, "all_reduce", trainable / shards, 1
+
+    def _hidden_seconds(self, plan: Plan, moved: Sequence[tuple[str, CollectiveKind, float, int]], backward: float) -> float:
+        """Seconds of first sums of gradients that the last micro-batch's `backward` hides: all but those of its last part. Under
+        ZeRO-3 gradients are scattered inside the graphs, and waited for."""
+        parts = parts_of(self.trained / plan.stages, SEGMENT_BYTES)
+        first: CollectiveKind = "reduce_scatter" if plan.zero else "all_reduce"
+        if plan.zero == 3 or parts == 1:
+            return 0.0
+        sums = sum(
+            n * collective_seconds(kind, size, self.topology.span(plan.mesh, axis))
+            for axis, kind, size, n in moved
+            if kind == first
+        )
+        return self.topology.overlap.get("data", 0.0) * min(sums, backward) * (parts - 1) / parts
 
     def _border(self, plan: Plan, share: float) -> float:
         """Bytes that a micro-batch's activations have at a stage border, and their gradients."""

@@ -1,14 +1,15 @@
 """Run the schedules of a set of programs against a clock: who does what when, the step time, the bubble, the memory.
 
 The rules are the runtime's. A rank does its instructions in order. A send takes its turn on the link of its two ranks and does
-not hold the sender up; a receive waits for it. A collective begins when its last rank has come to it.
+not hold the sender up; a receive waits for it. A collective begins when its last rank has come to it. A rank that starts a sum
+goes on, and waits for it where it needs the result, or at the end of the step; collectives of one rank follow each other.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import cast
 
@@ -24,6 +25,8 @@ from .topology import CollectiveKind, Topology, collective_seconds
 
 Duration = Callable[[RankProgram, Instruction], float]
 COLLECTIVES = ("gather", "all_reduce", "reduce_scatter", "broadcast")
+STARTED = ("all_reduce", "reduce_scatter")
+"""Those that run beside what follows them."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,15 @@ class Event:
 
 @dataclass(frozen=True)
 class Timeline:
-    """One step. `events` by rank, in order; `memory[rank]`: bytes during each event, parameters and optimizer state aside."""
+    """One step. `events` by rank, in the order of their ends; `memory[rank]`: bytes during each instruction, parameters and
+    optimizer state aside."""
 
     events: Mapping[int, tuple[Event, ...]]
     memory: Mapping[int, tuple[float, ...]]
 
     @property
     def step_seconds(self) -> float:
-        return max((events[-1].end for events in self.events.values() if events), default=0.0)
+        return max((event.end for events in self.events.values() for event in events), default=0.0)
 
     def busy_seconds(self, rank: int) -> float:
         """Seconds in which the rank runs graphs."""
@@ -69,7 +73,7 @@ class Timeline:
         text = Text()
         for rank, events in sorted(self.events.items()):
             cells: list[tuple[str, str]] = [(".", "dim")] * columns
-            for event in events:
+            for event in sorted(events, key=lambda e: e.instruction.kind == "run"):  # over the sums that go on beside
                 kind = event.instruction.kind
                 if kind not in ("run", *COLLECTIVES) or event.end == event.start:
                     continue
@@ -98,32 +102,46 @@ def _seconds(value: float) -> str:
     return f"{value * 1e6:.3g} us"
 
 
-def simulate(programs: Sequence[RankProgram], duration: Duration) -> Timeline:
+def simulate(programs: Sequence[RankProgram], duration: Duration, hidden: float = 0.0) -> Timeline:
     """The timeline of one step.
 
     programs    of all ranks, or of some that no transfer leaves (one pipeline, standing for the others): the rest of a group
                 is taken to be as fast as those of it that are there
     duration    seconds of an instruction on its rank: of a graph, of a collective, of the transfer that a send begins
+    hidden      the share of a sum's seconds that costs the compute beside it nothing (`Topology.overlap["data"]`); where it is 0,
+                as on a CPU, which does both, sums are waited for
     Raises DeadlockError where a rank waits for what never comes.
     """
-    run = _Simulation({p.rank: p for p in programs}, duration)
+    run = _Simulation({p.rank: p for p in programs}, duration, hidden)
     run.to_the_end()
     memory = {p.rank: tuple(u.gradients + u.held + u.temporaries for u in memory_over_time(p)) for p in programs}
-    return Timeline({rank: tuple(found) for rank, found in run.events.items()}, memory)
+    return Timeline({rank: tuple(sorted(found, key=lambda e: e.end)) for rank, found in run.events.items()}, memory)
+
+
+@dataclass
+class _Sum:
+    """A sum that ranks start: when each came to it, and its end once all have."""
+
+    came: dict[int, float] = field(default_factory=dict)
+    end: float | None = None
 
 
 class _Simulation:
     """Every rank's clock and place in its schedule, what is on its way, and who stands at which collective."""
 
-    def __init__(self, programs: Mapping[int, RankProgram], duration: Duration) -> None:
+    def __init__(self, programs: Mapping[int, RankProgram], duration: Duration, hidden: float) -> None:
         self.programs = programs
         self.duration = duration
+        self.hidden = hidden
         self.clock = dict.fromkeys(programs, 0.0)
         self.at = dict.fromkeys(programs, 0)
         self.events: dict[int, list[Event]] = {rank: [] for rank in programs}
         self.arrivals: dict[tuple[int, int], deque[float]] = {}
         self.link_free: dict[tuple[int, int], float] = {}
         self.standing: dict[int, tuple[int, ...]] = {}
+        self.busy = dict.fromkeys(programs, 0.0)  # until when a rank's collectives take
+        self.sums: dict[tuple[int, ...], list[_Sum]] = {}
+        self.due: dict[int, dict[str, _Sum]] = {rank: {} for rank in programs}  # by rank and key
         self._groups: dict[tuple[int, str], tuple[int, ...]] = {}
 
     def to_the_end(self) -> None:
@@ -136,6 +154,8 @@ class _Simulation:
         for rank in self.programs:
             if self.next(rank) is not None:
                 raise DeadlockError(f"rank {rank} waits for ever in '{self.next(rank)}'")
+            if late := [key for key, found in self.due[rank].items() if found.end is None]:
+                raise DeadlockError(f"rank {rank} waits for ever for the sum of {late[0]!r}")
 
     def next(self, rank: int) -> Instruction | None:
         schedule = self.programs[rank].schedule
@@ -143,8 +163,11 @@ class _Simulation:
 
     def advance(self, rank: int) -> bool:
         """Do the next instruction of a rank; False where it has to wait."""
-        program, start = self.programs[rank], self.clock[rank]
+        program = self.programs[rank]
         instruction = program.schedule[self.at[rank]]
+        if instruction.kind not in ("run", "receive", "gather") and not self._settled(rank, instruction):
+            return False
+        start = self.clock[rank]
         match instruction.kind:
             case "run":
                 self._finish(rank, start + self.duration(program, instruction))
@@ -158,17 +181,49 @@ class _Simulation:
                 if not queue:
                     return False
                 self._finish(rank, max(start, queue.popleft()))
+            case kind if kind in STARTED and self.hidden:
+                self._start(rank, instruction)
             case _:
                 return self._join(rank, instruction.axis)
         return True
 
-    def _join(self, rank: int, axis: str) -> bool:
+    def _settled(self, rank: int, instruction: Instruction) -> bool:
+        """Whether the sums whose results an instruction reads are done; the rank has then waited for them."""
+        read = [self.due[rank][key] for key in instruction.keys if key in self.due[rank]]
+        if any(found.end is None for found in read):
+            return False
+        self.clock[rank] = max(self.clock[rank], *(found.end or 0.0 for found in read)) if read else self.clock[rank]
+        return True
+
+    def _start(self, rank: int, instruction: Instruction) -> None:
+        group = self._members(rank, instruction.axis)
+        started = self.sums.setdefault(group, [])
+        found = next((s for s in started if rank not in s.came), None)
+        if found is None:
+            found = _Sum()
+            started.append(found)
+        found.came[rank] = self.clock[rank]
+        self.due[rank].update(dict.fromkeys(instruction.keys, found))
+        seconds = self.duration(self.programs[rank], instruction)
+        self.clock[rank] += (1.0 - self.hidden) * seconds
+        self.at[rank] += 1
+        if len(found.came) == len(group):
+            begin = max(*found.came.values(), *(self.busy[r] for r in group))
+            found.end = begin + seconds
+            for r in group:
+                self.busy[r] = found.end
+                self.events[r].append(Event(r, begin, found.end, instruction))
+
+    def _members(self, rank: int, axis: str) -> tuple[int, ...]:
         if (rank, axis) not in self._groups:
             self._groups[rank, axis] = tuple(r for r in _group(self.programs[rank], axis) if r in self.programs)
-        group = self.standing[rank] = self._groups[rank, axis]
+        return self._groups[rank, axis]
+
+    def _join(self, rank: int, axis: str) -> bool:
+        group = self.standing[rank] = self._members(rank, axis)
         if any(self.standing.get(r) != group for r in group):
             return False
-        begin = max(self.clock[r] for r in group)
+        begin = max(max(self.clock[r], self.busy[r]) for r in group)
         for r in group:
             del self.standing[r]
             program = self.programs[r]
@@ -191,12 +246,11 @@ def _group(program: RankProgram, axis: str) -> tuple[int, ...]:
 class Durations:
     """Seconds of instructions on a topology, from emitted graphs: what `simulate` asks for. Graphs are costed once.
 
-    With `overlap`, the share that the topology's profile gives of the communication inside graphs is hidden behind compute.
+    What a graph communicates it waits for.
     """
 
-    def __init__(self, topology: Topology, overlap: bool = True) -> None:
+    def __init__(self, topology: Topology) -> None:
         self.topology = topology
-        self.overlap = overlap
         self._graphs: dict[tuple[int, tuple[str, ...], tuple[int, ...]], float] = {}
 
     def __call__(self, program: RankProgram, instruction: Instruction) -> float:
@@ -215,15 +269,8 @@ class Durations:
         graph = program.graphs[name].graph
         key = (id(graph), program.mesh.axes, program.mesh.sizes)
         if key not in self._graphs:
-            cost = graph_cost(graph, self.topology, program.mesh)
-            hidden = sum(seconds * self._hidden(axis) for axis, seconds in cost.communication.items())
-            # What is hidden runs beside the compute, and no longer than it.
-            self._graphs[key] = cost.seconds - min(hidden, cost.compute)
+            self._graphs[key] = graph_cost(graph, self.topology, program.mesh).seconds
         return self._graphs[key]
-
-    def _hidden(self, axis: str) -> float:
-        role = "tensor" if "tp" in axis.split("+") else "data"
-        return self.topology.overlap.get(role, 0.0) if self.overlap else 0.0
 
     def _transfer_bytes(self, program: RankProgram, key: str, microbatch: int) -> float:
         found = program.transfers.get(f"{key}[{microbatch}]") or program.transfers.get(key)

@@ -17,6 +17,11 @@ PARTS = 8
 """The most parts of a graph: each costs a call, and compute hides the rest well enough."""
 
 
+def parts_of(size: float, least: int) -> int:
+    """How many parts a backward is cut into that gives gradients of `size` bytes of parameters, one large parameter aside."""
+    return max(1, int(size // max(least, size / PARTS)))
+
+
 def segment(backward: fx.GraphModule, least: int, sizes_of: Mapping[str, int]) -> list[fx.GraphModule]:
     """Parts that are the same on every rank that runs the same ops, however unevenly parameters are sharded.
 

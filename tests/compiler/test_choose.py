@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -47,3 +49,28 @@ def test_frozen_parameters_have_no_gradients() -> None:
 def test_the_stage_of_the_largest_parameter() -> None:
     predicted, counted = held(Tables(), 0, Strategy(dp=1, tp=1, pp=4, microbatches=2))
     assert abs(predicted - counted) < 0.1 * counted
+
+
+def data_seconds(overlap: float, zero: Any) -> tuple[float, float]:
+    """Seconds that a plan predicts for traffic over the data axes, and for compute."""
+    with torch.device("meta"):
+        model = Tables(rows=300_000)  # gradients of 150 MB: a backward in several parts
+    topology = replace(Topology.preset("h100", devices=4), overlap={"data": overlap})
+    example = {"x": torch.zeros(512, dtype=torch.int64), "y": torch.zeros(512, dtype=torch.int64)}
+    found = plan(model, topology, example_inputs=example, strategy=Strategy(dp=4, tp=1, pp=1, zero=zero)).plan.predicted
+    assert found is not None
+    return found.parts["data"], found.parts["compute"]
+
+
+@pytest.mark.parametrize("zero", [0, 2])
+def test_sums_beside_the_backward_take_no_time_of_their_own(zero: int) -> None:
+    """No more of them than the backward hides, and never the last part's."""
+    exposed, compute = data_seconds(0.0, zero)
+    half, _ = data_seconds(0.5, zero)
+    least, _ = data_seconds(1.0, zero)
+    assert exposed - half == pytest.approx(half - least)
+    assert 0 < exposed - least <= min(exposed, compute * 2 / 3) * 5 / 6 * 1.001
+
+
+def test_what_zero_3_scatters_in_its_graphs_is_waited_for() -> None:
+    assert data_seconds(1.0, 3) == data_seconds(0.0, 3)

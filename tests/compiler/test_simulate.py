@@ -144,6 +144,46 @@ def test_collectives_begin_when_the_last_rank_has_come():
     assert ends == [6.5, 6.5]
 
 
+def data_parallel(parts=4):
+    """Ranks that sum the gradients of each part of their backward as soon as it has run, and all again over another axis."""
+    mesh = Mesh(("dp_replicate", "dp_shard"), (2, 2))
+    keys = [f"grad.param.w{k}" for k in range(parts)]
+    graphs = {f"backward{k}": graph([], {key: 100}) for k, key in enumerate(keys)}
+    runs = [
+        i
+        for k, key in enumerate(keys)
+        for i in (Instruction("run", graph=f"backward{k}"), Instruction("reduce_scatter", (key,), axis="dp_shard"))
+    ]
+    schedule = (*runs, Instruction("all_reduce", tuple(keys), axis="dp_replicate"))
+    specs = tuple(TensorSpec(key.removeprefix("grad.param."), (100,), F32) for key in keys)
+    return [RankProgram(rank, mesh, 1, graphs, schedule, specs, (), (), (), {}) for rank in range(4)]
+
+
+def slow_ranks(program, instruction):
+    """Of a part 1 second, on the last rank 2; of a sum over dp_shard 1.5, over dp_replicate 5."""
+    if instruction.kind == "run":
+        return 2.0 if program.rank == 3 else 1.0
+    return 1.5 if instruction.axis == "dp_shard" else 5.0
+
+
+def test_sums_run_beside_the_backward_as_far_as_the_machine_hides_them():
+    assert simulate(data_parallel(), slow_ranks).step_seconds == pytest.approx(4 * (2 + 1.5) + 5)
+    hidden = simulate(data_parallel(), slow_ranks, hidden=1.0)
+    # Ranks 0 and 1 are limited by their sums, 2 and 3 by the last one's compute; the second sum needs the first ones' results.
+    assert [max(e.end for e in hidden.events[r] if e.instruction.kind == "reduce_scatter") for r in range(4)] == [7, 7, 9.5, 9.5]
+    assert hidden.step_seconds == pytest.approx(9.5 + 5)
+    half = simulate(data_parallel(), slow_ranks, hidden=0.5)
+    assert hidden.step_seconds < half.step_seconds < 4 * 3.5 + 5
+    assert all(len(line) <= 80 for line in half.render(80).plain.splitlines())
+
+
+def test_a_sum_that_a_peer_never_starts_is_found():
+    first, *others = data_parallel()
+    short = dataclasses.replace(first, schedule=first.schedule[:1])
+    with pytest.raises(DeadlockError, match=r"rank 1 waits for ever"):
+        simulate([short, *others], slow_ranks, hidden=1.0)
+
+
 def test_stands_for_symmetric_ranks_and_reports_a_wait_without_end():
     mesh = Mesh(("dp_shard", "pp"), (4, 2))
     programs = [dataclasses.replace(p, mesh=mesh) for p in pipeline(gpipe, 2, 2)]
