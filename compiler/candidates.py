@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from torch import fx
+
 from ..passes.graph_tools import Calls, metas, op_calls
 from ..passes.prologue import TIME
 from ..passes.rules.base import Axis
@@ -30,6 +32,7 @@ from .memory import state_memory
 from .place import Policy, place
 from .plan import Plan, Prediction
 from .prices import Volume
+from .schedules import BUCKET_BYTES
 from .strategy import Limits, Request, Strategy, StrategyError, divisors
 from .topology import CollectiveKind, Topology, collective_bytes, collective_seconds
 
@@ -60,6 +63,7 @@ class Search:
         self.parameters = {n.meta["key"]: metas(n)[0] for n in placeholders if n.meta["key"].startswith("param.")}
         sizes = [float(size_of(meta)) for meta in self.parameters.values()]
         self.trained = sum(float(size_of(meta)) for meta in self.parameters.values() if meta.grad)
+        self.gathered = largest_gather(problem.graph)
         self.largest = max(sizes, default=0.0) / (sum(sizes) or 1.0)
         self.stream = least_crossing(problem.graph)
         self.calls = op_calls(problem.graph)
@@ -161,10 +165,12 @@ class Search:
             "optimizer": self._optimizer_seconds(plan, trained),
         }
         seconds = pipelined + parts["data"] + parts["pipeline"] + parts["optimizer"]
-        state = state_bytes(plan, trained, bytes_held - trained)
+        state = state_bytes(plan, trained, bytes_held - trained, self.backward_parts(plan))
         flying = min(stages, m) if plan.schedule == "1f1b" else m
         activations = cost.activations * share / stages * flying / m + cost.temporaries * share / m
-        peak = state + activations
+        # Under ZeRO-3 the backward of a block holds its parameters whole, and their gradients until they are scattered.
+        whole = 2 * self.gathered * cost.parameters if plan.zero == 3 else 0.0
+        peak = state + activations + whole
         samples = self.rows * data if self.batch == "local" else self.rows
         traffic = {axis: 0.0 for axis in mesh.axes}
         for axis, kind, size, n in moved:
@@ -173,7 +179,7 @@ class Search:
             traffic["tp"] += (cost.received * share + cost.received_once) / stages
         if "pp" in traffic:
             traffic["pp"] += 2 * (stages - 1) / stages * self._border(plan, share) * m
-        parts |= {"state bytes": state, "activation bytes": activations}
+        parts |= {"state bytes": state, "activation bytes": activations, "gathered bytes": whole}
         return Candidate(plan, samples, Prediction(seconds, peak, traffic, parts, cost.gap))
 
     def _data_traffic(self, plan: Plan, cost: GraphCost) -> Iterator[tuple[str, CollectiveKind, float, int]]:
@@ -191,10 +197,14 @@ class Search:
             if axis != "dp_shard" or not plan.zero:
                 yield axis, "all_reduce", trainable / shards, 1
 
+    def backward_parts(self, plan: Plan) -> int:
+        """Parts of a stage's backward, after each of which gradients are summed."""
+        return parts_of(self.trained / plan.stages, SEGMENT_BYTES)
+
     def _hidden_seconds(self, plan: Plan, moved: Sequence[tuple[str, CollectiveKind, float, int]], backward: float) -> float:
         """Seconds of first sums of gradients that the last micro-batch's `backward` hides: all but those of its last part. Under
         ZeRO-3 gradients are scattered inside the graphs, and waited for."""
-        parts = parts_of(self.trained / plan.stages, SEGMENT_BYTES)
+        parts = self.backward_parts(plan)
         first: CollectiveKind = "reduce_scatter" if plan.zero else "all_reduce"
         if plan.zero == 3 or parts == 1:
             return 0.0
@@ -226,10 +236,39 @@ def tensor_mesh(n: int) -> Mesh:
     return Mesh(("tp",), (n,)) if n > 1 else Mesh((), ())
 
 
-def state_bytes(plan: Plan, trained: float, frozen: float) -> float:
-    """Bytes that a rank holds all the time of so many bytes of parameters, whole over the data axes."""
+def state_bytes(plan: Plan, trained: float, frozen: float, backward_parts: int) -> float:
+    """Bytes that a rank holds all the time of so many bytes of parameters, whole over the data axes, and of their gradients at
+    their most.
+
+    Under ZeRO-1 and 2 gradients are made whole: where micro-batches add to them, all of them; else those of a part of the
+    backward. To be scattered they are packed, a bucket at a time.
+    """
     shards = max(1, plan.mesh.size("dp_shard"))
-    return state_memory(trained, plan.zero, shards).total + frozen / (shards if plan.zero == 3 else 1)
+    state = state_memory(trained, plan.zero, shards)
+    gradients = state.gradients
+    if plan.zero in (1, 2):
+        parts = backward_parts if plan.microbatches == 1 else 1
+        gradients = trained / parts + min(trained / parts, BUCKET_BYTES) + (trained / shards if parts > 1 else 0.0)
+    return state.parameters + gradients + state.optimizer + frozen / (shards if plan.zero == 3 else 1)
+
+
+def largest_gather(gm: fx.GraphModule) -> float:
+    """The largest share of all parameters' bytes that ZeRO-3 gathers at once: those of a block, or of a stretch between blocks
+    (passes/buckets.py)."""
+    groups: dict[tuple[object, object], dict[fx.Node, int]] = {}
+    before: object = None
+    everything = 0
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" and node.meta["key"].startswith("param."):
+            everything += size_of(metas(node)[0])
+        if node.op != "call_function":
+            continue
+        block = node.meta.get("block")
+        before = before if block is None else block
+        for source in node.all_input_nodes:
+            if source.op == "placeholder" and source.meta["key"].startswith("param."):
+                groups.setdefault((block, before), {})[source] = size_of(metas(source)[0])
+    return max((sum(group.values()) for group in groups.values()), default=0) / (everything or 1)
 
 
 def microbatch_counts(stages: int, rows: int) -> list[int]:

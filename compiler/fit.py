@@ -19,7 +19,7 @@ def why_nothing_fits(search: Search, candidates: Sequence[Candidate], limit: flo
     """By how much the smallest plan misses, where its bytes lie, and the changes that would fit, the cheapest first."""
     least = min(candidates, key=lambda c: c.predicted.peak_bytes)
     peak, parts = least.predicted.peak_bytes, least.predicted.parts
-    state, kept = parts["state bytes"], parts["activation bytes"]
+    state, kept, gathered = (parts[f"{what} bytes"] for what in ("state", "activation", "gathered"))
     freed = search.without_pins()
     fitting = [c for c in freed.candidates() if c.predicted.peak_bytes <= limit] if freed is not None else []
     ways: list[tuple[float, str]] = []
@@ -28,16 +28,17 @@ def why_nothing_fits(search: Search, candidates: Sequence[Candidate], limit: flo
         best = min(fitting, key=lambda c: c.per_sample)
         what = f"{best.plan.name}, which your strategy rules out ({bytes_text(best.predicted.peak_bytes)})"
         ways.append((best.per_sample / least.per_sample, what))
-    rows = int(search.rows * (limit - state) / kept) if kept else 0
+    rows = int(search.rows * (limit - state - gathered) / kept) if kept else 0
     if 1 <= rows < search.rows:
         ways.append((1.0, f"a batch of {rows} instead of {search.rows} samples"))
     if not fitting:
         ways.append((peak / limit, f"about {math.ceil(peak / limit)} x the devices"))
     ways.append((math.inf, f"memory_limit={math.ceil(peak):d} where the devices have it"))
+    besides = f", {bytes_text(gathered)} of one block's parameters and their gradients, whole" if gathered else ""
     places = "".join(f"\n  {line}" for line in _largest(search, least))
     return (
         f"no plan fits {bytes_text(limit)} per rank: the smallest, {least.plan.name}, needs {bytes_text(peak)} "
-        f"({bytes_text(state)} of parameters, gradients and optimizer state, {bytes_text(kept)} of activations), "
+        f"({bytes_text(state)} of parameters, gradients and optimizer state, {bytes_text(kept)} of activations{besides}), "
         f"{bytes_text(peak - limit)} too much. Most of it:{places}\n"
         f"What would fit, the cheapest first: {'; '.join(what for _, what in sorted(ways))}"
     )
@@ -57,11 +58,12 @@ def _largest(search: Search, candidate: Candidate, count: int = 3) -> Iterator[s
     found = [
         (sum(sizes) / whole * parts["activation bytes"], f"activations, {len(sizes)} x {line}") for line, sizes in lines.items()
     ]
+    pieces = search.backward_parts(plan)
     for key, meta in search.parameters.items():
         size, name = size_of(meta) * held(placement.placeholders[key] if placement else I, axis), key.removeprefix("param.")
         if meta.grad:
-            found.append((state_bytes(plan, size, 0.0), f"{name}, its gradient and its optimizer state"))
+            found.append((state_bytes(plan, size, 0.0, pieces), f"{name}, its gradient and its optimizer state"))
         else:
-            found.append((state_bytes(plan, 0.0, size), f"{name}, frozen"))
+            found.append((state_bytes(plan, 0.0, size, pieces), f"{name}, frozen"))
     for size, what in sorted(found, reverse=True)[:count]:
         yield f"{bytes_text(size)}  {' '.join(what.split())}"

@@ -105,8 +105,9 @@ class Usage:
 def memory_over_time(program: RankProgram) -> list[Usage]:
     """What the executor holds during each instruction of the schedule, parameters, buffers and optimizer state aside.
 
-    Values die at their last use, as in the executor; gradients live to the end of the step.
+    Values die at their last use, as in the executor; gradients live to the end of the step, of those that are scattered a shard.
     """
+    shards = {f"grad.param.{name}": tensor_bytes(program, s) for s in program.parameters for name in (s.name, *s.aliases)}
     sizes = _key_sizes(program)
     keys = [_keys_of(program, instruction) for instruction in program.schedule]
     last: dict[tuple[Key, int], int] = {}
@@ -125,7 +126,10 @@ def memory_over_time(program: RankProgram) -> list[Usage]:
             elif not key.startswith(("param.", "buffer.")):
                 held[key, microbatch] = sizes.get(key, 0.0)
         inside = temporaries[instruction.graph] if instruction.kind == "run" else 0.0
+        scattered = [key for key, _ in writes] if instruction.kind == "reduce_scatter" else []
+        inside += sum(gradients[key] for key in scattered)  # packed by rank
         found.append(Usage(sum(gradients.values()), inputs + sum(held.values()), inside))
+        gradients |= {key: shards[key] for key in scattered}
         for made in (*reads, *writes):
             if last.get(made, i) == i and not made[0].startswith("out."):
                 held.pop(made, None)

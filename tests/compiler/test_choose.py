@@ -51,6 +51,18 @@ def test_the_stage_of_the_largest_parameter() -> None:
     assert abs(predicted - counted) < 0.1 * counted
 
 
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_the_peak_is_that_of_the_program(zero: Any, microbatches: int) -> None:
+    """Under ZeRO-1 and 2 with the gradients that are whole until they are scattered, under 3 with the parameters that are gathered
+    and their gradients."""
+    example = {"x": torch.randint(9, (4,)), "y": torch.randint(9, (4,))}
+    strategy = Strategy(dp=4, tp=1, pp=1, zero=zero, microbatches=microbatches)
+    made = plan(Tables(), Topology.preset("cpu", devices=4), example_inputs=example, strategy=strategy, device="cpu")
+    assert made.plan.predicted is not None
+    assert made.plan.predicted.peak_bytes == pytest.approx(program_memory(emit(made, 0)).peak, rel=0.05)
+
+
 def data_seconds(overlap: float, zero: Any) -> tuple[float, float]:
     """Seconds that a plan predicts for traffic over the data axes, and for compute."""
     with torch.device("meta"):
