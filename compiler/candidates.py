@@ -11,11 +11,11 @@ backward (passes/segment.py) is left out, as far as the topology's profile says 
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
-
-from torch import fx
 
 from ..passes.graph_tools import Calls, metas, op_calls
 from ..passes.prologue import TIME
@@ -26,6 +26,7 @@ from ..passes.types import Type, Varying, balanced_sizes
 from ..runtime.program import Mesh
 from .cost import size_of
 from .emit import SEGMENT_BYTES, Problem
+from .gathers import Whole, gather_groups, kept_whole
 from .graph_cost import GraphCost, graph_cost, least_crossing
 from .keeping import keeping
 from .memory import state_memory
@@ -53,9 +54,16 @@ class Candidate:
 
 class Search:
     def __init__(
-        self, problem: Problem, request: Request, topology: Topology, rows: int, batch: str, microbatches: int | None
+        self,
+        problem: Problem,
+        request: Request,
+        topology: Topology,
+        rows: int,
+        batch: str,
+        microbatches: int | None,
+        limit: float,
     ) -> None:
-        self.problem, self.request, self.topology, self.batch = problem, request, topology, batch
+        self.problem, self.request, self.topology, self.batch, self.limit = problem, request, topology, batch, limit
         self.microbatches = microbatches if microbatches is not None else request.strategy.microbatches
         self.rows, self.captured = rows, sum(problem.local_batches)
         self.costs: dict[tuple[int, bool], GraphCost] = {}
@@ -63,7 +71,7 @@ class Search:
         self.parameters = {n.meta["key"]: metas(n)[0] for n in placeholders if n.meta["key"].startswith("param.")}
         sizes = [float(size_of(meta)) for meta in self.parameters.values()]
         self.trained = sum(float(size_of(meta)) for meta in self.parameters.values() if meta.grad)
-        self.gathered = largest_gather(problem.graph)
+        self.whole = kept_whole(gather_groups(problem.graph))
         self.largest = max(sizes, default=0.0) / (sum(sizes) or 1.0)
         self.stream = least_crossing(problem.graph)
         self.calls = op_calls(problem.graph)
@@ -81,7 +89,24 @@ class Search:
         )
         for mesh in self.request.meshes(limits):
             for plan in self.variants(mesh, pins):
-                yield self.price(plan)
+                candidate = self.price(plan)
+                yield candidate
+                if pins.zero is None:
+                    yield from self.filled(candidate)
+
+    def filled(self, candidate: Candidate) -> Iterator[Candidate]:
+        """Under ZeRO-3: the same with as many blocks kept whole as memory is left for, where some are but not all."""
+        plan = candidate.plan
+        if plan.zero != 3 or plan.stages > 1 or candidate.predicted.peak_bytes > self.limit:
+            return
+
+        def price(k: int) -> Candidate:
+            return self.price(replace(plan, whole=self.whole[k].names), self.whole[k])
+
+        counts = range(len(self.whole))
+        fitting = bisect_right(counts, 0, key=lambda k: int(price(k).predicted.peak_bytes > self.limit)) - 1
+        if 0 < fitting < len(counts) - 1:
+            yield price(fitting)
 
     def without_pins(self) -> Search | None:
         """The same search with nothing pinned, None if nothing is."""
@@ -89,7 +114,7 @@ class Search:
         if self.request.strategy == free:
             return None
         request = replace(self.request, strategy=free)
-        return Search(self.problem, request, self.topology, self.rows, self.batch, None)
+        return Search(self.problem, request, self.topology, self.rows, self.batch, None, self.limit)
 
     def variants(self, mesh: Mesh, pins: Strategy) -> Iterable[Plan]:
         """Plans over one mesh: ZeRO level, sequence parallelism, micro-batches."""
@@ -144,8 +169,10 @@ class Search:
         """The least share of all parameters' bytes that the heaviest stage can have: an even one, or the largest parameter's."""
         return max(1 / stages, self.largest)
 
-    def price(self, plan: Plan) -> Candidate:
+    def price(self, plan: Plan, whole: Whole | None = None) -> Candidate:
+        """`whole`: the shares of `plan.whole`."""
         mesh, top = plan.mesh, self.topology
+        whole = whole or self.whole[0]
         cost = self.tensor_cost(mesh, plan.sequence_parallel)
         data, stages, m = plan.data_size, plan.stages, plan.microbatches
         share = (self.rows if self.batch == "local" else max(self.rows / data, 1.0)) / self.captured
@@ -155,22 +182,25 @@ class Search:
         pipelined = work / stages * bubble
         heaviest = self.heaviest_stage(stages)
         bytes_held, trained = cost.parameters * heaviest, cost.trainable * heaviest
-        moved = [*self._data_traffic(plan, cost)]
+        moved = [*self._data_traffic(plan, cost, whole)]
         parts = {
             "compute": cost.compute * share / stages * bubble + launches / stages,
             "tensor": cost.traffic * share / stages * bubble,
             "data": sum(n * collective_seconds(kind, size, top.span(mesh, axis)) for axis, kind, size, n in moved)
-            - self._hidden_seconds(plan, moved, cost.compute * share / stages / m * BACKWARD_SHARE),
+            - self._hidden_seconds(plan, moved, whole, cost.compute * share / stages / m * BACKWARD_SHARE),
             "pipeline": self._pipeline_seconds(plan, share),
             "optimizer": self._optimizer_seconds(plan, trained),
         }
         seconds = pipelined + parts["data"] + parts["pipeline"] + parts["optimizer"]
-        state = state_bytes(plan, trained, bytes_held - trained, self.backward_parts(plan))
+        frozen, pieces = bytes_held - trained, self.backward_parts(plan, whole)
+        state = state_bytes(plan, trained * (1 - whole.trained), frozen * (1 - whole.held), pieces)
+        if plan.whole:
+            state += state_bytes(replace(plan, zero=2), trained * whole.trained, frozen * whole.held, pieces)
         flying = min(stages, m) if plan.schedule == "1f1b" else m
         activations = cost.activations * share / stages * flying / m + cost.temporaries * share / m
         # Under ZeRO-3 the backward of a block holds its parameters whole, and their gradients until they are scattered.
-        whole = 2 * self.gathered * cost.parameters if plan.zero == 3 else 0.0
-        peak = state + activations + whole
+        gathered = 2 * whole.largest * cost.parameters if plan.zero == 3 else 0.0
+        peak = state + activations + gathered
         samples = self.rows * data if self.batch == "local" else self.rows
         traffic = {axis: 0.0 for axis in mesh.axes}
         for axis, kind, size, n in moved:
@@ -179,41 +209,45 @@ class Search:
             traffic["tp"] += (cost.received * share + cost.received_once) / stages
         if "pp" in traffic:
             traffic["pp"] += 2 * (stages - 1) / stages * self._border(plan, share) * m
-        parts |= {"state bytes": state, "activation bytes": activations, "gathered bytes": whole}
+        parts |= {"state bytes": state, "activation bytes": activations, "gathered bytes": gathered}
         return Candidate(plan, samples, Prediction(seconds, peak, traffic, parts, cost.gap))
 
-    def _data_traffic(self, plan: Plan, cost: GraphCost) -> Iterator[tuple[str, CollectiveKind, float, int]]:
+    def _data_traffic(self, plan: Plan, cost: GraphCost, whole: Whole) -> Iterator[tuple[str, CollectiveKind, float, int]]:
         """(axis, kind, bytes, times a step): gradients summed, and parameters gathered, over the data axes."""
         held, trainable, again = (x / plan.stages for x in (cost.parameters, cost.trainable, cost.read_again))
         for axis in plan.data_axes:
-            if axis == "dp_shard" and plan.zero:
-                times = plan.microbatches if plan.zero == 3 else 1
-                yield axis, "all_gather", held if plan.zero == 3 else trainable, times
-                if plan.zero == 3:
-                    yield axis, "all_gather", again, times
-                yield axis, "reduce_scatter", trainable, times
+            if axis == "dp_shard" and plan.zero == 3 and whole.left:
+                blocks = math.ceil(whole.left / plan.stages)
+                times = plan.microbatches * blocks
+                yield axis, "all_gather", held * (1 - whole.held) / blocks, times
+                yield axis, "all_gather", again * (1 - whole.again) / blocks, times
+                yield axis, "reduce_scatter", trainable * (1 - whole.trained) / blocks, times
+            if axis == "dp_shard" and (plan.zero in (1, 2) or plan.whole):
+                once = trainable * (whole.trained if plan.whole else 1.0)
+                yield axis, "all_gather", once, 1
+                yield axis, "reduce_scatter", once, 1
         shards = plan.mesh.size("dp_shard") if plan.zero else 1
         for axis in plan.data_axes:
             if axis != "dp_shard" or not plan.zero:
                 yield axis, "all_reduce", trainable / shards, 1
 
-    def backward_parts(self, plan: Plan) -> int:
+    def backward_parts(self, plan: Plan, whole: Whole) -> int:
         """Parts of a stage's backward, after each of which gradients are summed."""
-        return parts_of(self.trained / plan.stages, SEGMENT_BYTES)
+        return parts_of(self.trained * (whole.trained if plan.zero == 3 else 1.0) / plan.stages, SEGMENT_BYTES)
 
-    def _hidden_seconds(self, plan: Plan, moved: Sequence[tuple[str, CollectiveKind, float, int]], backward: float) -> float:
-        """Seconds of first sums of gradients that the last micro-batch's `backward` hides: all but those of its last part. Under
-        ZeRO-3 gradients are scattered inside the graphs, and waited for."""
-        parts = self.backward_parts(plan)
+    def _hidden_seconds(
+        self, plan: Plan, moved: Sequence[tuple[str, CollectiveKind, float, int]], whole: Whole, backward: float
+    ) -> float:
+        """Seconds of first sums of gradients that the last micro-batch's `backward` hides: all but those of its last part. What
+        ZeRO-3 scatters inside the graphs is waited for."""
+        parts = self.backward_parts(plan, whole)
         first: CollectiveKind = "reduce_scatter" if plan.zero else "all_reduce"
-        if plan.zero == 3 or parts == 1:
+        if parts == 1 or (plan.zero == 3 and not plan.whole):
             return 0.0
-        sums = sum(
-            n * collective_seconds(kind, size, self.topology.span(plan.mesh, axis))
-            for axis, kind, size, n in moved
-            if kind == first
-        )
-        return self.topology.overlap.get("data", 0.0) * min(sums, backward) * (parts - 1) / parts
+        sums = [(axis, size) for axis, kind, size, n in moved if kind == first]
+        axes = sums[-1:] if plan.whole else sums  # the last: what is scattered once a step
+        seconds = sum(collective_seconds(first, size, self.topology.span(plan.mesh, axis)) for axis, size in axes)
+        return self.topology.overlap.get("data", 0.0) * min(seconds, backward) * (parts - 1) / parts
 
     def _border(self, plan: Plan, share: float) -> float:
         """Bytes that a micro-batch's activations have at a stage border, and their gradients."""
@@ -250,25 +284,6 @@ def state_bytes(plan: Plan, trained: float, frozen: float, backward_parts: int) 
         parts = backward_parts if plan.microbatches == 1 else 1
         gradients = trained / parts + min(trained / parts, BUCKET_BYTES) + (trained / shards if parts > 1 else 0.0)
     return state.parameters + gradients + state.optimizer + frozen / (shards if plan.zero == 3 else 1)
-
-
-def largest_gather(gm: fx.GraphModule) -> float:
-    """The largest share of all parameters' bytes that ZeRO-3 gathers at once: those of a block, or of a stretch between blocks
-    (passes/buckets.py)."""
-    groups: dict[tuple[object, object], dict[fx.Node, int]] = {}
-    before: object = None
-    everything = 0
-    for node in gm.graph.nodes:
-        if node.op == "placeholder" and node.meta["key"].startswith("param."):
-            everything += size_of(metas(node)[0])
-        if node.op != "call_function":
-            continue
-        block = node.meta.get("block")
-        before = before if block is None else block
-        for source in node.all_input_nodes:
-            if source.op == "placeholder" and source.meta["key"].startswith("param."):
-                groups.setdefault((block, before), {})[source] = size_of(metas(source)[0])
-    return max((sum(group.values()) for group in groups.values()), default=0) / (everything or 1)
 
 
 def microbatch_counts(stages: int, rows: int) -> list[int]:

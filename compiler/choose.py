@@ -45,10 +45,10 @@ def choose(
     memory_limit    bytes per rank; the device's memory when None
     Raises StrategyError for a request that no mesh meets, DoesNotFit where every plan needs more memory.
     """
-    search = Search(problem, request, topology, rows, batch, microbatches)
+    limit = topology.device.memory if memory_limit is None else float(memory_limit)
+    search = Search(problem, request, topology, rows, batch, microbatches, limit)
     _warn_of_unruled(search.calls)
     candidates = sorted(search.candidates(), key=lambda c: (c.per_sample, c.predicted.peak_bytes, c.plan.mesh.axes))
-    limit = topology.device.memory if memory_limit is None else float(memory_limit)
     fitting = [c for c in candidates if c.predicted.peak_bytes <= limit]
     if not fitting:
         raise DoesNotFit(why_nothing_fits(search, candidates, limit))

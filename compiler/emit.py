@@ -295,10 +295,11 @@ class _Emission:
         axis = Axis("dp_shard", self.plan.mesh.size("dp_shard"))
         cuts = {}
         for node in gm.graph.nodes:
-            if node.op == "placeholder" and node.meta["key"].startswith("param."):
+            key = node.meta["key"] if node.op == "placeholder" else ""
+            if key.startswith("param.") and self.plan.zero_of(key.removeprefix("param.")) == 3:
                 cut = zero_cut(tuple(node.meta["val"].shape), axis.size)
                 if cut is not None:
-                    cuts[node.meta["key"]] = cut
+                    cuts[key] = cut
         return gather_parameters(gm, axis, self.coordinates["dp_shard"], cuts, self.templates.values)
 
     def _spec(self, node: fx.Node, prefix: str) -> list[TensorSpec]:
@@ -326,7 +327,7 @@ class _Emission:
             own = zero_cut(tuple(shape), self.plan.mesh.size("dp_shard"))
             if own is not None:
                 cuts.append(Cut("dp_shard", own.dim, own.sections))
-                gathered = ("dp_shard",) if self.plan.zero < 3 else ()
+                gathered = ("dp_shard",) if self.plan.zero_of(name) < 3 else ()
         cut_axes = {c.axis for c in cuts}
         return TensorSpec(
             name=name,

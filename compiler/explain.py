@@ -53,18 +53,18 @@ def explain(plan: Plan, name: str | None = None, width: int = 110) -> str:
 
 
 def _parameter(plan: Plan, name: str) -> str:
-    if name not in plan.layout and name not in plan.stage_of:
-        known = ", ".join(sorted({*plan.layout, *plan.stage_of})[:8])
-        raise KeyError(f"the plan places no parameter {name!r}; it places {known or 'all of them whole'}, ...")
+    placed = {*plan.layout, *plan.stage_of}
+    if placed and name not in placed:
+        raise KeyError(f"the plan places no parameter {name!r}; it places {', '.join(sorted(placed)[:8])}, ...")
     parts = []
     if name in plan.stage_of:
         parts.append(f"pipeline stage {plan.stage_of[name]}")
     if name in plan.layout:
         parts.append(f"over tp: {describe(plan.layout[name])}")
     if plan.zero and plan.mesh.size("dp_shard") > 1:
-        what = {1: "optimizer state", 2: "optimizer state and gradient", 3: "all of it"}[plan.zero]
-        parts.append(f"over dp_shard: {what} sharded (ZeRO-{plan.zero})")
-    return f"{name}: " + "; ".join(parts)
+        what = {1: "optimizer state", 2: "optimizer state and gradient", 3: "all of it"}[plan.zero_of(name)]
+        parts.append(f"over dp_shard: {what} sharded (ZeRO-{plan.zero_of(name)})")
+    return f"{name}: {'; '.join(parts) or 'whole on every rank'}"
 
 
 def describe(type_: Type) -> str:

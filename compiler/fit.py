@@ -58,7 +58,7 @@ def _largest(search: Search, candidate: Candidate, count: int = 3) -> Iterator[s
     found = [
         (sum(sizes) / whole * parts["activation bytes"], f"activations, {len(sizes)} x {line}") for line, sizes in lines.items()
     ]
-    pieces = search.backward_parts(plan)
+    pieces = search.backward_parts(plan, search.whole[0])
     for key, meta in search.parameters.items():
         size, name = size_of(meta) * held(placement.placeholders[key] if placement else I, axis), key.removeprefix("param.")
         if meta.grad:

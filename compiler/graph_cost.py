@@ -95,7 +95,7 @@ def placed_cost(
             size = size_of(meta) * held(type_, axis)
             parameters += size
             trainable += size if meta.grad else 0.0
-            again += size if _read_again(node) else 0.0
+            again += size if read_again(node) else 0.0
             if placement and type_ == R and meta.grad:
                 traffic += seconds.placeholder(type_, meta, axis)
                 once += collective_bytes("all_reduce", size, axis.size)
@@ -109,10 +109,10 @@ def placed_cost(
     return GraphCost(compute, traffic, activations, temporaries, parameters, trainable, again, received, once, ops, gap)
 
 
-def _read_again(parameter: fx.Node) -> bool:
+def read_again(parameter: fx.Node) -> bool:
     """Whether the backward needs the parameter's value: some user, views looked through, multiplies by it."""
     return any(
-        _read_again(user) if user.target in VIEWS or op_name(user.target) in CASTS else op_name(user.target) not in VALUE_FREE
+        read_again(user) if user.target in VIEWS or op_name(user.target) in CASTS else op_name(user.target) not in VALUE_FREE
         for user in parameter.users
         if user.op == "call_function"
     )

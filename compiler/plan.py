@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ..passes.types import I, P, R, Type, Varying
@@ -53,6 +54,7 @@ class Alternative:
 class Plan:
     """mesh             axes of more than one rank, major first, of pp, dp_replicate, dp_shard, tp
     zero             0 to 3
+    whole            under ZeRO-3: parameters that are gathered once a step and stay whole, as under ZeRO-2
     layout           parameter -> its type over "tp" before ZeRO; "I" where absent
     stage_of         parameter -> its first pipeline stage
     microbatches     micro-batches of one data rank's batch
@@ -60,6 +62,7 @@ class Plan:
 
     mesh: Mesh
     zero: int = 0
+    whole: tuple[str, ...] = ()
     sequence_parallel: bool = False
     schedule: str = "1f1b"
     microbatches: int = 1
@@ -92,13 +95,21 @@ class Plan:
         for axis, size in zip(self.mesh.axes, self.mesh.sizes, strict=True):
             extra = ""
             if axis == "dp_shard" and self.zero:
-                extra = f" (zero {self.zero})"
+                extra = f" (zero {self.zero}{f', {len(self.whole)} parameters whole' if self.whole else ''})"
             if axis == "tp" and self.sequence_parallel:
                 extra = " (sequence parallel)"
             if axis == "pp":
                 extra = f" ({self.schedule}, {self.microbatches} micro-batches)"
             parts.append(f"{axis}={size}{extra}")
         return " x ".join(parts) or "one device"
+
+    def zero_of(self, name: str) -> int:
+        """The ZeRO level of a parameter."""
+        return 2 if name in self._whole else self.zero
+
+    @cached_property
+    def _whole(self) -> frozenset[str]:
+        return frozenset(self.whole)
 
     def data_rank(self, coordinates: Mapping[str, int]) -> int:
         rank = 0
@@ -125,6 +136,7 @@ class Plan:
         return cls(
             mesh=mesh,
             zero=data["zero"],
+            whole=tuple(data["whole"]),
             sequence_parallel=data["sequence_parallel"],
             schedule=data["schedule"],
             microbatches=data["microbatches"],

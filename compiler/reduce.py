@@ -6,7 +6,7 @@ of a run of blocks the first in each pipeline stage, and one more, so that a blo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -53,7 +53,7 @@ def fewer_blocks(sample: Sample) -> Sample:
     whole = sample.problem.graph
     gm = extract(whole, named_results(whole), {})
     runs = find_blocks(gm.graph).runs
-    kept = [_kept(run, sample.plan.stage_of) for run in runs]
+    kept = [_kept(run, sample.plan) for run in runs]
     count, total = sum(map(len, kept)), sum(len(run.instances) for run in runs)
     if count == total:
         return sample
@@ -76,7 +76,11 @@ def fewer_blocks(sample: Sample) -> Sample:
     return Sample(replace(sample.problem, graph=small, constants=constants), sample.plan, left_out)
 
 
-def _kept(run: Run, stage_of: Mapping[str, int]) -> set[int]:
-    """Instances to keep: the first of each stage, and the second of all."""
-    stages = [max((stage_of.get(str(n.meta.get("key", "")).removeprefix("param."), 0) for n in ls), default=0) for ls in run.leaves]
-    return {stages.index(k) for k in set(stages)} | {0, 1}
+def _kept(run: Run, plan: Plan) -> set[int]:
+    """Instances to keep: the first of each stage and ZeRO level, and the second of all."""
+    names = [[str(n.meta.get("key", "")).removeprefix("param.") for n in leaves] for leaves in run.leaves]
+    decided = [
+        (max((plan.stage_of.get(name, 0) for name in each), default=0), any(plan.zero_of(name) < plan.zero for name in each))
+        for each in names
+    ]
+    return {decided.index(kind) for kind in set(decided)} | {0, 1}

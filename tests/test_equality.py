@@ -10,6 +10,7 @@ import zoo
 from harness import Case, compare, emit_all, mesh, prepare, problem_of, run
 
 from shardwright.compiler.choose import choose
+from shardwright.compiler.gathers import gather_groups
 from shardwright.compiler.plan import Plan
 from shardwright.compiler.strategy import Strategy, resolve
 from shardwright.compiler.topology import Topology
@@ -71,6 +72,21 @@ def test_equals_one_device(model: str, strategy: str) -> None:
     if model in COUPLED and "microbatches" in options:
         options = {**options, "microbatches": 1}
     check(case_of(model), Plan(mesh(**axes), **options))
+
+
+@pytest.mark.parametrize("strategy", ["zero3", "hsdp", "zero3tp2"])
+@pytest.mark.parametrize("model", MODELS)
+def test_equals_one_device_with_blocks_kept_whole(model: str, strategy: str) -> None:
+    """Under ZeRO-3 the parameters of every second group are gathered once a step, of two micro-batches where there are samples."""
+    axes, options = STRATEGIES[strategy]
+    case = case_of(model)
+    names = tuple(name for group in gather_groups(case.graph)[::2] for name in group.names)
+    plan = Plan(mesh(**axes), whole=names, **options, microbatches=2 if strategy == "zero3tp2" and model not in COUPLED else 1)
+    programs = emit_all(case, plan, balanced_sizes(case.batch, plan.data_size), TEMPLATES)
+    for spec in programs[0].parameters:
+        sharded = any(cut.axis == "dp_shard" for cut in spec.cuts)
+        assert bool(spec.gathered) == (sharded and spec.name in names)
+    compare(case, programs, run(case, programs))
 
 
 @pytest.mark.parametrize("strategy", ["hsdp", "sp4", "zero3tp2", "dp2tp2pp2"])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from shardwright import Strategy, Topology, emit, plan
 from shardwright.compiler.memory import program_memory
+from shardwright.compiler.plan import Plan
 
 
 class Tables(nn.Module):
@@ -61,6 +62,51 @@ def test_the_peak_is_that_of_the_program(zero: Any, microbatches: int) -> None:
     made = plan(Tables(), Topology.preset("cpu", devices=4), example_inputs=example, strategy=strategy, device="cpu")
     assert made.plan.predicted is not None
     assert made.plan.predicted.peak_bytes == pytest.approx(program_memory(emit(made, 0)).peak, rel=0.05)
+
+
+class Layers(nn.Module):
+    """A small table and layers, of half a megabyte in all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(64, 128)
+        self.layers = nn.ModuleList(nn.Linear(128, 128) for _ in range(8))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        hidden = self.table(x)
+        for layer in self.layers:
+            hidden = hidden + torch.tanh(layer(hidden))
+        return nn.functional.cross_entropy(hidden, y)
+
+
+def test_zero_3_keeps_whole_what_memory_is_left_for() -> None:
+    example = {"x": torch.randint(9, (4,)), "y": torch.randint(9, (4,))}
+
+    def chosen(limit: float | None = None, zero: Any = None) -> Any:
+        strategy = Strategy(dp_shard=4, dp_replicate=1, tp=1, pp=1, zero=zero)
+        return plan(
+            Layers(),
+            Topology.preset("h100", devices=4),
+            example_inputs=example,
+            strategy=strategy,
+            memory_limit=limit,
+            device="cpu",
+        )
+
+    least, most = (chosen(zero=zero).plan.predicted for zero in (3, 2))
+    assert chosen().plan.zero < 3, "there is room for all"
+    counts = []
+    for room in (0.1, 0.4, 0.7):
+        limit = least.peak_bytes + room * (most.peak_bytes - least.peak_bytes)
+        found = chosen(limit)
+        assert found.plan.zero == 3 and found.plan.predicted.peak_bytes <= limit
+        assert found.plan.predicted.step_seconds <= least.step_seconds
+        counted = program_memory(emit(found, 0)).peak  # a bucket holds all of this model: packed, it counts twice
+        assert 0.98 * counted <= found.plan.predicted.peak_bytes <= 1.4 * counted
+        counts.append(len(found.plan.whole))
+        assert Plan.from_json(found.plan.to_json()).whole == found.plan.whole
+    assert 0 < counts[1] < counts[2] < len(list(Layers().parameters()))
+    assert "whole" in found.plan.name and "ZeRO-2" in found.plan.explain(found.plan.whole[0])
 
 
 def data_seconds(overlap: float, zero: Any) -> tuple[float, float]:

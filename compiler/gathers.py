@@ -1,0 +1,88 @@
+"""What ZeRO-3 gathers together, and which of it a plan keeps whole over a step because memory is left.
+
+ZeRO-3 gathers a block's parameters before its forward and before its backward, of every micro-batch, and scatters its gradients
+as often. A block that is kept whole is gathered once a step and its gradients are scattered once, as under ZeRO-2. Every block
+so kept saves time and costs memory, in proportion to its bytes; so they are taken in turn until the memory is full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from ..passes.graph_tools import metas
+from .cost import size_of
+from .graph_cost import read_again
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters, by name, that are gathered together first: those of a block, or of a stretch between blocks
+    (passes/buckets.py). Shares, of all of the model's: of the bytes, of those with gradients, of those that the backward reads."""
+
+    names: tuple[str, ...]
+    held: float
+    trained: float
+    again: float
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Parameters kept whole, and their shares as `Group` has them. left: groups that are still gathered; largest: the largest
+    share of bytes of one of these."""
+
+    names: tuple[str, ...] = ()
+    held: float = 0.0
+    trained: float = 0.0
+    again: float = 0.0
+    left: int = 0
+    largest: float = 0.0
+
+
+def gather_groups(gm: fx.GraphModule) -> list[Group]:
+    """In the order of the forward. A parameter that several blocks use counts with the first."""
+    groups: dict[tuple[object, object], list[fx.Node]] = {}
+    seen: set[fx.Node] = set()
+    before: object = None
+    for node in gm.graph.nodes:
+        if node.op != "call_function":
+            continue
+        block = node.meta.get("block")
+        before = before if block is None else block
+        for source in node.all_input_nodes:
+            if source.op == "placeholder" and source.meta["key"].startswith("param.") and source not in seen:
+                seen.add(source)
+                groups.setdefault((block, before), []).append(source)
+    sizes = {n: float(size_of(metas(n)[0])) for n in seen}
+    trained = {n: size for n, size in sizes.items() if metas(n)[0].grad}
+    again = {n: size for n, size in sizes.items() if read_again(n)}
+
+    def share(nodes: Sequence[fx.Node], of: dict[fx.Node, float]) -> float:
+        return sum(of.get(n, 0.0) for n in nodes) / (sum(of.values()) or 1.0)
+
+    return [
+        Group(tuple(n.meta["key"].removeprefix("param.") for n in nodes), *(share(nodes, of) for of in (sizes, trained, again)))
+        for nodes in groups.values()
+    ]
+
+
+def kept_whole(groups: Sequence[Group]) -> list[Whole]:
+    """None, one, two, ... groups kept whole: those first that save the most time for their bytes, of equals the last of the
+    model, whose gradients are scattered first."""
+    order = sorted(range(len(groups)), key=lambda i: (-round(groups[i].again / (groups[i].held or 1.0), 6), -i))
+    found = [Whole(left=len(groups), largest=max((g.held for g in groups), default=0.0))]
+    for k, i in enumerate(order):
+        g, last, rest = groups[i], found[-1], order[k + 1 :]
+        found.append(
+            Whole(
+                names=(*last.names, *g.names),
+                held=last.held + g.held,
+                trained=last.trained + g.trained,
+                again=last.again + g.again,
+                left=len(rest),
+                largest=max((groups[j].held for j in rest), default=0.0),
+            )
+        )
+    return found
