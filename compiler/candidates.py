@@ -119,7 +119,7 @@ class Search:
     def variants(self, mesh: Mesh, pins: Strategy) -> Iterable[Plan]:
         """Plans over one mesh: ZeRO level, sequence parallelism, micro-batches."""
         shard = mesh.size("dp_shard") > 1
-        levels = [pins.zero] if pins.zero is not None else ([1, 2, 3] if shard else [0])
+        levels = [pins.zero] if pins.zero is not None else ([2, 3] if shard else [0])  # 1 runs as 2 does
         sequence = (
             [pins.sequence_parallel] if pins.sequence_parallel is not None else ([False, True] if mesh.size("tp") > 1 else [False])
         )
