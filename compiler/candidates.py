@@ -40,6 +40,10 @@ from .topology import CollectiveKind, Topology, collective_bytes, collective_sec
 BACKWARD_SHARE = 2 / 3
 """Of a graph's compute: each product of the forward has two in the backward."""
 
+FILLED = 0.9
+"""The share of the memory limit that blocks are kept whole up to. The rest is for what no plan foresees: an allocator's holes,
+other buffers, an error of some percent."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -96,15 +100,15 @@ class Search:
 
     def filled(self, candidate: Candidate) -> Iterator[Candidate]:
         """Under ZeRO-3: the same with as many blocks kept whole as memory is left for, where some are but not all."""
-        plan = candidate.plan
-        if plan.zero != 3 or plan.stages > 1 or candidate.predicted.peak_bytes > self.limit:
+        plan, room = candidate.plan, FILLED * self.limit
+        if plan.zero != 3 or plan.stages > 1 or candidate.predicted.peak_bytes > room:
             return
 
         def price(k: int) -> Candidate:
             return self.price(replace(plan, whole=self.whole[k].names), self.whole[k])
 
         counts = range(len(self.whole))
-        fitting = bisect_right(counts, 0, key=lambda k: int(price(k).predicted.peak_bytes > self.limit)) - 1
+        fitting = bisect_right(counts, 0, key=lambda k: int(price(k).predicted.peak_bytes > room)) - 1
         if 0 < fitting < len(counts) - 1:
             yield price(fitting)
 
