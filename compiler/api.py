@@ -66,7 +66,7 @@ def auto_parallelize(
     topology        what the cost model prices with: see `Topology`
     memory_limit    bytes per rank
     precision       dtype that products run in (autocast); None: the model's own dtypes
-    microbatches    per step and data rank, in a pipeline
+    microbatches    per step and data rank; "auto": as a pipeline runs best with, without one as many as memory asks for
     batch           "local": each data rank passes its own share; "global": every rank passes the whole batch
     outputs         "loss", or "all": other outputs come back under a pipeline too
     verify          first compare the captured graph with the eager model, loss and gradients, on the example inputs; then check the

@@ -80,8 +80,7 @@ class Search:
         self.stream = least_crossing(problem.graph)
         self.calls = op_calls(problem.graph)
         self.kept = keeping(self.calls)
-        self.coupled: ShardingError | Literal[False] | None = None
-        """Why the batch cannot be cut into micro-batches, False where it can; None: not looked at yet."""
+        self._coupled: ShardingError | Literal[False] | None = None
 
     def candidates(self) -> Iterable[Candidate]:
         pins = self.request.strategy
@@ -93,10 +92,24 @@ class Search:
         )
         for mesh in self.request.meshes(limits):
             for plan in self.variants(mesh, pins):
-                candidate = self.price(plan)
-                yield candidate
-                if pins.zero is None:
-                    yield from self.filled(candidate)
+                for candidate in self.accumulating(self.price(plan)):
+                    yield candidate
+                    if pins.zero is None:
+                        yield from self.filled(candidate)
+
+    def accumulating(self, first: Candidate) -> Iterator[Candidate]:
+        """It, and while it does not fit, the same with twice the micro-batches, whose activations are not held together."""
+        yield first
+        candidate, plan = first, first.plan
+        if plan.stages > 1 or self.microbatches is not None:
+            return
+        while candidate.predicted.peak_bytes > self.limit and 2 * plan.microbatches <= self.local_rows(plan.mesh):
+            held = sum(size for part, size in candidate.predicted.parts.items() if part in ("state bytes", "gathered bytes"))
+            if held > self.limit or self.samples_are_coupled():
+                return
+            plan = replace(plan, microbatches=2 * plan.microbatches)
+            candidate = self.price(plan)
+            yield candidate
 
     def filled(self, candidate: Candidate) -> Iterator[Candidate]:
         """Under ZeRO-3: the same with as many blocks kept whole as memory is left for, where some are but not all."""
@@ -134,7 +147,7 @@ class Search:
                 f"dim 0 of the batch, {self.rows} samples, cannot be cut over {data} data ranks: dp of {sizes} works, "
                 "or a larger batch"
             )
-        local = self.rows if self.batch == "local" else self.rows // data
+        local = self.local_rows(mesh)
         counts = self.microbatch_counts(mesh.size("pp"), local)
         for zero in levels:
             for sp in sequence:
@@ -147,6 +160,16 @@ class Search:
                         microbatches=max(1, min(int(count), max(1, local))),
                     )
 
+    def local_rows(self, mesh: Mesh) -> int:
+        """Samples of a data rank."""
+        return self.rows if self.batch == "local" else self.rows // (mesh.size("dp_replicate") * mesh.size("dp_shard"))
+
+    def samples_are_coupled(self) -> ShardingError | Literal[False]:
+        """Why the batch cannot be cut into micro-batches, False where it can."""
+        if self._coupled is None:
+            self._coupled = coupling(self.problem, self.calls) or False
+        return self._coupled
+
     def microbatch_counts(self, stages: int, rows: int) -> list[int]:
         """Counts to price. Raises StrategyError for a pinned number above that of samples, and ShardingError, naming the op, for
         one above 1 where samples are coupled."""
@@ -156,11 +179,12 @@ class Search:
                 f"microbatches={self.microbatches} cannot cut dim 0 of the batch, which has {rows} samples for each data rank: "
                 f"{f'1 to {rows} work' if rows > 1 else 'only 1 works'}"
             )
-        if self.coupled is None and min(max(counts), rows) > 1:
-            self.coupled = coupling(self.problem, self.calls) or False
-        if self.coupled and self.microbatches is not None and min(self.microbatches, rows) > 1:
-            raise self.coupled
-        return [1] if self.coupled else counts
+        if min(max(counts), rows) == 1:
+            return counts
+        coupled = self.samples_are_coupled()
+        if coupled and self.microbatches is not None:
+            raise coupled
+        return [1] if coupled else counts
 
     def tensor_cost(self, mesh: Mesh, sequence: bool) -> GraphCost:
         """Costs of the graph over the mesh's tp axis; depends on the other axes only through where tp lies."""
@@ -291,7 +315,7 @@ def state_bytes(plan: Plan, trained: float, frozen: float, backward_parts: int) 
 
 
 def microbatch_counts(stages: int, rows: int) -> list[int]:
-    """Counts worth trying: none without a pipeline, else 1 to 8 for each stage, as far as there are samples."""
+    """Counts worth trying: without a pipeline one, while it fits; else 1 to 8 for each stage, as far as there are samples."""
     if stages == 1:
         return [1]
     counts = {min(rows, stages * k) for k in (1, 2, 4, 8)}

@@ -101,7 +101,8 @@ class Plan:
             if axis == "pp":
                 extra = f" ({self.schedule}, {self.microbatches} micro-batches)"
             parts.append(f"{axis}={size}{extra}")
-        return " x ".join(parts) or "one device"
+        name = " x ".join(parts) or "one device"
+        return f"{name}, {self.microbatches} micro-batches" if self.stages == 1 < self.microbatches else name
 
     def zero_of(self, name: str) -> int:
         """The ZeRO level of a parameter."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwright import Strategy, Topology, emit, plan
+from shardwright.compiler.choose import DoesNotFit
 from shardwright.compiler.memory import program_memory
 from shardwright.compiler.plan import Plan
 
@@ -107,6 +108,27 @@ def test_zero_3_keeps_whole_what_memory_is_left_for() -> None:
         assert Plan.from_json(found.plan.to_json()).whole == found.plan.whole
     assert 0 < counts[1] < counts[2] < len(list(Layers().parameters()))
     assert "whole" in found.plan.name and "ZeRO-2" in found.plan.explain(found.plan.whole[0])
+
+
+def test_micro_batches_where_memory_asks_for_them() -> None:
+    """As few as fit; none where the parameters alone do not."""
+    example = {"x": torch.randint(9, (256,)), "y": torch.randint(9, (256,))}
+
+    def chosen(limit: float | None) -> Any:
+        options = {"memory_limit": limit, "device": "cpu"}
+        return plan(Layers(), Topology.preset("cpu", devices=1), example_inputs=example, mesh=(1,), **options)
+
+    most = chosen(None).plan
+    assert most.microbatches == 1
+    state = most.predicted.parts["state bytes"]
+    found = [chosen(state + room * (most.predicted.peak_bytes - state)) for room in (0.6, 0.3)]
+    assert [made.plan.microbatches for made in found] == [2, 4]
+    assert "4 micro-batches" in found[1].plan.name
+    for made in found:
+        # The sums that the backward rebuilds all stand at its start, which the prediction does not know.
+        assert made.plan.predicted.peak_bytes == pytest.approx(program_memory(emit(made, 0)).peak, rel=0.15)
+    with pytest.raises(DoesNotFit):
+        chosen(0.9 * state)
 
 
 def data_seconds(overlap: float, zero: Any) -> tuple[float, float]:
