@@ -20,13 +20,13 @@ from typing import Literal
 from ..passes.graph_tools import Calls, metas, op_calls
 from ..passes.prologue import TIME
 from ..passes.rules.base import Axis
-from ..passes.segment import parts_of
+from ..passes.segment import largest_part, parts_of
 from ..passes.shard import ShardingError
 from ..passes.types import Type, Varying, balanced_sizes
 from ..runtime.program import Mesh
 from .cost import size_of
 from .emit import SEGMENT_BYTES, Problem
-from .gathers import Whole, gather_groups, kept_whole
+from .gathers import Whole, gather_groups, kept_whole, shared
 from .graph_cost import GraphCost, graph_cost, least_crossing
 from .keeping import keeping
 from .memory import state_memory
@@ -76,6 +76,7 @@ class Search:
         sizes = [float(size_of(meta)) for meta in self.parameters.values()]
         self.trained = sum(float(size_of(meta)) for meta in self.parameters.values() if meta.grad)
         self.whole = kept_whole(gather_groups(problem.graph))
+        self.shared = shared(problem.graph)
         self.largest = max(sizes, default=0.0) / (sum(sizes) or 1.0)
         self.stream = least_crossing(problem.graph)
         self.calls = op_calls(problem.graph)
@@ -215,19 +216,22 @@ class Search:
             "compute": cost.compute * share / stages * bubble + launches / stages,
             "tensor": cost.traffic * share / stages * bubble,
             "data": sum(n * collective_seconds(kind, size, top.span(mesh, axis)) for axis, kind, size, n in moved)
-            - self._hidden_seconds(plan, moved, whole, cost.compute * share / stages / m * BACKWARD_SHARE),
+            - self._hidden_seconds(plan, moved, cost.compute * share / stages / m * BACKWARD_SHARE),
             "pipeline": self._pipeline_seconds(plan, share),
             "optimizer": self._optimizer_seconds(plan, trained),
         }
         seconds = pipelined + parts["data"] + parts["pipeline"] + parts["optimizer"]
-        frozen, pieces = bytes_held - trained, self.backward_parts(plan, whole)
-        state = state_bytes(plan, trained * (1 - whole.trained), frozen * (1 - whole.held), pieces)
+        frozen = bytes_held - trained
+        state = state_bytes(plan, trained * (1 - whole.trained), frozen * (1 - whole.held))
         if plan.whole:
-            state += state_bytes(replace(plan, zero=2), trained * whole.trained, frozen * whole.held, pieces)
+            state += state_bytes(replace(plan, zero=2), trained * whole.trained, frozen * whole.held)
         flying = min(stages, m) if plan.schedule == "1f1b" else m
         activations = cost.activations * share / stages * flying / m + cost.temporaries * share / m
-        # Under ZeRO-3 the backward of a block holds its parameters whole, and their gradients until they are scattered.
-        gathered = 2 * whole.largest * cost.parameters if plan.zero == 3 else 0.0
+        # Under ZeRO-3 the backward of a block holds its parameters whole, and their gradients until they are scattered; the first
+        # gradient of a parameter that is used twice waits for the second.
+        gathered = 2 * whole.largest * cost.parameters + self.shared * trained if plan.zero == 3 else 0.0
+        if plan.zero in (1, 2) or plan.whole:
+            gathered += self.unscattered_bytes(plan, trained, trained * (whole.trained if plan.zero == 3 else 1.0))
         peak = state + activations + gathered
         samples = self.rows * data if self.batch == "local" else self.rows
         traffic = {axis: 0.0 for axis in mesh.axes}
@@ -259,16 +263,31 @@ class Search:
             if axis != "dp_shard" or not plan.zero:
                 yield axis, "all_reduce", trainable / shards, 1
 
-    def backward_parts(self, plan: Plan, whole: Whole) -> int:
-        """Parts of a stage's backward, after each of which gradients are summed."""
-        return parts_of(self.trained * (whole.trained if plan.zero == 3 else 1.0) / plan.stages, SEGMENT_BYTES)
+    def unscattered_bytes(self, plan: Plan, trained: float, scattered: float) -> float:
+        """Bytes of gradients that ZeRO-1 and 2 hold whole at their most, of which shards are to be left.
 
-    def _hidden_seconds(
-        self, plan: Plan, moved: Sequence[tuple[str, CollectiveKind, float, int]], whole: Whole, backward: float
-    ) -> float:
+        Where micro-batches add to them all of them, else those of a part of the backward. To be scattered they are packed, a
+        bucket at a time; a parameter larger than a part or a bucket is one by itself.
+
+        trained, scattered    bytes of all gradients of a stage over tp, and of those that are scattered once a step
+        """
+        part, largest = scattered, min(self.largest * trained * plan.stages, scattered)
+        if plan.microbatches == 1 and self.backward_parts(plan) > 1:
+            whole = self.trained / plan.stages
+            part = max(largest, scattered * largest_part(whole, SEGMENT_BYTES) / whole)
+        packed = max(min(part, BUCKET_BYTES), largest)
+        packed -= packed / plan.mesh.size("dp_shard")  # its shards come after it
+        return part + packed + self.shared * trained
+
+    def backward_parts(self, plan: Plan) -> int:
+        """Parts of a stage's backward, after each of which gradients are summed. It is whole where data ranks run other shapes."""
+        uneven = self.batch == "global" and self.rows % plan.data_size
+        return 1 if uneven or plan.data_size == 1 else parts_of(self.trained / plan.stages, SEGMENT_BYTES)
+
+    def _hidden_seconds(self, plan: Plan, moved: Sequence[tuple[str, CollectiveKind, float, int]], backward: float) -> float:
         """Seconds of first sums of gradients that the last micro-batch's `backward` hides: all but those of its last part. What
         ZeRO-3 scatters inside the graphs is waited for."""
-        parts = self.backward_parts(plan, whole)
+        parts = self.backward_parts(plan)
         first: CollectiveKind = "reduce_scatter" if plan.zero else "all_reduce"
         if parts == 1 or (plan.zero == 3 and not plan.whole):
             return 0.0
@@ -298,20 +317,12 @@ def tensor_mesh(n: int) -> Mesh:
     return Mesh(("tp",), (n,)) if n > 1 else Mesh((), ())
 
 
-def state_bytes(plan: Plan, trained: float, frozen: float, backward_parts: int) -> float:
-    """Bytes that a rank holds all the time of so many bytes of parameters, whole over the data axes, and of their gradients at
-    their most.
-
-    Under ZeRO-1 and 2 gradients are made whole: where micro-batches add to them, all of them; else those of a part of the
-    backward. To be scattered they are packed, a bucket at a time.
-    """
+def state_bytes(plan: Plan, trained: float, frozen: float) -> float:
+    """Bytes that a rank holds all the time of so many bytes of parameters, whole over the data axes; under ZeRO-1 and 2 of their
+    gradients the shards (`Search.unscattered_bytes` says what is whole before)."""
     shards = max(1, plan.mesh.size("dp_shard"))
-    state = state_memory(trained, plan.zero, shards)
-    gradients = state.gradients
-    if plan.zero in (1, 2):
-        parts = backward_parts if plan.microbatches == 1 else 1
-        gradients = trained / parts + min(trained / parts, BUCKET_BYTES) + (trained / shards if parts > 1 else 0.0)
-    return state.parameters + gradients + state.optimizer + frozen / (shards if plan.zero == 3 else 1)
+    level = 2 if plan.zero == 1 else plan.zero
+    return state_memory(trained, level, shards).total + frozen / (shards if plan.zero == 3 else 1)
 
 
 def microbatch_counts(stages: int, rows: int) -> list[int]:

@@ -211,7 +211,7 @@ class _Emission:
         if self.plan.microbatches > 1:
             prologue, gm = split_prologue(gm)
             if prologue is not None and first:
-                self.add("prologue", differentiate(prologue, {}, self.templates))
+                self.add("prologue", differentiate(self.gather(prologue), {}, self.templates))
         gm = self.gather(group_heads(gm, values))
         roots: dict[str, Seed] = {key: "input" for key, _ in named_results(gm) if key.startswith("act.")}
         if self.problem.loss and self.problem.training:

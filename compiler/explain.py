@@ -64,7 +64,8 @@ def _parameter(plan: Plan, name: str) -> str:
     if plan.zero and plan.mesh.size("dp_shard") > 1:
         what = {1: "optimizer state", 2: "optimizer state and gradient", 3: "all of it"}[plan.zero_of(name)]
         parts.append(f"over dp_shard: {what} sharded (ZeRO-{plan.zero_of(name)})")
-    return f"{name}: {'; '.join(parts) or 'whole on every rank'}"
+    unnamed = "" if placed or name in plan.whole else " (as all parameters: the plan names none)"
+    return f"{name}: {'; '.join(parts) or 'whole on every rank'}{unnamed}"
 
 
 def describe(type_: Type) -> str:

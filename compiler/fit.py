@@ -34,7 +34,7 @@ def why_nothing_fits(search: Search, candidates: Sequence[Candidate], limit: flo
     if not fitting:
         ways.append((peak / limit, f"about {math.ceil(peak / limit)} x the devices"))
     ways.append((math.inf, f"memory_limit={math.ceil(peak):d} where the devices have it"))
-    besides = f", {bytes_text(gathered)} of one block's parameters and their gradients, whole" if gathered else ""
+    besides = f", {bytes_text(gathered)} of parameters and gradients that are whole for a while" if gathered else ""
     places = "".join(f"\n  {line}" for line in _largest(search, least))
     return (
         f"no plan fits {bytes_text(limit)} per rank: the smallest, {least.plan.name}, needs {bytes_text(peak)} "
@@ -58,12 +58,11 @@ def _largest(search: Search, candidate: Candidate, count: int = 3) -> Iterator[s
     found = [
         (sum(sizes) / whole * parts["activation bytes"], f"activations, {len(sizes)} x {line}") for line, sizes in lines.items()
     ]
-    pieces = search.backward_parts(plan, search.whole[0])
     for key, meta in search.parameters.items():
         size, name = size_of(meta) * held(placement.placeholders[key] if placement else I, axis), key.removeprefix("param.")
         if meta.grad:
-            found.append((state_bytes(plan, size, 0.0, pieces), f"{name}, its gradient and its optimizer state"))
+            found.append((state_bytes(plan, size, 0.0), f"{name}, its gradient and its optimizer state"))
         else:
-            found.append((state_bytes(plan, 0.0, size, pieces), f"{name}, frozen"))
+            found.append((state_bytes(plan, 0.0, size), f"{name}, frozen"))
     for size, what in sorted(found, reverse=True)[:count]:
         yield f"{bytes_text(size)}  {' '.join(what.split())}"

@@ -20,12 +20,16 @@ from .graph_cost import read_again
 @dataclass(frozen=True)
 class Group:
     """Parameters, by name, that are gathered together first: those of a block, or of a stretch between blocks
-    (passes/buckets.py). Shares, of all of the model's: of the bytes, of those with gradients, of those that the backward reads."""
+    (passes/buckets.py). Shares, of all of the model's: of the bytes, of those with gradients, of those that the backward reads.
+
+    together    the share of bytes gathered at once, with the parameters that count with an earlier group
+    """
 
     names: tuple[str, ...]
     held: float
     trained: float
     again: float
+    together: float
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Whole:
 def gather_groups(gm: fx.GraphModule) -> list[Group]:
     """In the order of the forward. A parameter that several blocks use counts with the first."""
     groups: dict[tuple[object, object], list[fx.Node]] = {}
+    used: dict[tuple[object, object], dict[fx.Node, None]] = {}
     seen: set[fx.Node] = set()
     before: object = None
     for node in gm.graph.nodes:
@@ -52,9 +57,11 @@ def gather_groups(gm: fx.GraphModule) -> list[Group]:
         block = node.meta.get("block")
         before = before if block is None else block
         for source in node.all_input_nodes:
-            if source.op == "placeholder" and source.meta["key"].startswith("param.") and source not in seen:
-                seen.add(source)
-                groups.setdefault((block, before), []).append(source)
+            if source.op == "placeholder" and source.meta["key"].startswith("param."):
+                used.setdefault((block, before), {})[source] = None
+                if source not in seen:
+                    seen.add(source)
+                    groups.setdefault((block, before), []).append(source)
     sizes = {n: float(size_of(metas(n)[0])) for n in seen}
     trained = {n: size for n, size in sizes.items() if metas(n)[0].grad}
     again = {n: size for n, size in sizes.items() if read_again(n)}
@@ -63,16 +70,39 @@ def gather_groups(gm: fx.GraphModule) -> list[Group]:
         return sum(of.get(n, 0.0) for n in nodes) / (sum(of.values()) or 1.0)
 
     return [
-        Group(tuple(n.meta["key"].removeprefix("param.") for n in nodes), *(share(nodes, of) for of in (sizes, trained, again)))
-        for nodes in groups.values()
+        Group(
+            names=tuple(n.meta["key"].removeprefix("param.") for n in nodes),
+            held=share(nodes, sizes),
+            trained=share(nodes, trained),
+            again=share(nodes, again),
+            together=share([*used[place]], sizes),
+        )
+        for place, nodes in groups.items()
     ]
 
 
+def shared(gm: fx.GraphModule) -> float:
+    """The share, of all bytes with gradients, of the largest parameter that several groups use: a tied embedding. The gradient of
+    one use waits whole for that of the other."""
+    places: dict[fx.Node, set[tuple[object, object]]] = {}
+    before: object = None
+    for node in gm.graph.nodes:
+        if node.op == "call_function":
+            block = node.meta.get("block")
+            before = before if block is None else block
+            for source in node.all_input_nodes:
+                if source.op == "placeholder" and source.meta["key"].startswith("param.") and metas(source)[0].grad:
+                    places.setdefault(source, set()).add((block, before))
+    sizes = {n: float(size_of(metas(n)[0])) for n in places}
+    return max((sizes[n] for n, found in places.items() if len(found) > 1), default=0.0) / (sum(sizes.values()) or 1.0)
+
+
 def kept_whole(groups: Sequence[Group]) -> list[Whole]:
-    """None, one, two, ... groups kept whole: those first that save the most time for their bytes, of equals the last of the
-    model, whose gradients are scattered first."""
-    order = sorted(range(len(groups)), key=lambda i: (-round(groups[i].again / (groups[i].held or 1.0), 6), -i))
-    found = [Whole(left=len(groups), largest=max((g.held for g in groups), default=0.0))]
+    """None, one, two, ... groups kept whole: those first that the backward would gather again, then the small ones, which fill the
+    memory closely, and of these the last of the model, whose gradients are scattered first."""
+    again = [g.again > 0.5 * g.held for g in groups]
+    order = sorted(range(len(groups)), key=lambda i: (not again[i], groups[i].held, -i))
+    found = [Whole(left=len(groups), largest=max((g.together for g in groups), default=0.0))]
     for k, i in enumerate(order):
         g, last, rest = groups[i], found[-1], order[k + 1 :]
         found.append(
@@ -82,7 +112,7 @@ def kept_whole(groups: Sequence[Group]) -> list[Whole]:
                 trained=last.trained + g.trained,
                 again=last.again + g.again,
                 left=len(rest),
-                largest=max((groups[j].held for j in rest), default=0.0),
+                largest=max((groups[j].together for j in rest), default=0.0),
             )
         )
     return found

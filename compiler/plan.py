@@ -137,7 +137,7 @@ class Plan:
         return cls(
             mesh=mesh,
             zero=data["zero"],
-            whole=tuple(data["whole"]),
+            whole=tuple(data.get("whole", ())),
             sequence_parallel=data["sequence_parallel"],
             schedule=data["schedule"],
             microbatches=data["microbatches"],

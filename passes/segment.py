@@ -22,6 +22,11 @@ def parts_of(size: float, least: int) -> int:
     return max(1, int(size // max(least, size / PARTS)))
 
 
+def largest_part(size: float, least: int) -> float:
+    """How many of these bytes the largest part has: what is left is cut off only where it is enough for a part."""
+    return size if parts_of(size, least) == 1 else min(size, max(least, size / PARTS) + least)
+
+
 def segment(backward: fx.GraphModule, least: int, sizes_of: Mapping[str, int]) -> list[fx.GraphModule]:
     """Parts that are the same on every rank that runs the same ops, however unevenly parameters are sharded.
 

@@ -6,8 +6,10 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 import zoo
 from harness import Case, compare, emit_all, mesh, prepare, problem_of, run
+from torch import Tensor, nn
 
 from shardwright.compiler.choose import choose
 from shardwright.compiler.gathers import gather_groups
@@ -87,6 +89,25 @@ def test_equals_one_device_with_blocks_kept_whole(model: str, strategy: str) -> 
         sharded = any(cut.axis == "dp_shard" for cut in spec.cuts)
         assert bool(spec.gathered) == (sharded and spec.name in names)
     compare(case, programs, run(case, programs))
+
+
+class FrozenScale(nn.Module):
+    """A frozen parameter that meets no input: its product is computed once a step, before the micro-batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.scale = nn.Linear(12, 12), nn.Parameter(torch.randn(12), requires_grad=False)
+        self.register_buffer("offset", torch.randn(12))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.mse_loss(self.linear(x + self.offset * self.scale), y)
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_a_frozen_parameter_before_the_micro_batches(zero: int) -> None:
+    torch.manual_seed(0)
+    case = prepare(FrozenScale(), {"x": torch.randn(4, 12), "y": torch.randn(4, 12)})
+    check(case, Plan(mesh(dp_shard=2), zero=zero, microbatches=2))
 
 
 @pytest.mark.parametrize("strategy", ["hsdp", "sp4", "zero3tp2", "dp2tp2pp2"])

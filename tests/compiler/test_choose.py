@@ -65,6 +65,51 @@ def test_the_peak_is_that_of_the_program(zero: Any, microbatches: int) -> None:
     assert made.plan.predicted.peak_bytes == pytest.approx(program_memory(emit(made, 0)).peak, rel=0.05)
 
 
+class LanguageModel(nn.Module):
+    """A table of 50 MB, its head, perhaps the same, and layers of 1 MB."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.table = nn.Embedding(25_000, 512)
+        self.layers = nn.ModuleList(nn.Linear(512, 512) for _ in range(8))
+        self.head = nn.Linear(512, 25_000, bias=False)
+        if tied:
+            self.head.weight = self.table.weight
+
+    forward = Tables.forward
+
+
+def language_model(tied: bool, strategy: Strategy, rows: int = 4, **options: Any) -> Any:
+    with torch.device("meta"):
+        model = LanguageModel(tied)
+    example = {name: torch.zeros(rows, dtype=torch.int64) for name in ("x", "y")}
+    topology = Topology.preset("h100", devices=4)
+    return plan(model, topology, example_inputs=example, strategy=strategy, device="cpu", **options)
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_peak_with_parameters_larger_than_a_bucket(tied: bool, zero: Any) -> None:
+    """They are gathered, made and scattered whole; of a tied one the gradient of one use waits for that of the other."""
+    made = language_model(tied, Strategy(dp=4, tp=1, pp=1, zero=zero))
+    counted = program_memory(emit(made, 0)).peak
+    assert 0.95 * counted <= made.plan.predicted.peak_bytes <= 1.2 * counted
+
+
+def test_the_peak_where_the_backward_is_not_cut() -> None:
+    """Ranks of other batches run other graphs: one sum at the end."""
+    even, uneven = (language_model(False, Strategy(dp=4, tp=1, pp=1, zero=2), rows, batch="global") for rows in (8, 6))
+    assert uneven.plan.predicted.peak_bytes > 1.05 * even.plan.predicted.peak_bytes
+    assert uneven.plan.predicted.peak_bytes >= 0.95 * program_memory(emit(uneven, 0)).peak
+
+
+def test_small_blocks_are_kept_whole_where_a_large_one_does_not_fit() -> None:
+    pinned = Strategy(dp_shard=4, dp_replicate=1, tp=1, pp=1)
+    least = language_model(False, replace(pinned, zero=3)).plan.predicted.peak_bytes
+    found = language_model(False, pinned, memory_limit=1.2 * least).plan
+    assert any(name.startswith("layers.") for name in found.whole) and "head.weight" not in found.whole
+
+
 class Layers(nn.Module):
     """A small table and layers, of half a megabyte in all."""
 

@@ -177,6 +177,27 @@ def test_sums_run_beside_the_backward_as_far_as_the_machine_hides_them():
     assert all(len(line) <= 80 for line in half.render(80).plain.splitlines())
 
 
+def test_sums_of_one_rank_follow_in_the_order_of_their_starts():
+    """A sum over one axis does not wait for a later one over another, whoever is looked at first."""
+    mesh = Mesh(("dp_shard", "tp"), (2, 2))
+    graphs = {name: graph([], {f"grad.param.{name}": 100}) for name in ("a", "b")}
+    schedule = (
+        Instruction("run", graph="a"),
+        Instruction("all_reduce", ("grad.param.a",), axis="dp_shard"),
+        Instruction("run", graph="b"),
+        Instruction("all_reduce", ("grad.param.b",), axis="tp"),
+    )
+    specs = tuple(TensorSpec(name, (100,), F32) for name in graphs)
+    programs = [RankProgram(rank, mesh, 1, graphs, schedule, specs, (), (), (), {}) for rank in range(4)]
+
+    def duration(program, instruction):
+        return {"a": 1.0, "b": 4.0, "": 0.5}[instruction.graph]
+
+    hidden = simulate(programs, duration, hidden=1.0)
+    assert [(e.start, e.end) for e in hidden.events[0] if e.instruction.kind == "all_reduce"] == [(1.0, 1.5), (5.0, 5.5)]
+    assert hidden.step_seconds < simulate(programs, duration).step_seconds
+
+
 def test_a_sum_that_a_peer_never_starts_is_found():
     first, *others = data_parallel()
     short = dataclasses.replace(first, schedule=first.schedule[:1])
