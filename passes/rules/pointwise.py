@@ -40,6 +40,7 @@ LINEAR = {
     aten.fill.Scalar,
     aten.fill.Tensor,
     aten._prelu_kernel.default,
+    aten._conj_physical.default,  # without its tag before torch 2.13
     aten.floor_divide.default,
     aten.complex.default,
     aten.polar.default,
