@@ -45,11 +45,13 @@ class Whole:
     largest: float = 0.0
 
 
-def gather_groups(gm: fx.GraphModule) -> list[Group]:
-    """In the order of the forward. A parameter that several blocks use counts with the first."""
-    groups: dict[tuple[object, object], list[fx.Node]] = {}
-    used: dict[tuple[object, object], dict[fx.Node, None]] = {}
-    seen: set[fx.Node] = set()
+Place = tuple[object, object]
+"""A block, or a stretch outside of blocks by the block before it."""
+
+
+def _uses(gm: fx.GraphModule) -> dict[fx.Node, dict[Place, None]]:
+    """Of every parameter that is used: where, in the order of the forward."""
+    found: dict[fx.Node, dict[Place, None]] = {}
     before: object = None
     for node in gm.graph.nodes:
         if node.op != "call_function":
@@ -58,11 +60,20 @@ def gather_groups(gm: fx.GraphModule) -> list[Group]:
         before = before if block is None else block
         for source in node.all_input_nodes:
             if source.op == "placeholder" and source.meta["key"].startswith("param."):
-                used.setdefault((block, before), {})[source] = None
-                if source not in seen:
-                    seen.add(source)
-                    groups.setdefault((block, before), []).append(source)
-    sizes = {n: float(size_of(metas(n)[0])) for n in seen}
+                found.setdefault(source, {})[block, before] = None
+    return found
+
+
+def gather_groups(gm: fx.GraphModule) -> list[Group]:
+    """In the order of the forward. A parameter that several blocks use counts with the first."""
+    uses = _uses(gm)
+    groups: dict[Place, list[fx.Node]] = {}
+    used: dict[Place, list[fx.Node]] = {}
+    for parameter, places in uses.items():
+        groups.setdefault(next(iter(places)), []).append(parameter)
+        for place in places:
+            used.setdefault(place, []).append(parameter)
+    sizes = {n: float(size_of(metas(n)[0])) for n in uses}
     trained = {n: size for n, size in sizes.items() if metas(n)[0].grad}
     again = {n: size for n, size in sizes.items() if read_again(n)}
 
@@ -75,7 +86,7 @@ def gather_groups(gm: fx.GraphModule) -> list[Group]:
             held=share(nodes, sizes),
             trained=share(nodes, trained),
             again=share(nodes, again),
-            together=share([*used[place]], sizes),
+            together=share(used[place], sizes),
         )
         for place, nodes in groups.items()
     ]
@@ -84,17 +95,9 @@ def gather_groups(gm: fx.GraphModule) -> list[Group]:
 def shared(gm: fx.GraphModule) -> float:
     """The share, of all bytes with gradients, of the largest parameter that several groups use: a tied embedding. The gradient of
     one use waits whole for that of the other."""
-    places: dict[fx.Node, set[tuple[object, object]]] = {}
-    before: object = None
-    for node in gm.graph.nodes:
-        if node.op == "call_function":
-            block = node.meta.get("block")
-            before = before if block is None else block
-            for source in node.all_input_nodes:
-                if source.op == "placeholder" and source.meta["key"].startswith("param.") and metas(source)[0].grad:
-                    places.setdefault(source, set()).add((block, before))
-    sizes = {n: float(size_of(metas(n)[0])) for n in places}
-    return max((sizes[n] for n, found in places.items() if len(found) > 1), default=0.0) / (sum(sizes.values()) or 1.0)
+    uses = {n: places for n, places in _uses(gm).items() if metas(n)[0].grad}
+    sizes = {n: float(size_of(metas(n)[0])) for n in uses}
+    return max((sizes[n] for n, places in uses.items() if len(places) > 1), default=0.0) / (sum(sizes.values()) or 1.0)
 
 
 def kept_whole(groups: Sequence[Group]) -> list[Whole]:
