@@ -184,7 +184,7 @@ def pairing(name: str, ranks: int, microbatches: int) -> dict[str, type[Contende
         case "ddp":
             return {"ddp": Ddp, "shardwright": shardwright(Strategy(dp=ranks, tp=1, pp=1, zero=0)), "local": Local}
         case "fsdp2":
-            return {"fsdp2": Fsdp2, "shardwright": shardwright(Strategy(dp=ranks, tp=1, pp=1, zero=3))}
+            return {"fsdp2": Fsdp2, "shardwright": shardwright(Strategy(dp_shard=ranks, dp_replicate=1, tp=1, pp=1, zero=3))}
         case "tp":
             pins = Strategy(dp=1, tp=ranks, pp=1, sequence_parallel=False)
             return {"dtensor tp": DtensorTensorParallel, "shardwright": shardwright(pins)}
