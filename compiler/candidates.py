@@ -89,7 +89,7 @@ class Search:
             tensor=min(self.topology.node_size, 64),
             stages=max(1, len(self.parameters)),
             batch=self.rows if self.batch == "global" else None,
-            hybrid=True,
+            hybrid=pins.zero != 3,  # who asks for ZeRO-3 wants it over all data ranks
         )
         for mesh in self.request.meshes(limits):
             for plan in self.variants(mesh, pins):

@@ -199,3 +199,9 @@ def test_sums_beside_the_backward_take_no_time_of_their_own(zero: int) -> None:
 
 def test_what_zero_3_scatters_in_its_graphs_is_waited_for() -> None:
     assert data_seconds(1.0, 3) == data_seconds(0.0, 3)
+
+
+def test_a_pinned_zero_3_shards_over_all_data_ranks() -> None:
+    """Two replicas of two shards would gather less, and hold twice as much."""
+    made = language_model(False, Strategy(dp=4, tp=1, pp=1, zero=3))
+    assert made.plan.mesh.size("dp_shard") == 4
