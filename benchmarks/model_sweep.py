@@ -211,7 +211,6 @@ def measure_replicated(case: Case, finding: Finding) -> None:
 
 
 def plan_meshes(case: Case, finding: Finding, quick: bool) -> None:
-
     for mesh in ((8,), (2, 4))[: 1 if quick else 2]:
         plan = chosen_plan(case, mesh)
         finding.plans["x".join(map(str, mesh))] = plan.name

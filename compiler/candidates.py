@@ -31,7 +31,7 @@ from .graph_cost import GraphCost, graph_cost, least_crossing
 from .keeping import keeping
 from .memory import state_memory
 from .place import Policy, place
-from .plan import Plan, Prediction
+from .plan import Plan, Prediction, data_size
 from .prices import Volume
 from .schedules import BUCKET_BYTES
 from .strategy import Limits, Request, Strategy, StrategyError, divisors
@@ -105,8 +105,8 @@ class Search:
         if plan.stages > 1 or self.microbatches is not None:
             return
         while candidate.predicted.peak_bytes > self.limit and 2 * plan.microbatches <= self.local_rows(plan.mesh):
-            held = sum(size for part, size in candidate.predicted.parts.items() if part in ("state bytes", "gathered bytes"))
-            if held > self.limit or self.samples_are_coupled():
+            parts = candidate.predicted.parts
+            if parts["state bytes"] + parts["gathered bytes"] > self.limit or self.samples_are_coupled():
                 return
             plan = replace(plan, microbatches=2 * plan.microbatches)
             candidate = self.price(plan)
@@ -141,7 +141,7 @@ class Search:
         sequence = (
             [pins.sequence_parallel] if pins.sequence_parallel is not None else ([False, True] if mesh.size("tp") > 1 else [False])
         )
-        data = mesh.size("dp_replicate") * mesh.size("dp_shard")
+        data = data_size(mesh)
         if self.batch == "global" and data > self.rows:
             sizes = ", ".join(str(d) for d in divisors(mesh.world_size) if d <= self.rows)
             raise StrategyError(
@@ -163,7 +163,7 @@ class Search:
 
     def local_rows(self, mesh: Mesh) -> int:
         """Samples of a data rank."""
-        return self.rows if self.batch == "local" else self.rows // (mesh.size("dp_replicate") * mesh.size("dp_shard"))
+        return self.rows if self.batch == "local" else self.rows // data_size(mesh)
 
     def samples_are_coupled(self) -> ShardingError | Literal[False]:
         """Why the batch cannot be cut into micro-batches, False where it can."""

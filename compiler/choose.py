@@ -17,7 +17,7 @@ from .candidates import Candidate, Search
 from .collector import without_collection
 from .emit import Problem
 from .fit import why_nothing_fits
-from .plan import Alternative, Plan
+from .plan import Alternative, Plan, data_size
 from .strategy import Limits, Request
 from .topology import Topology
 from .units import bytes_text
@@ -77,7 +77,7 @@ def _warn_of_unruled(calls: Calls) -> None:
 def data_ranks(request: Request, rows: int, batch: str) -> tuple[int, int]:
     """The fewest and the most of all meshes that the request allows. The best plan has the most more often than not."""
     meshes = request.meshes(Limits(batch=rows if batch == "global" else None))
-    found = [m.size("dp_replicate") * m.size("dp_shard") for m in meshes]
+    found = [data_size(mesh) for mesh in meshes]
     return min(found), max(found)
 
 

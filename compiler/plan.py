@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -13,6 +14,11 @@ from ..passes.types import I, P, R, Type, Varying
 from ..runtime.program import Mesh
 
 DATA_AXES = ("dp_replicate", "dp_shard")
+
+
+def data_size(mesh: Mesh) -> int:
+    """Data ranks of a mesh."""
+    return math.prod(mesh.size(axis) for axis in DATA_AXES)
 
 
 def encode_type(type_: Type) -> Any:
@@ -79,10 +85,7 @@ class Plan:
 
     @property
     def data_size(self) -> int:
-        n = 1
-        for axis in self.data_axes:
-            n *= self.mesh.size(axis)
-        return n
+        return data_size(self.mesh)
 
     @property
     def stages(self) -> int:

@@ -13,14 +13,12 @@ from typing import Literal
 from torch import fx
 
 from ..passes.rules.base import has_derivatives
-from ..passes.schedule import gpipe, one_f_one_b
+from ..passes.schedule import ORDERS
 from ..runtime.program import Instruction, OutputSpec, TensorSpec
 from .plan import DATA_AXES, Plan
 
 BUCKET_BYTES = 128 * 2**20
 """Tensors that one collective carries: large enough that latency does not count, small enough as a temporary buffer."""
-
-ORDERS = {"gpipe": gpipe, "1f1b": one_f_one_b}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from typing import cast
 
 import torch
@@ -213,7 +212,7 @@ class _Simulation:
 
     def _members(self, rank: int, axis: str) -> tuple[int, ...]:
         if (rank, axis) not in self._groups:
-            self._groups[rank, axis] = tuple(r for r in _group(self.programs[rank], axis) if r in self.programs)
+            self._groups[rank, axis] = tuple(r for r in self.programs[rank].mesh.ranks_on(rank, axis) if r in self.programs)
         return self._groups[rank, axis]
 
     def _join(self, rank: int, axis: str) -> bool:
@@ -232,12 +231,6 @@ class _Simulation:
         self.events[rank].append(Event(rank, self.clock[rank], end, self.programs[rank].schedule[self.at[rank]]))
         self.clock[rank] = end
         self.at[rank] += 1
-
-
-def _group(program: RankProgram, axis: str) -> tuple[int, ...]:
-    names = axis.split("+")
-    places = product(*(range(program.mesh.size(name)) for name in names))
-    return tuple(program.mesh.rank({**program.coordinates, **dict(zip(names, place, strict=True))}) for place in places)
 
 
 class Durations:

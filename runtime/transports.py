@@ -95,9 +95,7 @@ class GlooTransport:
         self._index = dist.get_rank(group)
 
     def _exchange(self, rows: Tensor) -> Tensor:
-        received = torch.empty_like(rows)
-        dist.all_to_all_single(as_bytes(received), as_bytes(rows), group=self.group)
-        return received
+        return self._start_exchange(rows)()
 
     def _start_exchange(self, rows: Tensor) -> Finish:
         received = torch.empty_like(rows)
