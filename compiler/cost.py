@@ -25,7 +25,7 @@ from .topology import CollectiveKind, Device, Span, Topology, collective_bytes, 
 
 _VIEWS = """view _unsafe_view reshape t transpose permute expand unsqueeze squeeze slice select narrow detach alias as_strided split
     split_with_sizes unbind chunk unflatten flatten movedim diagonal"""
-FREE = frozenset(f"{_VIEWS} sym_size lift_fresh getitem convert _assert_tensor_metadata shard_index".split())
+FREE = frozenset(f"{_VIEWS} sym_size lift_fresh getitem convert _assert_tensor_metadata shard_index wait".split())
 """Ops that move nothing, by name."""
 
 _LOOKUPS = "embedding embedding_shard index index_select gather pick pick_shard"
@@ -256,7 +256,7 @@ def graph_cost(gm: fx.GraphModule, topology: Topology, mesh: Mesh) -> GraphCost:
 
 def communication_of(node: fx.Node) -> tuple[str, CollectiveKind, float]:
     """(axis, kind, bytes as `collective_seconds` counts them) of a communication op."""
-    kind = op_name(node.target).removesuffix("_bucket")
+    kind = op_name(node.target).removesuffix("_bucket").removeprefix("start_")
     value = node.meta["val"] if kind == "all_gather" else map_operands(node.args[0], lambda n: n.meta["val"])
     size = sum(t.numel() * t.element_size() for t in _tensors(value))
     return str(node.args[1]), cast(CollectiveKind, kind), float(size)

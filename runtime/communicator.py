@@ -44,12 +44,8 @@ class MeshCommunicator(Communicator, Protocol):
         """`all_reduce` whose result may be `x` itself, overwritten: `x` is not to be used again."""
         ...
 
-    def start_reduce(self, x: Tensor, axis: str) -> Callable[[], Tensor]:
-        """`reduce_` of a sum that may go on while the rank computes: what is returned waits for it and gives it."""
-        ...
-
     def start_reduce_scatter(self, x: Tensor, axis: str) -> Callable[[], Tensor]:
-        """`reduce_scatter`, likewise; `x` is not to be used again."""
+        """`reduce_scatter` as `start_reduce` is for sums; `x` is not to be used again."""
         ...
 
     def broadcast(self, x: Tensor, axis: str, root_index: int) -> Tensor:

@@ -9,7 +9,7 @@ tests, a `StaticCommunicator` while graphs are emitted, where only shapes are ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..types import Sections, even_sections, unflatten_sections
 
@@ -30,6 +31,10 @@ class Communicator(Protocol):
     def size(self, axis: str) -> int: ...
     def index(self, axis: str) -> int: ...
     def all_reduce(self, x: Tensor, axis: str, op: str) -> Tensor: ...
+
+    def start_reduce(self, x: Tensor, axis: str) -> Callable[[], Tensor]:
+        """A sum that may go on while the rank computes: what is returned waits for it and gives it. `x` may be overwritten."""
+        ...
 
     def all_gather(self, x: Tensor, axis: str) -> Tensor:
         """The equally shaped `x` of every rank of the axis, stacked on a new leading dim."""
@@ -59,6 +64,9 @@ class StaticCommunicator:
 
     def all_reduce(self, x: Tensor, axis: str, op: str) -> Tensor:
         raise self._no_peers("all_reduce", axis)
+
+    def start_reduce(self, x: Tensor, axis: str) -> Callable[[], Tensor]:
+        raise self._no_peers("start_all_reduce", axis)
 
     def all_gather(self, x: Tensor, axis: str) -> Tensor:
         raise self._no_peers("all_gather", axis)
@@ -143,6 +151,22 @@ def _lengths(sections: Sections) -> list[int]:
 
 def _all_reduce(x: Tensor, axis: str, op: str = "sum") -> Tensor:
     return communicator().all_reduce(x.contiguous(), axis, op)
+
+
+_started: MutableMapping[Tensor, Callable[[], Tensor]] = WeakIdKeyDictionary()
+"""What waits for a collective, by the tensor that stands for its result in a graph until it is awaited."""
+
+
+def _start_all_reduce(x: Tensor, axis: str) -> Tensor:
+    standing = x.clone(memory_format=torch.contiguous_format)
+    _started[standing] = communicator().start_reduce(standing, axis)
+    return standing
+
+
+def _wait(started: Tensor) -> Tensor:
+    # Cloned where the sum was made in place: an op's result is never its operand.
+    result = _started.pop(started)()
+    return result.clone() if result is started else result
 
 
 def _all_gather(x: Tensor, axis: str, dim: int, sizes: Sequence[int]) -> Tensor:
@@ -279,6 +303,9 @@ _OPS = {
     "reduce_scatter_bucket(Tensor[] xs, str axis, int[] dims, int[] counts, int[] sizes) -> Tensor[]": _reduce_scatter_bucket,
     # P -> I / P -> R, and the backward of I -> R.
     "all_reduce(Tensor x, str axis, str op='sum') -> Tensor": _all_reduce,
+    # A sum in two halves, with computation between them. What the first gives only the second may read.
+    "start_all_reduce(Tensor x, str axis) -> Tensor": _start_all_reduce,
+    "wait(Tensor started) -> Tensor": _wait,
     # V -> I / V -> R.
     "all_gather(Tensor x, str axis, int dim, int[] sizes) -> Tensor": _all_gather,
     # P -> V.
@@ -304,6 +331,7 @@ ops = getattr(torch.ops, NAMESPACE)
 COMMUNICATION = frozenset(
     {
         ops.all_reduce.default,
+        ops.start_all_reduce.default,
         ops.all_gather.default,
         ops.reduce_scatter.default,
         ops.all_to_all.default,
@@ -351,6 +379,8 @@ _FAKES = {
     "all_gather_bucket": _fake_bucket(_fake_whole),
     "reduce_scatter_bucket": _fake_bucket(_fake_shard),
     "all_reduce": lambda x, axis, op="sum": x.new_empty(x.shape),
+    "start_all_reduce": lambda x, axis: x.new_empty(x.shape),
+    "wait": lambda started: started.new_empty(started.shape),
     "all_gather": _fake_whole,
     "reduce_scatter": _fake_shard,
     "all_to_all": _fake_all_to_all,
