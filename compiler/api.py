@@ -126,8 +126,8 @@ class SoloControl:
     rank = 0
     world_size = 1
 
-    def exchange(self, header: list[int]) -> list[list[int]]:
-        return [header]
+    def start_exchange(self, header: list[int]) -> Callable[[], list[list[int]]]:
+        return lambda: [header]
 
     def exchange_text(self, text: str) -> list[str]:
         return [text]

@@ -31,12 +31,14 @@ class MeshCommunicator(Communicator, Protocol):
 
     microbatch   (index, count) of the micro-batch being run
     position     what the rank is doing, for error messages
+    gate         called once, before the rank next communicates
     """
 
     mesh: Mesh
     rank: int
     microbatch: tuple[int, int]
     position: str
+    gate: Callable[[], None] | None
 
     def group(self, axis: str) -> AxisGroup: ...
 
@@ -57,6 +59,8 @@ class MeshCommunicator(Communicator, Protocol):
         ...
 
     def receive(self, shape: Sequence[int], dtype: torch.dtype, peer: int) -> Tensor: ...
+
+    def pass_gate(self) -> None: ...
 
     def flush(self) -> None:
         """Wait until everything sent has been taken."""
@@ -122,7 +126,13 @@ class Standing:
         self.rank = rank
         self.microbatch: tuple[int, int] = (0, 1)
         self.position = ""
+        self.gate: Callable[[], None] | None = None
         self._axis_groups: dict[str, AxisGroup] = {}
+
+    def pass_gate(self) -> None:
+        gate, self.gate = self.gate, None
+        if gate is not None:
+            gate()
 
     def group(self, axis: str) -> AxisGroup:
         found = self._axis_groups.get(axis)
@@ -200,6 +210,7 @@ class ProcessGroupCommunicator(Standing):
         """Run `work`, turning what torch.distributed raises into an error that says what was being done, with whom."""
         if self._lost is not None:
             raise PeerLostError(str(self._lost))
+        self.pass_gate()
         try:
             return work()
         except RuntimeError as error:

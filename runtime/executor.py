@@ -77,7 +77,13 @@ class Executor:
         }
 
     def run(
-        self, working: Mapping[Key, Tensor], inputs: Mapping[Key, Tensor], seed: int = 0, *, defer_reduction: bool = False
+        self,
+        working: Mapping[Key, Tensor],
+        inputs: Mapping[Key, Tensor],
+        seed: int = 0,
+        *,
+        defer_reduction: bool = False,
+        gate: Callable[[], None] | None = None,
     ) -> StepResult:
         """One step.
 
@@ -85,11 +91,13 @@ class Executor:
         inputs            `input.*` of this rank's call, all micro-batches together
         seed              of the step's random ops, equal on all ranks
         defer_reduction   give the gradients as they are before the schedule's reductions; see `reduce`
+        gate              called once, before the rank communicates; what it raises ends the step, which has changed nothing
 
         Raises MismatchError for tensors that are missing or that the micro-batches do not cut.
         """
         values: list[Any] = [None] * self.plan.slots
         self._unsettled = []
+        self.communicator.gate = gate
         with torch.no_grad(), self._without_autocast(), use_communicator(self.communicator):
             self._enter(values, working, inputs, seed)
             for i, step in enumerate(self.plan.steps):
@@ -102,6 +110,7 @@ class Executor:
             self.communicator.position = "the end of the step"
             self.communicator.flush()
             self.communicator.position = ""
+            self.communicator.pass_gate()
         found = self.plan.raw_gradients if defer_reduction else self.plan.gradients
         return StepResult(
             outputs={key: values[slot] for key, slot in self.plan.outputs},

@@ -9,9 +9,9 @@ import json
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from types import TracebackType
 from typing import Protocol, TypeVar
@@ -42,8 +42,8 @@ class Control(Protocol):
     rank: int
     world_size: int
 
-    def exchange(self, header: list[int]) -> list[list[int]]:
-        """Every rank's header (equally long, int64), by rank. A collective."""
+    def start_exchange(self, header: list[int]) -> Callable[[], list[list[int]]]:
+        """A collective, which what is returned waits for: every rank's header (equally long, int64), by rank."""
         ...
 
     def exchange_text(self, text: str) -> list[str]:
@@ -65,10 +65,11 @@ class CommunicatorControl:
         self._communicator = communicator
         self._axis = "+".join(communicator.mesh.axes)
 
-    def exchange(self, header: list[int]) -> list[list[int]]:
+    def start_exchange(self, header: list[int]) -> Callable[[], list[list[int]]]:
         if self.world_size == 1:
-            return [header]
-        return self._communicator.all_gather(torch.tensor(header, dtype=torch.int64), self._axis).tolist()
+            return lambda: [header]
+        headers = self._communicator.all_gather(torch.tensor(header, dtype=torch.int64), self._axis).tolist()
+        return lambda: headers
 
     def exchange_text(self, text: str) -> list[str]:
         return gather_texts(self._communicator, self._axis, text) if self.world_size > 1 else [text]
@@ -85,27 +86,41 @@ class GlooControl:
         self._store = store
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
-    def _all_gather(self, x: Tensor) -> Tensor:
+    def _start_gather(self, x: Tensor) -> Callable[[], Tensor]:
         """Everyone's `x`, by rank: among a few ranks all at once, which takes Gloo a quarter of the time of its all-gather."""
         rows = x.new_empty(self.world_size, *x.shape)
-        try:
+        own = x.unsqueeze(0).expand_as(rows).contiguous()
+        with self._naming_the_lost():
             if self.world_size <= _FEW:
-                dist.all_to_all_single(rows, x.unsqueeze(0).expand_as(rows).contiguous(), group=self._group)
+                work = dist.all_to_all_single(rows, own, group=self._group, async_op=True)
             else:
-                dist.all_gather([*rows], x, group=self._group)
+                work = dist.all_gather([*rows], x, group=self._group, async_op=True)
+
+        def finish() -> Tensor:
+            with self._naming_the_lost():
+                if work is not None:
+                    work.wait()
+            return rows
+
+        return finish
+
+    @contextlib.contextmanager
+    def _naming_the_lost(self) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:
             reason = abort_reason(self._store)
             cause = f"A peer said: {reason}" if reason else f"torch.distributed said: {str(error).strip().splitlines()[0]}"
             raise PeerLostError(
                 f"rank {self.rank} lost a peer while the ranks were comparing what they are about to run. {cause}. {AFTER_A_LOSS}"
             ) from error
-        return rows
 
-    def exchange(self, header: list[int]) -> list[list[int]]:
-        return self._all_gather(torch.tensor(header, dtype=torch.int64)).tolist()
+    def start_exchange(self, header: list[int]) -> Callable[[], list[list[int]]]:
+        finish = self._start_gather(torch.tensor(header, dtype=torch.int64))
+        return lambda: finish().tolist()
 
     def exchange_text(self, text: str) -> list[str]:
-        return _decode(text, self._all_gather, torch.device("cpu"))
+        return _decode(text, lambda x: self._start_gather(x)(), torch.device("cpu"))
 
 
 def _decode(text: str, gather: Callable[[Tensor], Tensor], device: torch.device) -> list[str]:
@@ -167,30 +182,83 @@ class Agreement:
     seed: int
 
 
+class Superseded(Exception):
+    """A run was begun on an expectation that did not hold: what the ranks are to do is another thing, or an error."""
+
+
+class Comparison:
+    """One call, as it is being compared across ranks.
+
+    expected   what the ranks will have agreed on if all of them call as they did the last time, None where this rank does not
+    """
+
+    def __init__(self, expected: Agreement | None, finish: Callable[[], Agreement]) -> None:
+        self.expected = expected
+        self._finish = finish
+        self._outcome: Agreement | ShardwrightError | None = None
+
+    def confirm(self) -> Agreement:
+        """Waits for the other ranks. Raises MismatchError, on every rank, where ranks are about to run different things."""
+        if self._outcome is None:
+            try:
+                self._outcome = self._finish()
+            except ShardwrightError as error:
+                self._outcome = error
+        if isinstance(self._outcome, ShardwrightError):
+            raise self._outcome
+        return self._outcome
+
+    def hold(self) -> None:
+        """Raises Superseded unless what was expected is agreed on."""
+        try:
+            if self.confirm() == self.expected:
+                return
+        except ShardwrightError as error:
+            raise Superseded from error
+        raise Superseded
+
+
 @dataclass
 class Agreements:
     """Compares calls across ranks. One exchange of a few integers a step; texts travel once for each new combination."""
 
     control: Control
     _known: dict[tuple[tuple[int, ...], ...], tuple[Shapes, ...]] = field(default_factory=dict)
+    _last: tuple[tuple[int, ...], Agreement] | None = None
+    """This rank's last call, and what was agreed on."""
 
-    def agree(self, facts: CallFacts, flags: Flags, groups: Sequence[Sequence[int]]) -> Agreement:
-        """Raises MismatchError, on every rank, where ranks are about to run different things.
+    def begin(self, facts: CallFacts, flags: Flags, groups: Sequence[Sequence[int]]) -> Comparison:
+        """Start to compare a call. The ranks may go on before they know the outcome, as far as what they do needs no other rank.
 
         groups   ranks that must have been given the same batch
         """
         shapes = json.dumps(facts.shapes, sort_keys=True)
         mode = flags.training | flags.gradients << 1 | flags.synchronize << 2
-        header = [mode, _hash(facts.structure), _hash(shapes), facts.content, int(flags.stale), flags.seed]
-        headers = self.control.exchange(header)
-        table = tuple((row[1], row[2]) for row in headers)
-        known = self._known.get(table)
-        if known is None or any(row[:2] != headers[0][:2] for row in headers):
-            known = self._compare(facts, shapes, headers)
-            self._known[table] = known
-        for group in groups:
-            _same_batch(group, headers, known)
-        return Agreement(known, any(row[4] for row in headers), headers[0][5])
+        call = (mode, _hash(facts.structure), _hash(shapes))
+        finish = self.control.start_exchange([*call, facts.content, int(flags.stale), flags.seed])
+        expected = None
+        if self._last is not None and self._last[0] == call:
+            # Ranks go through their epochs alike: a rank that has made an optimizer step is not alone.
+            expected = replace(self._last[1], stale=flags.stale, **({} if self.control.rank else {"seed": flags.seed}))
+
+        def compare() -> Agreement:
+            headers = finish()
+            table = tuple((row[1], row[2]) for row in headers)
+            known = self._known.get(table)
+            if known is None or any(row[:2] != headers[0][:2] for row in headers):
+                known = self._compare(facts, shapes, headers)
+                self._known[table] = known
+            for group in groups:
+                _same_batch(group, headers, known)
+            agreed = Agreement(known, any(row[4] for row in headers), headers[0][5])
+            self._last = (call, agreed)
+            return agreed
+
+        return Comparison(expected, compare)
+
+    def agree(self, facts: CallFacts, flags: Flags, groups: Sequence[Sequence[int]]) -> Agreement:
+        """The outcome of `begin`, at once."""
+        return self.begin(facts, flags, groups).confirm()
 
     def _compare(self, facts: CallFacts, shapes: str, headers: list[list[int]]) -> tuple[Shapes, ...]:
         texts = self.control.exchange_text(json.dumps([facts.structure, shapes]))

@@ -277,6 +277,7 @@ class LockstepCommunicator(Standing):
         self._world = world
 
     def _join(self, kind: str, axis: str, x: Tensor, compute: Callable[[list[Tensor]], list[Tensor]], detail: str = "") -> Tensor:
+        self.pass_gate()
         call = _Call(kind, detail, tuple(x.shape), x.dtype)
         return self._world._meet(self.rank, self.group(axis), call, x, compute)
 
@@ -313,9 +314,11 @@ class LockstepCommunicator(Standing):
         return self._join("broadcast", axis, x, lambda xs: [xs[root_index].clone() for _ in xs], f"from index {root_index}")
 
     def send(self, x: Tensor, peer: int) -> None:
+        self.pass_gate()
         self._world._send(self.rank, peer, x)
 
     def receive(self, shape: Sequence[int], dtype: torch.dtype, peer: int) -> Tensor:
+        self.pass_gate()
         return self._world._receive(peer, self.rank, tuple(shape), dtype)
 
     def flush(self) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from shardwright.runtime.faults import (
     Agreements,
     CallFacts,
     CommunicatorControl,
+    Comparison,
     Flags,
+    Superseded,
     abort_reason,
     batch_groups,
     checksum,
@@ -47,7 +50,7 @@ def test_texts_of_any_length_travel() -> None:
         text = "é" * (3 * rank)
         assert CommunicatorControl(communicator).exchange_text(text) == ["é" * (3 * r) for r in range(4)]
         assert gather_texts(communicator, "dp", text) == ["é" * (3 * r) for r in ((0, 2) if rank % 2 == 0 else (1, 3))]
-        assert CommunicatorControl(communicator).exchange([rank, -(2**62)]) == [[r, -(2**62)] for r in range(4)]
+        assert CommunicatorControl(communicator).start_exchange([rank, -(2**62)])() == [[r, -(2**62)] for r in range(4)]
 
     run_ranks(4, run)
 
@@ -74,6 +77,38 @@ def test_agreement_tells_every_rank_of_the_others() -> None:
     assert rows == [[2, 2, 3, 3], [3, 3, 4, 4]] * 2
     assert [agreed.stale for agreed in results[0]] == [False, True, False, False]
     assert [agreed.seed for agreed in results[0]] == [0, 1, 2, 3]
+
+
+def test_ranks_expect_what_was_agreed_on_the_last_time() -> None:
+    """And find out where another rank does something else, which it alone knows at first."""
+
+    def run(control: CommunicatorControl, rank: int) -> None:
+        agreements = Agreements(control)
+        groups = batch_groups(MESH)
+
+        def begin(step: int, length: int = 2, stale: bool = False) -> Comparison:
+            flags = Flags(True, True, stale=stale, seed=10 * rank + step)
+            return agreements.begin(facts(torch.zeros(length, 3)), flags, groups)
+
+        first = begin(0)
+        assert first.expected is None
+        agreed = first.confirm()
+        same = begin(0, stale=True)
+        assert same.expected == replace(agreed, stale=True)
+        same.hold()
+        longer = begin(0, 3 if rank >= 2 else 2)
+        assert (longer.expected is None) == (rank >= 2)
+        if rank < 2:
+            with pytest.raises(Superseded):
+                longer.hold()
+        assert [shapes["input.x"][0][0] for shapes in longer.confirm().shapes] == [2, 2, 3, 3]
+        seeded = begin(1, 3 if rank >= 2 else 2, stale=rank == 1)
+        assert seeded.expected == replace(longer.confirm(), stale=rank == 1, seed=0 if rank else 1)
+        with pytest.raises(Superseded):
+            seeded.hold()
+        assert (seeded.confirm().seed, seeded.confirm().stale) == (1, True)
+
+    with_control(run)
 
 
 DIFFERENCES: dict[str, tuple[Callable[[int], tuple[CallFacts, Flags]], str]] = {
@@ -112,8 +147,12 @@ def test_every_rank_refuses_what_differs(what: str) -> None:
         agreements = Agreements(control)
         agreements.agree(facts(torch.zeros(2)), Flags(True, True), batch_groups(MESH))
         own, flags = make(rank)
-        with pytest.raises(MismatchError, match=f"(?s){pattern}"):
-            agreements.agree(own, flags, batch_groups(MESH))
+        comparison = agreements.begin(own, flags, batch_groups(MESH))
+        with pytest.raises(Superseded):
+            comparison.hold()
+        for _ in range(2):
+            with pytest.raises(MismatchError, match=f"(?s){pattern}"):
+                comparison.confirm()
 
     with_control(run)
 

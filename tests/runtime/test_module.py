@@ -9,7 +9,7 @@ import pytest
 import torch
 from fake_engine import PROGRAMS, Mlp, batch, mesh_of, on_ranks, total_loss
 
-from shardwright.runtime.errors import ShardwrightError
+from shardwright.runtime.errors import MismatchError, ShardwrightError
 from shardwright.runtime.module import ParallelModule
 from shardwright.runtime.sharded import ShardedTensor, full_tensor
 
@@ -56,6 +56,52 @@ def test_loss_and_gradients_equal_one_device(name: str) -> None:
     assert all(torch.equal(found, results[0][0]) for found, _ in results)
     torch.testing.assert_close(results[0][0], loss, rtol=1e-13, atol=0)
     compare([g for _, g in results], gradients)
+
+
+def test_a_call_unlike_the_others_is_refused_and_loses_nothing(name: str) -> None:
+    _, gradients = reference_gradients(name, 2)
+
+    def run(parallel: ParallelModule, rank: int) -> Any:
+        parallel(batch(name, rank)).loss.backward()
+        with pytest.raises(MismatchError, match=r"call the model differently") as refused:
+            parallel(**{"x": batch(name, rank)}) if rank else parallel(batch(name, rank))
+        assert "run forward" not in str(refused.value), "the call is wrong, not the node that ran meanwhile"
+        parallel(batch(name, rank)).loss.backward()
+        return wholes(parallel, "grad")
+
+    compare(on_ranks(name, run), gradients)
+
+
+def test_a_new_seed_on_the_first_rank_holds_for_all() -> None:
+    """The others have begun to run with the seed of the step before."""
+    seeds: list[list[int]] = []
+
+    def run(parallel: ParallelModule, rank: int) -> None:
+        found: list[int] = []
+        seeds.append(found)
+        engine = parallel._engine
+        compile_program = engine.program_for
+
+        def program_for(*args: Any, **kwargs: Any) -> Any:
+            bound = compile_program(*args, **kwargs)
+            execute = bound.executor.run
+
+            def noting(working: Any, inputs: Any, seed: int, **options: Any) -> Any:
+                result = execute(working, inputs, seed, **options)
+                found.append(seed)
+                return result
+
+            bound.executor.run = noting
+            return bound
+
+        engine.program_for = program_for
+        for step in range(3):
+            with torch.random.fork_rng():
+                torch.manual_seed(100 if rank or step < 1 else 5)
+                parallel(batch("data", rank))
+
+    on_ranks("data", run)
+    assert seeds == [[100, 6, 7]] * len(seeds)
 
 
 def test_scaled_losses_and_accumulation(name: str) -> None:
