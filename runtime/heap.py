@@ -8,58 +8,53 @@ pins a hole of the size of an activation each: under tensor parallelism a proces
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+PAGE = mmap.PAGESIZE
 SLACK = 32 * 2**20
-"""Bytes by which the heap may grow before its holes are given back. That costs some milliseconds, and new pages for what is used
-again."""
-
-
-class _MallInfo2(ctypes.Structure):
-    """glibc's struct mallinfo2 (malloc.h)."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
-    )
+"""Bytes by which the process may grow before the heap's holes are given back. That costs some milliseconds, and new pages for what
+is used again."""
 
 
 @cache
-def _library() -> tuple[Callable[[int], Any], Callable[[], Any] | None] | None:
-    """malloc_trim and, from glibc 2.33 on, mallinfo2."""
-    if sys.platform != "linux":
-        return None
-    library = ctypes.CDLL(None)
-    trim = getattr(library, "malloc_trim", None)  # musl has none
-    info = getattr(library, "mallinfo2", None)
-    if info is not None:
-        info.restype = _MallInfo2
-    return None if trim is None else (trim, info)
+def _trim() -> Callable[[int], Any] | None:
+    """malloc_trim; musl has none."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def trim() -> None:
     """Give back every page of the heap that holds nothing."""
-    library = _library()
-    if library is not None:
-        library[0](0)
+    found = _trim()
+    if found is not None:
+        found(0)
+
+
+def resident() -> int:
+    """Pages of this process in memory, in bytes; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+    except OSError:
+        return 0
 
 
 class HeapWatch:
-    """Trims the heap when it has grown by `SLACK` beyond what it was when trimmed last, or when the watch began."""
+    """Trims the heap when the process has grown by `SLACK` beyond what it was at the first check, or the first after a trim.
+
+    Asked once a step, so that what a step allocates and frees does not count as growth.
+    """
 
     def __init__(self) -> None:
-        self._settled = self._size()
-
-    def _size(self) -> int:
-        """Bytes of all heaps, used or free; 0 where it cannot be known."""
-        library = _library()
-        return library[1]().arena if library is not None and library[1] is not None else 0
+        self._settled: int | None = None
 
     def check(self) -> None:
-        size = self._size()
-        if size > self._settled + SLACK:
-            trim()
+        size = resident()
+        if self._settled is None:
             self._settled = size
+        elif size > self._settled + SLACK:
+            trim()
+            self._settled = None
