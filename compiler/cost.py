@@ -60,6 +60,13 @@ def op_flops(call: OpCall) -> float:
             return 2.0 * result * shapes[0][-1]
         case "grouped_linear_grad_x" | "grouped_linear_grad_w":
             return 2.0 * math.prod(shapes[0]) * (shapes[1][-1])
+        # The rows of the experts that a rank holds: on average its share of all.
+        case "grouped_linear_shard":
+            return 2.0 * result * shapes[0][-1] * shapes[1][0] / sum(call.arg(4, "sizes"))
+        case "grouped_linear_shard_grad_x":
+            return 2.0 * math.prod(shapes[0]) * shapes[1][-1] * shapes[1][0] / sum(call.arg(4, "sizes"))
+        case "grouped_linear_shard_grad_w":
+            return 2.0 * math.prod(shapes[0]) * shapes[1][-1] * call.arg(3, "experts") / sum(call.arg(5, "sizes"))
         case "conv1d" | "conv2d" | "conv3d" | "convolution":
             transposed = op_name(call.target) == "convolution" and call.arg(6, "transposed", False)
             return 2.0 * (math.prod(shapes[0]) if transposed else result) * math.prod(shapes[1][1:])
@@ -195,6 +202,8 @@ class Seconds:
         operands = tuple(m if m is None else local_meta(m, t) for m, t in zip(call.operands, strategy.ins, strict=True))
         results = tuple(local_meta(m, t) for m, t in zip(call.results, strategy.outs, strict=True))
         local = replace(call, operands=operands, results=results)
+        if strategy.target is not None:
+            local = replace(local, target=strategy.target, args=strategy.args or (), kwargs=strategy.kwargs or {})
         return op_seconds(local, self.topology.device) + backward_seconds(local, self.topology.device)
 
     def placeholder(self, type_: Type, meta: TensorMeta, axis: Axis) -> float:

@@ -3,12 +3,17 @@
     grouped_linear(x, weight, expert) [T, N]:   out[t] = weight[expert[t]] @ x[t]
 
 x [T, K], weight [E, N, K], expert int64 [T]. A row whose expert is outside [0, E) gives zeros and takes no gradient, so
-that experts sharded over ranks add up. The two gradients are ops of their own, so that a schedule may part them.
+that experts sharded over ranks add up:
+
+    grouped_linear_shard(x, weight, expert, axis, sizes) [T, N]
+
+has in `weight` this rank's experts, cut over `axis` in the sections `sizes`; `expert` is global, and the sum over the axis is
+the whole's result. The two gradients are ops of their own, so that a schedule may part them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +21,7 @@ from torch import Tensor
 
 from .collectives import ops
 from .define import define
+from .positions import axis_ranges, locate
 
 
 class _Groups:
@@ -118,4 +124,56 @@ define(
     "grouped_linear_grad_w(Tensor grad, Tensor x, Tensor expert, int experts) -> Tensor",
     _grouped_linear_grad_w,
     lambda grad, x, expert, experts: grad.new_empty(experts, grad.shape[1], x.shape[1]),
+)
+
+
+# One shard of the experts.
+
+
+def _local(expert: Tensor, experts: int, axis: str, sizes: Sequence[int]) -> Tensor:
+    """The rows' experts as this rank counts its `experts`, -1 for those of another rank."""
+    return locate(expert, axis_ranges(axis, sizes, experts))
+
+
+def _grouped_linear_shard(x: Tensor, weight: Tensor, expert: Tensor, axis: str, sizes: Sequence[int]) -> Tensor:
+    return _grouped_linear(x, weight, _local(expert, weight.shape[0], axis, sizes))
+
+
+def _grouped_linear_shard_grad_x(grad: Tensor, weight: Tensor, expert: Tensor, axis: str, sizes: Sequence[int]) -> Tensor:
+    return _grouped_linear_grad_x(grad, weight, _local(expert, weight.shape[0], axis, sizes))
+
+
+def _grouped_linear_shard_grad_w(grad: Tensor, x: Tensor, expert: Tensor, experts: int, axis: str, sizes: Sequence[int]) -> Tensor:
+    return _grouped_linear_grad_w(grad, x, _local(expert, experts, axis, sizes), experts)
+
+
+def _save_shard(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *operands, ctx.axis, ctx.sizes = inputs
+    ctx.save_for_backward(*operands)
+
+
+def _shard_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight, expert = ctx.saved_tensors
+    place = (ctx.axis, ctx.sizes)
+    grad_x = ops.grouped_linear_shard_grad_x(grad, weight, expert, *place) if ctx.needs_input_grad[0] else None
+    grad_w = ops.grouped_linear_shard_grad_w(grad, x, expert, weight.shape[0], *place) if ctx.needs_input_grad[1] else None
+    return grad_x, grad_w, None, None, None
+
+
+define(
+    "grouped_linear_shard(Tensor x, Tensor weight, Tensor expert, str axis, int[] sizes) -> Tensor",
+    _grouped_linear_shard,
+    lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[1]),
+    _shard_gradients,
+    _save_shard,
+)
+define(
+    "grouped_linear_shard_grad_x(Tensor grad, Tensor weight, Tensor expert, str axis, int[] sizes) -> Tensor",
+    _grouped_linear_shard_grad_x,
+    lambda grad, weight, *_: grad.new_empty(grad.shape[0], weight.shape[2]),
+)
+define(
+    "grouped_linear_shard_grad_w(Tensor grad, Tensor x, Tensor expert, int experts, str axis, int[] sizes) -> Tensor",
+    _grouped_linear_shard_grad_w,
+    lambda grad, x, expert, experts, *_: grad.new_empty(experts, grad.shape[1], x.shape[1]),
 )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 
 from ..ops import experts  # noqa: F401  (defines the op)
-from .base import Axis, OpCall, Rule, rule_for
+from ..types import P, R, Sections, Varying, flatten_sections
+from .base import Axis, OpCall, Rule, Strategy, rule_for
 from .notation import factors
 
 aten = torch.ops.aten
+ours = torch.ops.shardwright
 
 TABLE = {
     aten.mm.default: "m k, k n -> m n",
@@ -17,8 +19,8 @@ TABLE = {
     aten.dot.default: "k, k -> ",
     aten.outer.default: "m, n -> m n",
     aten.linear.default: "... k, n k -> ... n",
-    # x[t, k], weight[e, n, k], expert[t]: the expert of a token may be any, so e stays whole.
-    torch.ops.shardwright.grouped_linear.default: "t k, e n k, t -> t n; block: e",
+    # x[t, k], weight[e, n, k], expert[t]: the expert of a token may be any, so every rank adds what its experts give.
+    ours.grouped_linear.default: "t k, e n k, t -> t n",
 }
 
 
@@ -27,7 +29,14 @@ def product(call: OpCall, axis: Axis) -> Rule | None:
     if call.target is aten.linear.default and len(call.operands) != 2:
         return None
     # A product is linear in each operand alone.
-    return Rule(factors(TABLE[call.target], call), linear=(frozenset({0}), frozenset({1})))
+    return Rule(factors(TABLE[call.target], call), linear=(frozenset({0}), frozenset({1})), swap={"e": _experts_shard})
+
+
+def _experts_shard(call: OpCall, axis: Axis, strategy: Strategy, cut: Sections) -> Strategy:
+    weight = strategy.ins[1]
+    assert isinstance(weight, Varying)
+    args = (*call.args, axis.name, flatten_sections(weight.sections))
+    return Strategy("e", (R, weight, R), (P,), ours.grouped_linear_shard.default, args, {})
 
 
 @rule_for(aten.matmul.default)

@@ -69,6 +69,15 @@ def call(target, *args, results, grad=False, **kwargs):
         (call(ops.grouped_linear.default, (S, K), (8, N, K), (S,), results=[(S, N)]), 2 * S * K * N),
         (call(ops.grouped_linear_grad_x.default, (S, N), (8, N, K), (S,), results=[(S, K)]), 2 * S * K * N),
         (call(ops.grouped_linear_grad_w.default, (S, N), (S, K), (S,), 8, results=[(8, N, K)]), 2 * S * K * N),
+        (call(ops.grouped_linear_shard.default, (S, K), (8, N, K), (S,), "tp", [8, 4], results=[(S, N)]), 2 * S * K * N * 2 / 3),
+        (
+            call(ops.grouped_linear_shard_grad_x.default, (S, N), (8, N, K), (S,), "tp", [8, 4], results=[(S, K)]),
+            2 * S * K * N * 2 / 3,
+        ),
+        (
+            call(ops.grouped_linear_shard_grad_w.default, (S, N), (S, K), (S,), 8, "tp", [8, 4], results=[(8, N, K)]),
+            2 * S * K * N * 2 / 3,
+        ),
         (call(aten.add.Tensor, (S, K), (S, K), results=[(S, K)]), 0),
     ],
 )

@@ -8,7 +8,13 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from shardwright.passes.ops import experts as module
+from shardwright.compiler.cost import Seconds
+from shardwright.compiler.topology import Topology
 from shardwright.passes.ops import ops
+from shardwright.passes.ops.collectives import StaticCommunicator, join_shards, take_shard, use_communicator
+from shardwright.passes.rules.base import Axis, OpCall, Operand, TensorMeta, strategies
+from shardwright.passes.types import Sections, flatten_sections, shard
+from shardwright.runtime.program import Mesh
 
 EXPERTS = {
     "mixed": torch.tensor([3, 0, 1, 1, 3, 0, 4, 1, 0]),
@@ -82,3 +88,42 @@ def test_a_frozen_weight_costs_nothing():
         x, weight.detach(), EXPERTS["mixed"]
     )
     assert ops.grouped_linear_grad_w.default not in [node.target for node in graph.graph.nodes]
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("sections", [((2, 3),), ((5, 0, 0),), ((1, 1, 1), (0, 1, 1))], ids=str)
+def test_shards_of_experts_add_up(name: str, sections: Sections) -> None:
+    expert = EXPERTS[name]
+    x, weight = operands(expert, torch.float64)
+    whole = ops.grouped_linear(x, weight, expert)
+    seed = torch.randn_like(whole)
+    wanted = torch.autograd.grad(whole, (x, weight), seed)
+    total, grad_x, grad_w = torch.zeros_like(whole), torch.zeros_like(x), []
+    n = len(sections[0])
+    for rank in range(n):
+        with use_communicator(StaticCommunicator({"tp": n}, {"tp": rank})):
+            part = take_shard(weight.detach(), 0, sections, rank).clone().requires_grad_()
+            out = ops.grouped_linear_shard(x, part, expert, "tp", flatten_sections(sections))
+            gradients = torch.autograd.grad(out, (x, part), seed)
+        total, grad_x = total + out, grad_x + gradients[0]
+        grad_w.append(gradients[1])
+    torch.testing.assert_close(total, whole)
+    torch.testing.assert_close(grad_x, wanted[0])
+    torch.testing.assert_close(join_shards(grad_w, 0, sections), wanted[1])
+
+
+def test_a_rank_multiplies_the_rows_of_its_experts_alone() -> None:
+    """However the experts are cut: a mixture whose widths do not divide still shares its work."""
+    call = OpCall(
+        ops.grouped_linear.default,
+        tuple(map(Operand, range(3))),
+        {},
+        (TensorMeta((9, 7), torch.float64, True), TensorMeta((4, 5, 7), torch.float64, True), TensorMeta((9,), torch.int64)),
+        (TensorMeta((9, 5), torch.float64, True),),
+    )
+    axis = Axis("tp", 2)
+    (found,) = [s for s in strategies(call, axis) if s.label == "e"]
+    assert (str(found.ins[0]), found.ins[1], str(found.outs[0])) == ("R", shard(0, 4, 2), "P")
+    seconds = Seconds(Topology.preset("h100", devices=2), Mesh(("tp",), (2,)))
+    cost = {s.label: seconds.node(call, s, axis, (False, True, False)) for s in strategies(call, axis)}
+    assert cost["e"] < cost["I"]
