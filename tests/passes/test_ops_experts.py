@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from shardwright.passes.ops import experts as module
 from shardwright.compiler.cost import Seconds
 from shardwright.compiler.topology import Topology
+from shardwright.passes.ops import experts as module
 from shardwright.passes.ops import ops
 from shardwright.passes.ops.collectives import StaticCommunicator, join_shards, take_shard, use_communicator
 from shardwright.passes.rules.base import Axis, OpCall, Operand, TensorMeta, strategies
