@@ -11,6 +11,7 @@
 - attention is shardwright.attention, or chunked_attention where it has dropout or a mask with a gradient
 - dropout is shardwright.dropout(x, seed, p, site), with a placeholder of key "seed"
 - no sorting in mixtures of experts: shardwright.grouped_linear on tokens in their order
+- rows scattered by a mask are looked up
 - composite ops that nothing here knows are taken apart
 
 `check_normal` checks what of this can be seen in a graph.
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, fx
 
 from ...compiler.torch_compat import OpOverload
-from . import attention, batch_norm, cleanup, decompose, experts, linear, losses, random, reductions, views
+from . import attention, batch_norm, cleanup, decompose, experts, linear, losses, random, reductions, scatter, views
 from .gradients import mark_gradients
 from .rewrite import Rules, bind, rewrite, trim, wrap_dims
 
@@ -42,6 +43,7 @@ RULES: Rules = {
     **attention.RULES,
     **random.RULES,
     **experts.RULES,
+    **scatter.RULES,
     None: decompose.decompose,
 }
 

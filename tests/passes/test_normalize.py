@@ -645,3 +645,37 @@ def test_a_tensor_filled_part_by_part_is_one_concatenation() -> None:
         torch.ops.aten.cat.default,
         torch.ops.aten.mul.Tensor,
     ]
+
+
+ROWS = torch.tensor([[True, False, True, True], [False, False, True, False]])
+
+
+@pytest.mark.parametrize(
+    ("mask", "source"),
+    [
+        (ROWS.unsqueeze(-1), (4, 3)),
+        (ROWS.unsqueeze(-1), (17,)),  # more elements than are taken, and no whole number of rows
+        (ROWS[0].unsqueeze(-1), (2, 3, 3)),
+        (ROWS[:, :1, None], (3, 8)),  # whole samples
+    ],
+    ids=["patches among tokens", "more elements", "every sample alike", "samples"],
+)
+@pytest.mark.parametrize("expanded", [True, False])
+def test_rows_scattered_by_a_mask_are_looked_up(mask: Tensor, source: tuple[int, ...], expanded: bool) -> None:
+    def body(x: Tensor, m: Tensor, s: Tensor) -> Tensor:
+        return x.masked_scatter(m.expand_as(x) if expanded else m, s) * 2
+
+    graph = normal(body, randn(2, 4, 3), mask, randn(*source))
+    assert ops(graph)["index_select"] == 1 and "masked_scatter" not in ops(graph)
+
+
+def test_a_mask_that_sets_more_rows_than_there_are_is_refused() -> None:
+    graph = normal(lambda x, m, s: x.masked_scatter(m, s), randn(2, 4, 3), ROWS.unsqueeze(-1), randn(4, 3))
+    with pytest.raises(IndexError, match="out of range"):
+        fx.Interpreter(graph).run(randn(2, 4, 3), torch.ones(2, 4, 1, dtype=torch.bool), randn(4, 3))
+
+
+@pytest.mark.parametrize("x", [(2, 4), (4,), (2, 1)], ids=str)
+def test_elements_scattered_by_a_mask_stay(x: tuple[int, ...]) -> None:
+    graph = normal(lambda x, m, s: x.masked_scatter(m, s), randn(*x), ROWS, randn(20))
+    assert ops(graph)["masked_scatter"] == 1
