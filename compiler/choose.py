@@ -55,7 +55,11 @@ def choose(
     best = fitting[0]
     others = [_alternative(c, best, limit) for c in candidates if c is not best]
     return replace(
-        best.plan, predicted=best.predicted, alternatives=tuple(others[:12]), reasons=_reasons(best, fitting, candidates)
+        best.plan,
+        topology=replace(topology, sources={}),
+        predicted=best.predicted,
+        alternatives=tuple(others[:12]),
+        reasons=_reasons(best, fitting, candidates),
     )
 
 

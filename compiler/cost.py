@@ -15,9 +15,10 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from ..passes.convert import is_free, traffic
+from ..passes.convert import exists, is_free, traffic
 from ..passes.graph_tools import map_operands
 from ..passes.ops.collectives import COMMUNICATION
+from ..passes.reshard import Ways, ways_by_price
 from ..passes.rules.base import Axis, OpCall, Operand, Strategy, TensorMeta, has_derivatives
 from ..passes.types import R, Type, Varying
 from ..runtime.program import Mesh
@@ -215,6 +216,15 @@ class Seconds:
 
     def conversion(self, src: Type, dst: Type, meta: TensorMeta, axis: Axis) -> float:
         return conversion_seconds(src, dst, size_of(meta), self._span(axis), self.topology.device, meta.grad).total
+
+    def ways(self, axis: Axis) -> Ways:
+        """How values change their types over the axis in the least time."""
+
+        def price(src: Type, dst: Type, meta: TensorMeta) -> float:
+            made = is_free(src, dst, meta.grad) or exists(src, dst, meta.grad)
+            return self.conversion(src, dst, meta, axis) if made else math.inf
+
+        return ways_by_price(axis.size, price)
 
 
 def local_meta(meta: TensorMeta, type_: Type) -> TensorMeta:

@@ -45,6 +45,7 @@ from ..runtime.program import (
     TensorSpec,
 )
 from .collector import without_collection
+from .cost import Seconds
 from .place import Placement, Policy, place
 from .plan import Plan
 from .prices import Prices, Volume, tensor_prices
@@ -129,7 +130,8 @@ def lower(problem: Problem, plan: Plan, coordinates: Mapping[str, int], values: 
     for axis, index, policy, prices in steps:
         calls = op_calls(gm)
         placement = place(gm, axis, policy, prices, calls)
-        gm = shard(gm, axis, index, placement.choice, placement.placeholders, placement.outputs, values, calls)
+        ways = Seconds(plan.topology, plan.mesh).ways(axis) if plan.topology and axis.name != TIME else None
+        gm = shard(gm, axis, index, placement.choice, placement.placeholders, placement.outputs, values, calls, ways)
         check(gm, axis, index, placement.placeholders)
         placements[axis.name] = placement
     return Lowered(gm, placements)

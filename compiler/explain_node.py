@@ -186,11 +186,11 @@ def _own_seconds(node: fx.Node, placement: Placement, seconds: Seconds, axis: Ax
         return seconds.placeholder(type_, meta, axis) if held(type_, axis) == 1.0 and meta.grad else 0.0
     call, sources = calls[node]
     strategy = placement.choice[node.name]
+    ways = seconds.ways(axis)
     total = seconds.node(call, strategy, axis, ())
     for source, needed in zip(sources, strategy.ins, strict=True):
         have, _ = produced(source, placement)
         (meta,) = metas(source)
         if have != needed:
-            way = steps(have, needed, meta.shape, axis.size, meta.grad)
-            total += sum(seconds.conversion(a, b, meta, axis) for a, b in way)
+            total += sum(seconds.conversion(a, b, meta, axis) for a, b in steps(have, needed, meta, ways))
     return total

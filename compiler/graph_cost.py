@@ -11,7 +11,7 @@ from torch import fx
 from ..passes.convert import is_free
 from ..passes.graph_tools import Calls, is_getitem, metas
 from ..passes.partition import VIEWS
-from ..passes.reshard import steps
+from ..passes.reshard import Ways, steps
 from ..passes.rules.base import Axis, TensorMeta
 from ..passes.rules.base import Strategy as NodeStrategy
 from ..passes.types import I, R, Type
@@ -103,8 +103,9 @@ def placed_cost(
     temporaries = largest_backward_bytes(calls, placement, axis)
     received = 0.0
     if placement is not None:
-        traffic += sum(_priced(calls, placement, lambda a, b, m: seconds.conversion(a, b, m, axis)))
-        received = sum(_priced(calls, placement, lambda a, b, m: conversion_bytes(a, b, size_of(m), axis.size, m.grad).total))
+        ways = seconds.ways(axis)
+        traffic += sum(_priced(calls, placement, ways, lambda a, b, m: seconds.conversion(a, b, m, axis)))
+        received = sum(_priced(calls, placement, ways, lambda a, b, m: conversion_bytes(a, b, size_of(m), axis.size, m.grad).total))
     ops, gap = 3 * len(calls), placement.gap if placement else 0.0
     return GraphCost(compute, traffic, activations, temporaries, parameters, trainable, again, received, once, ops, gap)
 
@@ -121,7 +122,7 @@ def read_again(parameter: fx.Node) -> bool:
 Price = Callable[[Type, Type, TensorMeta], float]
 
 
-def _priced(calls: Calls, placement: Placement, price: Price) -> Iterator[float]:
+def _priced(calls: Calls, placement: Placement, ways: Ways, price: Price) -> Iterator[float]:
     """The prices of the conversions that operands need, each made once for a value and a type."""
     made: set[tuple[fx.Node, int, Type]] = set()
     known: dict[tuple[Type, Type, TensorMeta], float] = {}
@@ -135,8 +136,7 @@ def _priced(calls: Calls, placement: Placement, price: Price) -> Iterator[float]
                 continue
             made.add((source, k, needed))
             if (have, needed, meta) not in known:
-                way = steps(have, needed, meta.shape, placement.axis.size, meta.grad)
-                known[have, needed, meta] = sum(price(a, b, meta) for a, b in way)
+                known[have, needed, meta] = sum(price(a, b, meta) for a, b in steps(have, needed, meta, ways))
             yield known[have, needed, meta]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..passes.types import I, P, R, Type, Varying
 from ..runtime.program import Mesh
+from .topology import Topology
 
 DATA_AXES = ("dp_replicate", "dp_shard")
 
@@ -64,6 +65,7 @@ class Plan:
     layout           parameter -> its type over "tp" before ZeRO; "I" where absent
     stage_of         parameter -> its first pipeline stage
     microbatches     micro-batches of one data rank's batch
+    topology         the machine it was made for: how values change their types depends on it; None where no machine is known
     """
 
     mesh: Mesh
@@ -75,6 +77,7 @@ class Plan:
     layout: Mapping[str, Type] = field(default_factory=dict)
     stage_of: Mapping[str, int] = field(default_factory=dict)
     device: str = "cpu"
+    topology: Topology | None = None
     predicted: Prediction | None = None
     alternatives: tuple[Alternative, ...] = ()
     reasons: tuple[str, ...] = ()
@@ -136,7 +139,7 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         data = json.loads(text)
         mesh = Mesh(tuple(data["mesh"]["axes"]), tuple(data["mesh"]["sizes"]))
-        predicted = data["predicted"]
+        predicted, topology = data["predicted"], data.get("topology")
         return cls(
             mesh=mesh,
             zero=data["zero"],
@@ -147,6 +150,7 @@ class Plan:
             layout={k: decode_type(t) for k, t in data["layout"].items()},
             stage_of=data["stage_of"],
             device=data["device"],
+            topology=Topology.from_json(json.dumps(topology)) if topology else None,
             predicted=Prediction(**predicted) if predicted else None,
             alternatives=tuple(Alternative(**a) for a in data["alternatives"]),
             reasons=tuple(data["reasons"]),

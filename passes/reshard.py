@@ -1,5 +1,7 @@
 """The cheapest way from one type to another over an axis: a shortest path over the table of conversions, found, not listed.
 
+What is cheapest depends on the machine: a `Ways` asks its prices, as `passes/shard.py` is given; without a machine bytes count.
+
 Graphs are lowered one axis after the other, so a way has one axis, and what the axes before left of the value is its whole. A value
 that changes its types over two axes goes one way after the other; one collective over both, as the exchange of two axes' cuts of
 one dim would be, is not found.
@@ -14,10 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
 from .convert import exists, is_free, traffic
+from .rules.base import TensorMeta
 from .types import I, P, R, Type, Varying, even_sections
 
 Price = Callable[[Type, Type], float]
 """Of one conversion, forward and backward; infinite where there is none."""
+
+Ways = Callable[[Type, Type, TensorMeta], tuple[Type, ...]]
+"""The types that a value takes on its way from one to another, the last included; the value as it is before it is sharded."""
 
 
 def cheapest(src: Type, dst: Type, stops: Sequence[Type], price: Price) -> tuple[Type, ...]:
@@ -65,13 +71,27 @@ def received(src: Type, dst: Type, n: int, grad: bool) -> float:
 
 @cache
 def way(src: Type, dst: Type, shape: tuple[int, ...], n: int, grad: bool) -> tuple[Type, ...]:
-    """The cheapest way by bytes received, as emitted programs take it. Dims of `shape` are those before the value is sharded.
+    """The cheapest way by bytes received. Dims of `shape` are those before the value is sharded.
 
     A dim cut in another way goes by two all-to-alls over another dim where that moves less than gathering it.
     """
     return cheapest(src, dst, stops_of(shape, n), lambda a, b: received(a, b, n, grad))
 
 
-def steps(src: Type, dst: Type, shape: tuple[int, ...], n: int, grad: bool) -> Iterator[tuple[Type, Type]]:
-    """The conversions of `way`, each as (from, to)."""
-    return itertools.pairwise((src, *way(src, dst, shape, n, grad)))
+def ways_by_bytes(n: int) -> Ways:
+    return lambda src, dst, meta: way(src, dst, meta.shape, n, meta.grad)
+
+
+def ways_by_price(n: int, price: Callable[[Type, Type, TensorMeta], float]) -> Ways:
+    """Each found once. `price`: of one conversion of a value, forward and backward; infinite where there is none."""
+
+    @cache
+    def find(src: Type, dst: Type, meta: TensorMeta) -> tuple[Type, ...]:
+        return cheapest(src, dst, stops_of(meta.shape, n), lambda a, b: price(a, b, meta))
+
+    return find
+
+
+def steps(src: Type, dst: Type, meta: TensorMeta, ways: Ways) -> Iterator[tuple[Type, Type]]:
+    """The conversions on the way, each as (from, to)."""
+    return itertools.pairwise((src, *ways(src, dst, meta)))

@@ -27,8 +27,8 @@ from .graph_tools import (
     place_operands,
     where,
 )
-from .reshard import way
-from .rules.base import Axis, LocalCall, Strategy, localize
+from .reshard import Ways, ways_by_bytes
+from .rules.base import Axis, LocalCall, Strategy, TensorMeta, localize
 from .types import I, Type, Varying, local_shape
 
 
@@ -45,6 +45,7 @@ def shard(
     outputs: Mapping[int, Type],
     values: Values,
     calls: Calls | None = None,
+    ways: Ways | None = None,
 ) -> fx.GraphModule:
     """The graph of rank `index` of `axis`.
 
@@ -52,8 +53,9 @@ def shard(
     placeholders    program key -> type; Invariant where absent
     outputs         position among the outputs -> the type it must leave with; as it comes where absent
     calls           `op_calls(gm)`, where the caller has it
+    ways            how a value changes its type; by the fewest bytes where None
     """
-    lowering = _Lowering(axis, index, values, op_calls(gm) if calls is None else calls)
+    lowering = _Lowering(axis, index, values, op_calls(gm) if calls is None else calls, ways or ways_by_bytes(axis.size))
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             lowering.placeholder(node, placeholders.get(node.meta["key"], I))
@@ -70,8 +72,8 @@ def shard(
 
 
 class _Lowering:
-    def __init__(self, axis: Axis, index: int, values: Values, calls: Calls) -> None:
-        self.axis, self.index, self.values, self.calls = axis, index, values, calls
+    def __init__(self, axis: Axis, index: int, values: Values, calls: Calls, ways: Ways) -> None:
+        self.axis, self.index, self.values, self.calls, self.ways = axis, index, values, calls, ways
         self.graph = fx.Graph()
         # By identity: identical blocks share calls and strategies.
         self.local: dict[tuple[int, int], LocalCall] = {}
@@ -138,7 +140,8 @@ class _Lowering:
                 f"there is no conversion {have} -> {needed}"
             )
         source = node
-        for type_ in way(have, needed, self.whole_shape(node), self.axis.size, grad):
+        meta = TensorMeta(self.whole_shape(node), node.meta["val"].dtype, grad)
+        for type_ in self.ways(have, needed, meta):
             source = self.converted_from(source, node, type_, user)
         return source
 

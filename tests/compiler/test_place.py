@@ -10,14 +10,17 @@ from dataclasses import replace
 import harness
 import pytest
 import zoo
+from harness import compare, emit_all, run
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from programs import case
 from properties import examples
 from random_graphs import KINDS, LOSS, Recipe, build, recipes
 from torch import fx
 
 from shardwright import Strategy, Topology, plan
 from shardwright.compiler.assign import Solution
+from shardwright.compiler.cost import Seconds
 from shardwright.compiler.emit import coordinates_of, lower
 from shardwright.compiler.place import Placement, Policy, _Builder, place
 from shardwright.compiler.plan import Plan
@@ -30,6 +33,7 @@ from shardwright.passes.rules.base import Axis, OpCall, TensorMeta
 from shardwright.passes.rules.base import Strategy as NodeStrategy
 from shardwright.passes.shard import ShardingError
 from shardwright.passes.types import Type, balanced_sizes, shard
+from shardwright.runtime.program import Mesh
 
 
 class Dice:
@@ -230,6 +234,17 @@ def test_the_models_are_placed_within_a_hundredth_of_the_optimum(model: str) -> 
             placements = lower(problem, wanted, communicator.indices, Values()).placements
         assert len(placements) == len(mesh.axes) + (wanted.microbatches > 1)
         assert all(p.gap <= 0.01 for p in placements.values()), {axis: p.gap for axis, p in placements.items()}
+
+
+def test_programs_go_the_ways_of_the_plans_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    ways = Seconds.ways
+    monkeypatch.setattr(Seconds, "ways", lambda self, axis: asked.append(axis.name) or ways(self, axis))
+    found, shares = case("mlp"), [zoo.BATCH // 2] * 2
+    wanted = Plan(Mesh(("dp_shard", "tp"), (2, 2)), topology=Topology.preset("cpu", devices=4))
+    programs = emit_all(found, wanted, shares)
+    assert set(asked) == {"dp_shard", "tp"}
+    compare(found, programs, run(found, programs))
 
 
 def test_the_plan_tells_how_near_the_optimum_it_is() -> None:

@@ -20,7 +20,7 @@ from shardwright.passes.convert import backward_ops, convert, exists, forward_op
 from shardwright.passes.graph_tools import Values, op_calls
 from shardwright.passes.ops import StaticCommunicator
 from shardwright.passes.ops.collectives import use_communicator
-from shardwright.passes.reshard import Price, cheapest, received, stops_of, way
+from shardwright.passes.reshard import Price, Ways, cheapest, received, stops_of, way
 from shardwright.passes.rules.base import Axis, TensorMeta, strategies
 from shardwright.passes.shard import shard as lower
 from shardwright.passes.types import I, P, R, Type, Varying, balanced_sizes, gradient_type, shard
@@ -98,6 +98,17 @@ def test_a_dim_is_cut_anew_by_way_of_another() -> None:
     assert way(shard(1, 8, 2), Varying(1, ((5, 3),)), (16, 8), 2, True) == (Varying(1, ((5, 3),)),)
 
 
+@pytest.mark.parametrize("preset", ["cpu", "h100"])
+def test_the_machine_decides(preset: str) -> None:
+    """A small value is gathered, for that is one exchange where all-to-alls are two; a large one moves as little as can be."""
+    topology, mesh = Topology.preset(preset, devices=4), Mesh(("x",), (4,))
+    ways = Seconds(topology, mesh).ways(Axis("x", 4))
+    even, other = shard(1, 8, 4), Varying(1, ((2, 1, 1, 4),))
+    assert ways(even, other, TensorMeta((16, 8), torch.float32, True)) == (other,)
+    large = 1 << 24
+    assert ways(even, other, TensorMeta((large, 8), torch.float32, True)) == (shard(0, large, 4), other)
+
+
 def test_what_has_no_conversion_of_its_own_has_a_way() -> None:
     assert way(R, I, (16,), 4, True) == (shard(0, 16, 4), I)
     assert way(shard(0, 16, 4), P, (16,), 4, True) == (R, P)
@@ -105,8 +116,9 @@ def test_what_has_no_conversion_of_its_own_has_a_way() -> None:
     assert way(I, I, (16,), 4, True) == ()
 
 
-def test_lowering_goes_the_way() -> None:
-    """Two conversions in the graph where a dim is cut anew."""
+@pytest.mark.parametrize("ways", [None, lambda src, dst, meta: (dst,)], ids=["by bytes", "given"])
+def test_lowering_goes_the_way(ways: Ways | None) -> None:
+    """Two conversions in the graph where a dim is cut anew by the fewest bytes."""
     graph, axis, values = build(Recipe((8, 8), ())).graph, Axis("x", 4), Values()
     calls = op_calls(graph)
     other = Varying(1, ((2, 1, 1, 4),))
@@ -115,6 +127,7 @@ def test_lowering_goes_the_way() -> None:
     cut = {(side, i, 1): [other.sections] for side, i in (("in", 0), ("in", 1), ("out", 0))}
     choice[mul.name] = next(s for s in strategies(call, axis, cut) if s.outs == (other,))
     with use_communicator(StaticCommunicator({"x": 4}, {"x": 0})):
-        made = lower(graph, axis, 0, choice, {"param.p0": shard(1, 8, 4)}, {}, values)
+        made = lower(graph, axis, 0, choice, {"param.p0": shard(1, 8, 4)}, {}, values, ways=ways)
     found = [(n.args[2], n.args[3]) for n in made.graph.nodes if n.target is convert and n.name.startswith("param_p0")]
-    assert found == [(shard(1, 8, 4), shard(0, 8, 4)), (shard(0, 8, 4), other)]
+    by_bytes = [(shard(1, 8, 4), shard(0, 8, 4)), (shard(0, 8, 4), other)]
+    assert found == (by_bytes if ways is None else [(shard(1, 8, 4), other)])
