@@ -229,7 +229,9 @@ class Search:
         activations = cost.activations * share / stages * flying / m + cost.temporaries * share / m
         # Under ZeRO-3 the backward of a block holds its parameters whole, and their gradients until they are scattered; the first
         # gradient of a parameter that is used twice waits for the second.
-        gathered = 2 * whole.largest * cost.parameters + self.shared * trained if plan.zero == 3 else 0.0
+        gathered = self.shared * trained if plan.zero else 0.0
+        if plan.zero == 3:
+            gathered += 2 * whole.largest * cost.parameters
         if plan.zero in (1, 2) or plan.whole:
             gathered += self.unscattered_bytes(plan, trained, trained * (whole.trained if plan.zero == 3 else 1.0))
         peak = state + activations + gathered
@@ -277,7 +279,7 @@ class Search:
             part = max(largest, scattered * largest_part(whole, SEGMENT_BYTES) / whole)
         packed = max(min(part, BUCKET_BYTES), largest)
         packed -= packed / plan.mesh.size("dp_shard")  # its shards come after it
-        return part + packed + self.shared * trained
+        return part + packed
 
     def backward_parts(self, plan: Plan) -> int:
         """Parts of a stage's backward, after each of which gradients are summed. It is whole where data ranks run other shapes."""
