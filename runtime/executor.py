@@ -98,19 +98,22 @@ class Executor:
         values: list[Any] = [None] * self.plan.slots
         self._unsettled = []
         self.communicator.gate = gate
-        with torch.no_grad(), self._without_autocast(), use_communicator(self.communicator):
-            self._enter(values, working, inputs, seed)
-            for i, step in enumerate(self.plan.steps):
-                if defer_reduction and step.deferrable:
-                    continue
-                self._take(step, values)
-                for join in self.plan.joins.get(i, ()):
-                    self._join(join, values)
-            self._settle()
-            self.communicator.position = "the end of the step"
-            self.communicator.flush()
-            self.communicator.position = ""
-            self.communicator.pass_gate()
+        try:
+            with torch.no_grad(), self._without_autocast(), use_communicator(self.communicator):
+                self._enter(values, working, inputs, seed)
+                for i, step in enumerate(self.plan.steps):
+                    if defer_reduction and step.deferrable:
+                        continue
+                    self._take(step, values)
+                    for join in self.plan.joins.get(i, ()):
+                        self._join(join, values)
+                self._settle()
+                self.communicator.position = "the end of the step"
+                self.communicator.flush()
+                self.communicator.position = ""
+                self.communicator.pass_gate()
+        finally:
+            self.communicator.gate = None
         found = self.plan.raw_gradients if defer_reduction else self.plan.gradients
         return StepResult(
             outputs={key: values[slot] for key, slot in self.plan.outputs},

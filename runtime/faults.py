@@ -187,13 +187,14 @@ class Superseded(Exception):
 
 
 class Comparison:
-    """One call, as it is being compared across ranks.
+    """One call, as it is being compared across ranks. Every rank must `confirm` it: the others wait for its part.
 
+    call       what this rank calls, in numbers
     expected   what the ranks will have agreed on if all of them call as they did the last time, None where this rank does not
     """
 
-    def __init__(self, expected: Agreement | None, finish: Callable[[], Agreement]) -> None:
-        self.expected = expected
+    def __init__(self, call: tuple[int, ...], expected: Agreement | None, finish: Callable[[], Agreement]) -> None:
+        self.call, self.expected = call, expected
         self._finish = finish
         self._outcome: Agreement | ShardwrightError | None = None
 
@@ -225,7 +226,7 @@ class Agreements:
     control: Control
     _known: dict[tuple[tuple[int, ...], ...], tuple[Shapes, ...]] = field(default_factory=dict)
     _last: tuple[tuple[int, ...], Agreement] | None = None
-    """This rank's last call, and what was agreed on."""
+    """This rank's last call that went well, and what was agreed on: there is a program for it."""
 
     def begin(self, facts: CallFacts, flags: Flags, groups: Sequence[Sequence[int]]) -> Comparison:
         """Start to compare a call. The ranks may go on before they know the outcome, as far as what they do needs no other rank.
@@ -250,11 +251,13 @@ class Agreements:
                 self._known[table] = known
             for group in groups:
                 _same_batch(group, headers, known)
-            agreed = Agreement(known, any(row[4] for row in headers), headers[0][5])
-            self._last = (call, agreed)
-            return agreed
+            return Agreement(known, any(row[4] for row in headers), headers[0][5])
 
-        return Comparison(expected, compare)
+        return Comparison(call, expected, compare)
+
+    def went_well(self, comparison: Comparison) -> None:
+        """The call was run: when it comes again the ranks may expect the same."""
+        self._last = (comparison.call, comparison.confirm())
 
     def agree(self, facts: CallFacts, flags: Flags, groups: Sequence[Sequence[int]]) -> Agreement:
         """The outcome of `begin`, at once."""

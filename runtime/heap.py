@@ -43,7 +43,7 @@ def resident() -> int:
 
 
 class HeapWatch:
-    """Trims the heap when the process has grown by `SLACK` beyond what it was at the first check, or the first after a trim.
+    """Trims the heap when the process has grown by `SLACK` beyond the least it was at a check since it was trimmed.
 
     Asked once a step, so that what a step allocates and frees does not count as growth.
     """
@@ -58,3 +58,5 @@ class HeapWatch:
         elif size > self._settled + SLACK:
             trim()
             self._settled = None
+        else:
+            self._settled = min(self._settled, size)

@@ -177,24 +177,17 @@ class ParallelModule(nn.Module):
             self._adopt_late(store)
         differentiate = self.training and grad
         self._refuse_unfrozen(store)
-        defer = differentiate and (not self._synchronize or has_pending(store))
+        defer, calls = differentiate and (not self._synchronize or has_pending(store)), self._calls
 
         def run(agreed: Agreement, gate: Callable[[], None] | None) -> tuple[BoundProgram, StepResult]:
             bound = self._engine.program_for(args, kwargs, training=self.training, grad=differentiate, agreed=agreed)
             store.refresh(agreed.stale)
             bound.executor.gather = store.gather
-            seed = (agreed.seed + self._calls) % (1 << SEED_BITS)
+            seed = (agreed.seed + calls) % (1 << SEED_BITS)
             inputs = bound.flatten(args, kwargs)
             return bound, bound.executor.run(store.working(), inputs, seed, defer_reduction=defer, gate=gate)
 
-        comparison = self._compare(store, args, kwargs, differentiate)
-        try:
-            if comparison.expected is None:
-                raise Superseded
-            bound, result = run(comparison.expected, comparison.hold)
-        except Superseded:
-            bound, result = run(comparison.confirm(), None)
-        self._calls += 1
+        bound, result = self._run_compared(self._compare(store, args, kwargs, differentiate), run)
         store.update_buffers(result.buffers)
         if bound.program.device == "cpu":
             self._heap.check()
@@ -208,6 +201,30 @@ class ParallelModule(nn.Module):
         )
         specs = {spec.key: spec for spec in bound.program.outputs}
         return bound, delivery, {key: self._output(store, specs[key], x) for key, x in result.outputs.items()}
+
+    def _run_compared(
+        self, comparison: Comparison, run: Callable[[Agreement, Callable[[], None] | None], tuple[BoundProgram, StepResult]]
+    ) -> tuple[BoundProgram, StepResult]:
+        """`run` on what is expected, while the ranks compare their calls, and else on what they agree on. Whatever happens on this
+        rank, it takes part in the comparison, and a call that is agreed on counts."""
+        found, failed = None, None
+        if comparison.expected is not None:
+            try:
+                found = run(comparison.expected, comparison.hold)
+            except Superseded:
+                pass
+            except Exception as error:
+                failed = error
+        # Not inside the handlers: the error there would keep what the first run has made alive.
+        agreed = comparison.confirm()
+        self._calls += 1
+        if failed is not None and agreed == comparison.expected:
+            raise failed
+        if found is None:
+            failed = None
+            found = run(agreed, None)
+        self._agreements.went_well(comparison)
+        return found
 
     def _adopt_late(self, store: ParameterStore) -> None:
         model = self.__dict__.pop("_model")  # its attributes must not shadow the parameters while these are registered

@@ -93,6 +93,10 @@ def test_ranks_expect_what_was_agreed_on_the_last_time() -> None:
         first = begin(0)
         assert first.expected is None
         agreed = first.confirm()
+        unfinished = begin(0)
+        assert unfinished.expected is None, "nothing says that there is a program for it"
+        unfinished.confirm()
+        agreements.went_well(first)
         same = begin(0, stale=True)
         assert same.expected == replace(agreed, stale=True)
         same.hold()
@@ -102,6 +106,7 @@ def test_ranks_expect_what_was_agreed_on_the_last_time() -> None:
             with pytest.raises(Superseded):
                 longer.hold()
         assert [shapes["input.x"][0][0] for shapes in longer.confirm().shapes] == [2, 2, 3, 3]
+        agreements.went_well(longer)
         seeded = begin(1, 3 if rank >= 2 else 2, stale=rank == 1)
         assert seeded.expected == replace(longer.confirm(), stale=rank == 1, seed=0 if rank else 1)
         with pytest.raises(Superseded):
@@ -145,7 +150,9 @@ def test_every_rank_refuses_what_differs(what: str) -> None:
 
     def run(control: CommunicatorControl, rank: int) -> None:
         agreements = Agreements(control)
-        agreements.agree(facts(torch.zeros(2)), Flags(True, True), batch_groups(MESH))
+        well = agreements.begin(facts(torch.zeros(2)), Flags(True, True), batch_groups(MESH))
+        well.confirm()
+        agreements.went_well(well)
         own, flags = make(rank)
         comparison = agreements.begin(own, flags, batch_groups(MESH))
         with pytest.raises(Superseded):

@@ -15,10 +15,10 @@ def test_trims_when_the_process_has_grown(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(heap, "_trim", lambda: lambda pad: trims.append(size[0]))
     watch = heap.HeapWatch()
     watch.check()
-    for grown in (heap.SLACK, 1, -10 * heap.SLACK, heap.SLACK, 1):
+    for grown in (heap.SLACK, 1, -10 * heap.SLACK, -heap.SLACK, heap.SLACK, 1):
         size[0] += grown
         watch.check()
-    assert trims == [101 * heap.SLACK + 1, 92 * heap.SLACK + 2], "the second counts from the first check after a trim"
+    assert trims == [101 * heap.SLACK + 1, 91 * heap.SLACK + 2], "the second counts from the first check after a trim"
 
 
 def test_does_nothing_where_the_library_cannot(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,16 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
+import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from fake_engine import PROGRAMS, Mlp, batch, mesh_of, on_ranks, total_loss
+from fake_engine import PROGRAMS, Bound, Mlp, batch, mesh_of, on_ranks, total_loss
 
 from shardwright.runtime.errors import MismatchError, ShardwrightError
+from shardwright.runtime.executor import Executor
 from shardwright.runtime.module import ParallelModule
 from shardwright.runtime.sharded import ShardedTensor, full_tensor
 
@@ -66,10 +69,71 @@ def test_a_call_unlike_the_others_is_refused_and_loses_nothing(name: str) -> Non
         with pytest.raises(MismatchError, match=r"call the model differently") as refused:
             parallel(**{"x": batch(name, rank)}) if rank else parallel(batch(name, rank))
         assert "run forward" not in str(refused.value), "the call is wrong, not the node that ran meanwhile"
+        assert refused.value.__cause__ is refused.value.__context__ is None
         parallel(batch(name, rank)).loss.backward()
         return wholes(parallel, "grad")
 
     compare(on_ranks(name, run), gradients)
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_step_that_fails_on_one_rank_before_it_communicates(bad: int) -> None:
+    """Its user skips the batch: the rank has taken part in the comparison, counts the step, and may communicate."""
+
+    def run(parallel: ParallelModule, rank: int) -> Any:
+        engine: Any = parallel._engine
+        forward = tuple(i for i in engine.program.schedule if i.graph == "forward")
+        program = replace(engine.program, schedule=forward)
+        bound = Bound(program, Executor(program, engine.communicator, "cpu"))
+        engine.program_for = lambda *_, **__: bound
+        parallel.eval()
+        parallel(batch("data", rank))
+        if rank == bad:
+            bound.flatten = lambda *_: {}  # type: ignore[method-assign]
+            with pytest.raises(MismatchError, match="which the call did not give"):
+                parallel(batch("data", rank))
+        else:
+            parallel(batch("data", rank))
+        assert engine.communicator.gate is None
+        return parallel._calls, full_tensor(parallel.w1)
+
+    assert {calls for calls, _ in on_ranks("data", run)} == {2}
+
+
+def test_what_a_superseded_run_made_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the run that takes its place begins."""
+    alive: list[list[bool]] = []
+
+    def run(parallel: ParallelModule, rank: int) -> None:
+        parallel(batch("data", rank))
+        made: list[Any] = []
+        found: list[bool] = []
+        alive.append(found)
+        original = Executor._enter
+
+        def enter(self: Executor, values: list[Any], *rest: Any) -> None:
+            found.append(any(ref() is not None for ref in made))
+            original(self, values, *rest)
+            values.append(torch.zeros(3))
+            made.append(weakref.ref(values[-1]))
+
+        engine = parallel._engine
+        compile_program = engine.program_for
+
+        def program_for(*args: Any, **kwargs: Any) -> Any:
+            bound = compile_program(*args, **kwargs)
+            bound.executor._enter = enter.__get__(bound.executor)
+            return bound
+
+        engine.program_for = program_for
+        with torch.random.fork_rng():
+            torch.manual_seed(5 if rank == 0 else 100)
+            parallel(batch("data", rank))
+
+    with torch.random.fork_rng():
+        torch.manual_seed(100)
+        on_ranks("data", run)
+    assert sorted(alive, key=len) == [[False], *[[False, False]] * (len(alive) - 1)]
 
 
 def test_a_new_seed_on_the_first_rank_holds_for_all() -> None:
