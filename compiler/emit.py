@@ -111,8 +111,19 @@ def data_sections(plan: Plan, local_batches: Sequence[int], coordinates: Mapping
 
 
 def lower(problem: Problem, plan: Plan, coordinates: Mapping[str, int], values: Values, microbatch: int = 0) -> Lowered:
-    """Place, shard and check the graph along every axis of the plan."""
+    """Place, shard and check the graph along every axis of the plan.
+
+    All data ranks must make the same collectives in the same order, so where their shares of the batch differ one of them decides:
+    the others take its placements, with shapes of their own.
+    """
     gm, placements = problem.graph, {}
+    leader = _leader(problem, plan, coordinates)
+    decided: Mapping[str, Placement] = {}
+    here = {k: v for k, v in coordinates.items() if k != TIME}
+    if (leader, 0) != (here, microbatch) and _has_unequal_shapes(problem, plan):
+        sizes = coordinates_of(plan, 0).sizes
+        with use_communicator(StaticCommunicator(sizes, {**leader, TIME: 0})):
+            decided = lower(problem, plan, leader, values).placements
     cuts = data_sections(plan, problem.local_batches, coordinates)
     steps: list[tuple[Axis, int, Policy, Prices]] = []
     for axis in plan.data_axes:
@@ -129,12 +140,27 @@ def lower(problem: Problem, plan: Plan, coordinates: Mapping[str, int], values: 
         steps.append((Axis("tp", plan.mesh.size("tp")), coordinates["tp"], policy, tensor_prices(plan.sequence_parallel)))
     for axis, index, policy, prices in steps:
         calls = op_calls(gm)
-        placement = place(gm, axis, policy, prices, calls)
+        placement = place(gm, axis, policy, prices, calls, like=decided.get(axis.name))
         ways = Seconds(plan.topology, plan.mesh).ways(axis) if plan.topology and axis.name != TIME else None
         gm = shard(gm, axis, index, placement.choice, placement.placeholders, placement.outputs, values, calls, ways)
         check(gm, axis, index, placement.placeholders)
         placements[axis.name] = placement
     return Lowered(gm, placements)
+
+
+def _leader(problem: Problem, plan: Plan, coordinates: Mapping[str, int]) -> dict[str, int]:
+    """The coordinates with the place on the data axes of the rank with the most samples."""
+    batches = problem.local_batches
+    rank = max(range(len(batches)), key=batches.__getitem__)
+    found = {k: v for k, v in coordinates.items() if k != TIME}
+    for axis in reversed(plan.data_axes):
+        rank, found[axis] = divmod(rank, plan.mesh.size(axis))
+    return found
+
+
+def _has_unequal_shapes(problem: Problem, plan: Plan) -> bool:
+    rows = problem.local_batches
+    return len(set(rows)) > 1 or rows[0] % plan.microbatches > 0
 
 
 @without_collection()

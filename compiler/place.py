@@ -74,23 +74,37 @@ Barred = Mapping[str, Sequence[tuple[Type, ...]]]
 
 
 def place(
-    gm: fx.GraphModule, axis: Axis, policy: Policy, prices: Prices, calls: Calls | None = None, barred: Barred | None = None
+    gm: fx.GraphModule,
+    axis: Axis,
+    policy: Policy,
+    prices: Prices,
+    calls: Calls | None = None,
+    barred: Barred | None = None,
+    like: Placement | None = None,
 ) -> Placement:
     """The cheapest placement of `gm` along `axis`. Raises ShardingError naming the node where none exists.
 
     calls     `op_calls(gm)`, where the caller has it
     barred    what is left out of the search (for a node of a repeated block, in all of its repetitions)
+    like      a placement of the same graph in other shapes: this one shards the same dims
     """
     builder = _Builder(gm, axis, policy, prices, op_calls(gm) if calls is None else calls)
     builder.read()
     for name, left_out in (barred or {}).items():
         builder.bar(name, left_out)
+    if like is not None:
+        builder.follow(like)
     problem = builder.problem()
     try:
         solution = solve(problem)
     except AssignError as error:
         raise builder.explain(error) from error
     return builder.placement(solution)
+
+
+def _kinds(types: Sequence[Type]) -> tuple[object, ...]:
+    """Which dims are cut, wherever the cuts are."""
+    return tuple(t.dim if isinstance(t, Varying) else t for t in types)
 
 
 _Uses = tuple[tuple[int, int], ...]
@@ -122,6 +136,7 @@ class _Builder:
         self.meta: dict[Value, TensorMeta] = {}
         self.twins: Mapping[str, str] = gm.meta.get("twins", {})  # node name -> name of the first node at its place
         self.output = next(n for n in gm.graph.nodes if n.op == "output")
+        self.followed: Placement | None = None
 
     def first(self, node: fx.Node) -> str:
         return self.twins.get(node.name, node.name)
@@ -169,6 +184,20 @@ class _Builder:
         decision.options = [s for s in decision.options if s.outs not in left_out]
         if not decision.options:
             raise ShardingError(f"{where(decision.node)} has no other placement over axis {self.axis.name!r}")
+
+    def follow(self, like: Placement) -> None:
+        """Leave the options that are of the kinds that `like` chose."""
+        self.followed = like
+        for decision in self.decisions.values():
+            if decision.node.op == "placeholder":
+                chosen = Strategy("", (), (like.placeholders[decision.node.meta["key"]],))
+                same = [s for s in decision.options if _kinds(s.outs) == _kinds(chosen.outs)]
+            else:
+                chosen = like.choice[decision.name]
+                same = [s for s in decision.options if s.label == chosen.label]
+                same = [s for s in same if (_kinds(s.ins), _kinds(s.outs)) == (_kinds(chosen.ins), _kinds(chosen.outs))]
+            # A dim of one sample is no factor. What is exchanged differs then, and is found out (passes/check_schedules.py).
+            decision.options = same or decision.options
 
     def _options(self, site: Site, cuts: Cuts) -> list[Strategy]:
         assert site.call is not None
@@ -252,6 +281,8 @@ class _Builder:
             types.append(Partial())
         elif meta.shape:
             types += sorted((t for t in produced if isinstance(t, Varying)), key=str)
+        if self.followed is not None:
+            types = [t for t in types if _kinds((t,)) == _kinds((self.followed.outputs[k],))] or types
         return types
 
     def _assign_value(self, value: Value, count: int, uses: list[tuple[int, list[Type]]]) -> AssignValue:

@@ -8,7 +8,7 @@ one walk that ends proves that every run ends, whatever the timing.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..runtime.errors import DeadlockError, MismatchError
 from ..runtime.program import GraphSpec, Instruction, Key, Mesh, RankProgram
 from .graph_tools import map_operands
 from .ops.collectives import COMMUNICATION, ops
+from .types import Type, Varying
 
 _STEPWISE = ("param.", "buffer.", "const.", "prologue.", "grad.param.", "out.")
 _GIVEN = ("param.", "buffer.", "const.")
@@ -335,8 +336,18 @@ def _graph_collectives(gm: fx.GraphModule) -> Iterator[_Collective]:
             continue
         axis, *static = (_frozen(argument) for argument in node.args[1:])
         named = tuple((k, _frozen(v)) for k, v in node.kwargs.items())
-        what = (node.target.name(), axis, tuple(static), named, _payload(node))
+        what = (node.target.name(), axis, tuple(static), named, _payload(node), _standing_elsewhere(node, str(axis)))
         yield _Collective(str(axis), what, f"{node.target.name()} at {node.name}")
+
+
+def _standing_elsewhere(node: fx.Node, axis: str) -> Hashable:
+    """Over which other axes the value is to be summed yet, or is cut, in which dim: what one rank has reduced over another axis and
+    its peer has not cannot be summed."""
+    types = node.meta.get("types", {})
+    if not isinstance(types, Mapping):
+        return ()
+    kinds = {a: f"dim {t.dim}" if isinstance(t, Varying) else str(t) for a, t in types.items() if isinstance(t, Type)}
+    return tuple(sorted((a, kind) for a, kind in kinds.items() if a not in axis.split("+")))
 
 
 def _payload(node: fx.Node) -> Hashable:

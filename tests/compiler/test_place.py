@@ -6,9 +6,12 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 
 import harness
 import pytest
+import torch
+import torch.nn.functional as F
 import zoo
 from harness import compare, emit_all, run
 from hypothesis import assume, given
@@ -16,9 +19,10 @@ from hypothesis import strategies as st
 from programs import case
 from properties import examples
 from random_graphs import KINDS, LOSS, Recipe, build, recipes
-from torch import fx
+from torch import Tensor, fx, nn
 
 from shardwright import Strategy, Topology, plan
+from shardwright.compiler import emit as emission
 from shardwright.compiler.assign import Solution
 from shardwright.compiler.cost import Seconds
 from shardwright.compiler.emit import coordinates_of, lower
@@ -26,6 +30,7 @@ from shardwright.compiler.place import Placement, Policy, _Builder, place
 from shardwright.compiler.plan import Plan
 from shardwright.compiler.prepare import mark_twins
 from shardwright.compiler.prices import Prices, Volume, tensor_prices
+from shardwright.passes.check_schedules import check_schedules
 from shardwright.passes.convert import exists
 from shardwright.passes.graph_tools import Values, is_getitem, metas, op_calls
 from shardwright.passes.ops import use_communicator
@@ -33,6 +38,7 @@ from shardwright.passes.rules.base import Axis, OpCall, TensorMeta
 from shardwright.passes.rules.base import Strategy as NodeStrategy
 from shardwright.passes.shard import ShardingError
 from shardwright.passes.types import Type, balanced_sizes, shard
+from shardwright.runtime.errors import MismatchError
 from shardwright.runtime.program import Mesh
 
 
@@ -245,6 +251,46 @@ def test_programs_go_the_ways_of_the_plans_machine(monkeypatch: pytest.MonkeyPat
     programs = emit_all(found, wanted, shares)
     assert set(asked) == {"dp_shard", "tp"}
     compare(found, programs, run(found, programs))
+
+
+class Coupled(nn.Module):
+    """BatchNorm sums over all samples, by one axis after the other: what is summed first is as dear as what is summed last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        return {"loss": F.mse_loss(self.down(torch.tanh(self.norm(self.up(x)))), y)}
+
+
+@cache
+def coupled() -> harness.Case:
+    torch.manual_seed(0)
+    return harness.prepare(Coupled(), {"x": torch.randn(8, 6), "y": torch.randn(8, 6)})
+
+
+UNEQUAL = [
+    ({"dp_replicate": 2, "dp_shard": 2}, [1, 3, 2, 2]),
+    ({"dp_replicate": 2, "dp_shard": 2}, [3, 3, 1, 1]),
+    ({"dp_shard": 2, "tp": 2}, [1, 7]),
+    ({"dp_shard": 2, "tp": 2}, [5, 3]),
+]
+
+
+@pytest.mark.parametrize(("axes", "shares"), UNEQUAL, ids=str)
+def test_data_ranks_with_unequal_shares_place_alike(axes: dict[str, int], shares: list[int]) -> None:
+    programs = emit_all(coupled(), Plan(harness.mesh(**axes)), shares)
+    check_schedules(programs)
+    compare(coupled(), programs, run(coupled(), programs))
+
+
+def test_ranks_that_place_by_themselves_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One has summed over the replicas what its peer has summed over the shards: every collective by itself fits."""
+    monkeypatch.setattr(emission, "_has_unequal_shapes", lambda *_: False)
+    programs = emit_all(coupled(), Plan(harness.mesh(dp_replicate=2, dp_shard=2)), [1, 3, 2, 2])
+    with pytest.raises(MismatchError, match="meet in different collectives"):
+        check_schedules(programs)
 
 
 def test_the_plan_tells_how_near_the_optimum_it_is() -> None:
