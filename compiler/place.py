@@ -107,6 +107,15 @@ def _kinds(types: Sequence[Type]) -> tuple[object, ...]:
     return tuple(t.dim if isinstance(t, Varying) else t for t in types)
 
 
+def _alike(one: Strategy, other: Strategy | None) -> bool:
+    """Whether both run an op in one way, on shapes that may differ."""
+    return other is not None and (one.label, _kinds(one.ins), _kinds(one.outs)) == (
+        other.label,
+        _kinds(other.ins),
+        _kinds(other.outs),
+    )
+
+
 _Uses = tuple[tuple[int, int], ...]
 """Those who read a value: indices of decisions (or outputs), and which of their operands it is."""
 
@@ -190,12 +199,10 @@ class _Builder:
         self.followed = like
         for decision in self.decisions.values():
             if decision.node.op == "placeholder":
-                chosen = Strategy("", (), (like.placeholders[decision.node.meta["key"]],))
-                same = [s for s in decision.options if _kinds(s.outs) == _kinds(chosen.outs)]
+                given = _kinds((like.placeholders[decision.node.meta["key"]],))
+                same = [s for s in decision.options if _kinds(s.outs) == given]
             else:
-                chosen = like.choice[decision.name]
-                same = [s for s in decision.options if s.label == chosen.label]
-                same = [s for s in same if (_kinds(s.ins), _kinds(s.outs)) == (_kinds(chosen.ins), _kinds(chosen.outs))]
+                same = [s for s in decision.options if _alike(s, like.choice.get(decision.name))]
             # A dim of one sample is no factor. What is exchanged differs then, and is found out (passes/check_schedules.py).
             decision.options = same or decision.options
 
