@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..compiler.torch_compat import register_child
+from ..compiler.torch_compat import register_child, tensor_hooks
 from .clip import clip_grad_norm_
 from .delivery import Delivery, attach, has_pending
 from .errors import ShardwrightError
@@ -176,7 +176,7 @@ class ParallelModule(nn.Module):
             store = self._engine.prepare(args, kwargs)
             self._adopt_late(store)
         differentiate = self.training and grad
-        self._refuse_unfrozen(store)
+        self._refuse_changed(store)
         defer, calls = differentiate and (not self._synchronize or has_pending(store)), self._calls
 
         def run(agreed: Agreement, gate: Callable[[], None] | None) -> tuple[BoundProgram, StepResult]:
@@ -247,12 +247,17 @@ class ParallelModule(nn.Module):
                 "precision to auto_parallelize(..., precision=torch.bfloat16), or a model in that dtype"
             )
 
-    def _refuse_unfrozen(self, store: ParameterStore) -> None:
+    def _refuse_changed(self, store: ParameterStore) -> None:
         for name, slot in store.slots.items():
             if slot.parameter.requires_grad and not slot.spec.trainable:
                 raise ShardwrightError(
                     f"parameter {name!r} was frozen when the model was planned and requires a gradient now, which its program "
                     "does not compute; set requires_grad before auto_parallelize"
+                )
+            if tensor_hooks(slot.parameter):
+                raise ShardwrightError(
+                    f"parameter {name!r} has a gradient hook, which would not be called: backward() hands out gradients that the "
+                    "step has computed. Remove the hook, and change the gradients between backward and optimizer.step"
                 )
 
     def _output(self, store: ParameterStore, spec: OutputSpec, value: Tensor) -> Tensor:

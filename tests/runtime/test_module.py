@@ -187,6 +187,18 @@ def test_a_backward_that_is_never_called_leaves_no_gradients(name: str) -> None:
     on_ranks(name, run)
 
 
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_on_parameters_are_refused(kind: str) -> None:
+    def run(parallel: ParallelModule, rank: int) -> None:
+        handle = getattr(next(parallel.parameters()), kind)(lambda x: None)
+        with pytest.raises(ShardwrightError, match=r"parameter '\w+' has a gradient hook.*between backward and optimizer\.step"):
+            parallel(batch("data", rank))
+        handle.remove()
+        parallel(batch("data", rank)).loss.backward()
+
+    on_ranks("data", run)
+
+
 def test_train_step(name: str) -> None:
     loss, gradients = reference_gradients(name)
 
