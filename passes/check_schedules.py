@@ -8,7 +8,7 @@ one walk that ends proves that every run ends, whatever the timing.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -343,11 +343,8 @@ def _graph_collectives(gm: fx.GraphModule) -> Iterator[_Collective]:
 def _standing_elsewhere(node: fx.Node, axis: str) -> Hashable:
     """Over which other axes the value is to be summed yet, or is cut, in which dim: what one rank has reduced over another axis and
     its peer has not cannot be summed."""
-    types = node.meta.get("types", {})
-    if not isinstance(types, Mapping):
-        return ()
-    kinds = {a: f"dim {t.dim}" if isinstance(t, Varying) else str(t) for a, t in types.items() if isinstance(t, Type)}
-    return tuple(sorted((a, kind) for a, kind in kinds.items() if a not in axis.split("+")))
+    types = {a: t for a, t in node.meta.get("types", {}).items() if isinstance(t, Type) and a not in axis.split("+")}
+    return tuple(sorted((a, f"dim {t.dim}" if isinstance(t, Varying) else str(t)) for a, t in types.items()))
 
 
 def _payload(node: fx.Node) -> Hashable:

@@ -32,8 +32,9 @@ def hoist(gm: fx.GraphModule) -> fx.GraphModule:
             early[node] = all(early[n] for n in node.all_input_nodes)
             if early[node] and node.target in ALIKE and node_bytes(node) <= SMALL:
                 small.append(node)
-    _to_the_front(gm, {n for node in small for n in _computed_from(node)})
-    needed = {n for node in small for n in _computed_from(node) if n is not node}
+    computed = {node: _computed_from(node) for node in small}
+    _to_the_front(gm, {n for found in computed.values() for n in found})
+    needed = {n for node, found in computed.items() for n in found if n is not node}
     for node in reversed(small):
         if _is_sum(node) and node not in needed:
             _start(gm, node)

@@ -14,7 +14,7 @@ from ..compiler.torch_compat import register_child, tensor_hooks
 from .clip import clip_grad_norm_
 from .delivery import Delivery, attach, has_pending
 from .errors import ShardwrightError
-from .executor import Gather, StepResult
+from .executor import Executor, StepResult
 from .faults import DATA_AXES, Agreement, Agreements, CallFacts, Comparison, Control, Flags, Superseded
 from .heap import HeapWatch
 from .parameters import ParameterStore
@@ -24,24 +24,6 @@ from .state import dtensor_of, load_state_dict, parameter_names, state_dict
 
 O = TypeVar("O", bound=torch.optim.Optimizer)
 SEED_BITS = 62
-
-
-class Runner(Protocol):
-    """What the module needs of an `Executor`."""
-
-    gather: Gather | None
-
-    def run(
-        self,
-        working: Mapping[Key, Tensor],
-        inputs: Mapping[Key, Tensor],
-        seed: int = 0,
-        *,
-        defer_reduction: bool = False,
-        gate: Callable[[], None] | None = None,
-    ) -> StepResult: ...
-
-    def reduce(self, gradients: Mapping[Key, Tensor]) -> dict[Key, Tensor]: ...
 
 
 class BoundProgram(Protocol):
@@ -56,7 +38,7 @@ class BoundProgram(Protocol):
     @property
     def program(self) -> RankProgram: ...
     @property
-    def executor(self) -> Runner: ...
+    def executor(self) -> Executor: ...
     @property
     def loss(self) -> Key | None: ...
 

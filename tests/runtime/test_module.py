@@ -100,7 +100,7 @@ def test_a_step_that_fails_on_one_rank_before_it_communicates(bad: int) -> None:
     assert {calls for calls, _ in on_ranks("data", run)} == {2}
 
 
-def test_what_a_superseded_run_made_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_superseded_run_made_is_gone() -> None:
     """Before the run that takes its place begins."""
     alive: list[list[bool]] = []
 
