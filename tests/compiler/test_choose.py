@@ -110,6 +110,16 @@ def test_small_blocks_are_kept_whole_where_a_large_one_does_not_fit() -> None:
     assert any(name.startswith("layers.") for name in found.whole) and "head.weight" not in found.whole
 
 
+def test_blocks_are_kept_whole_beside_a_tied_table() -> None:
+    """Its gradient waits for the other use once, whatever is kept."""
+    pinned = Strategy(dp_shard=4, dp_replicate=1, tp=1, pp=1)
+    least = language_model(True, replace(pinned, zero=3)).plan.predicted.peak_bytes
+    found = language_model(True, pinned, memory_limit=1.2 * least)
+    assert found.plan.whole
+    counted = program_memory(emit(found, 0)).peak
+    assert 0.95 * counted <= found.plan.predicted.peak_bytes <= 1.1 * counted
+
+
 class Layers(nn.Module):
     """A small table and layers, of half a megabyte in all."""
 
