@@ -9,6 +9,9 @@ Ensures   one graph for each stage. A value made in one stage and used in a late
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import networkx as nx
 import torch
 from torch import fx
@@ -16,6 +19,7 @@ from torch import fx
 from .convert import convert
 from .graph_tools import Values, call, extract, named_results
 from .partition import VIEWS
+from .types import Varying
 
 aten = torch.ops.aten
 PARAMETER_VIEWS = VIEWS | {convert, aten._to_copy.default, aten.reshape.default}
@@ -86,13 +90,14 @@ def _shift(stage: dict[fx.Node, int], border: int) -> None:
     loose = {n for n, k in stage.items() if k < border and n not in fixed}
     if not loose:
         return
+    ranks = math.prod(_shares(stage).values())
     network = nx.DiGraph()
     network.add_nodes_from(("before", "after"))
     for node in dict.fromkeys([*loose, *(s for n in loose for s in n.all_input_nodes if s in stage)]):
         if node not in loose:
             network.add_edge("before", node)
         if isinstance(node.meta["val"], torch.Tensor):
-            network.add_edge(node, ("sent", node), capacity=node.meta["val"].nbytes)
+            network.add_edge(node, ("sent", node), capacity=_sent_bytes(node, ranks))
         else:
             network.add_edge(node, ("sent", node))  # a tuple is never sent
         for user in node.users:
@@ -104,6 +109,24 @@ def _shift(stage: dict[fx.Node, int], border: int) -> None:
     _, (before, _) = nx.minimum_cut(network, "before", "after")
     for node in loose - before:
         stage[node] = border
+
+
+def _shares(nodes: Iterable[fx.Node]) -> dict[str, int]:
+    """The axes that any of the nodes is cut over, and into how many parts."""
+    return {axis: len(t.sections[0]) for n in nodes for axis, t in n.meta.get("types", {}).items() if isinstance(t, Varying)}
+
+
+def _sent_bytes(node: fx.Node, ranks: int) -> int:
+    """Bytes of a value on all ranks together: the border must lie alike where their shares differ."""
+    wholes: dict[int, int] = {}
+    for type_ in node.meta.get("types", {}).values():
+        if isinstance(type_, Varying):
+            wholes.setdefault(type_.dim, type_.global_size)  # as the first axis found it, before any cut
+    value = node.meta["val"]
+    shape = list(value.shape)
+    for dim, size in wholes.items():
+        shape[dim] = size
+    return math.prod(shape) * value.element_size() * ranks // math.prod(_shares([node]).values())
 
 
 def _is_parameter(node: fx.Node) -> bool:
