@@ -187,16 +187,15 @@ def measure_replicated(case: Case, finding: Finding) -> None:
 
     from shardwright.compiler.capture import capture
     from shardwright.compiler.cost import op_flops
-    from shardwright.compiler.graph_cost import tensor_placement
     from shardwright.compiler.prepare import prepare
+    from shardwright.compiler.tensor_axis import Layouts, tensor_placement
     from shardwright.passes.graph_tools import op_calls, where
     from shardwright.passes.types import Varying
-    from shardwright.runtime.program import Mesh
 
     sample = {k: v[:2] if f"input.{k}" in case.problem.batch_inputs else v for k, v in case.batch.items()}
     problem = replace(case.problem, graph=prepare(capture(case.model, (), sample, loss_fn=case.loss_fn), float64=True))
     calls = op_calls(problem.graph)
-    placement = tensor_placement(problem, Mesh(("tp",), (4,)), False, calls)
+    placement = tensor_placement(problem.graph, problem.loss, 4, Layouts(), None, calls)
     total = whole = 0.0
     by_op: dict[str, float] = {}
     for node, (call, _) in calls.items():

@@ -27,14 +27,15 @@ from ..runtime.program import Mesh
 from .cost import size_of
 from .emit import SEGMENT_BYTES, Problem
 from .gathers import Whole, gather_groups, kept_whole, shared
-from .graph_cost import GraphCost, graph_cost, least_crossing
+from .graph_cost import GraphCost, least_crossing
 from .keeping import keeping
 from .memory import state_memory
-from .place import Policy, place
+from .place import Placement, Policy, place
 from .plan import Plan, Prediction, data_size
 from .prices import Volume
 from .schedules import BUCKET_BYTES
 from .strategy import Limits, Request, Strategy, StrategyError, divisors
+from .tensor_axis import Layouts, TensorAxis
 from .topology import CollectiveKind, Topology, collective_bytes, collective_seconds
 
 BACKWARD_SHARE = 2 / 3
@@ -70,17 +71,17 @@ class Search:
         self.problem, self.request, self.topology, self.batch, self.limit = problem, request, topology, batch, limit
         self.microbatches = microbatches if microbatches is not None else request.strategy.microbatches
         self.rows, self.captured = rows, sum(problem.local_batches)
-        self.costs: dict[tuple[int, bool], GraphCost] = {}
         placeholders = problem.graph.graph.find_nodes(op="placeholder")
         self.parameters = {n.meta["key"]: metas(n)[0] for n in placeholders if n.meta["key"].startswith("param.")}
         sizes = [float(size_of(meta)) for meta in self.parameters.values()]
         self.trained = sum(float(size_of(meta)) for meta in self.parameters.values() if meta.grad)
-        self.whole = kept_whole(gather_groups(problem.graph))
         self.shared = shared(problem.graph)
         self.largest = max(sizes, default=0.0) / (sum(sizes) or 1.0)
         self.stream = least_crossing(problem.graph)
         self.calls = op_calls(problem.graph)
+        self.whole = kept_whole(gather_groups(problem.graph, self.calls))
         self.kept = keeping(self.calls)
+        self.tensor = TensorAxis(problem.graph, problem.loss, topology, self.calls, self.kept)
         self._coupled: ShardingError | Literal[False] | None = None
 
     def candidates(self) -> Iterable[Candidate]:
@@ -135,12 +136,9 @@ class Search:
         return Search(self.problem, request, self.topology, self.rows, self.batch, None, self.limit)
 
     def variants(self, mesh: Mesh, pins: Strategy) -> Iterable[Plan]:
-        """Plans over one mesh: ZeRO level, sequence parallelism, micro-batches."""
+        """Plans over one mesh: ZeRO level, layouts over tp, micro-batches."""
         shard = mesh.size("dp_shard") > 1
         levels = [pins.zero] if pins.zero is not None else ([2, 3] if shard else [0])  # 1 runs as 2 does
-        sequence = (
-            [pins.sequence_parallel] if pins.sequence_parallel is not None else ([False, True] if mesh.size("tp") > 1 else [False])
-        )
         data = data_size(mesh)
         if self.batch == "global" and data > self.rows:
             sizes = ", ".join(str(d) for d in divisors(mesh.world_size) if d <= self.rows)
@@ -151,12 +149,13 @@ class Search:
         local = self.local_rows(mesh)
         counts = self.microbatch_counts(mesh.size("pp"), local)
         for zero in levels:
-            for sp in sequence:
+            for layouts in self.layouts(mesh, pins):
                 for count in counts:
                     yield Plan(
                         mesh=mesh,
                         zero=int(zero if shard else 0),
-                        sequence_parallel=bool(sp) and mesh.size("tp") > 1,
+                        sequence_parallel=layouts.sequence,
+                        byte_price=layouts.byte_price,
                         schedule=pins.schedule or "1f1b",
                         microbatches=max(1, min(int(count), max(1, local))),
                     )
@@ -187,12 +186,31 @@ class Search:
             raise coupled
         return [1] if coupled else counts
 
-    def tensor_cost(self, mesh: Mesh, sequence: bool) -> GraphCost:
-        """Costs of the graph over the mesh's tp axis; depends on the other axes only through where tp lies."""
+    def layouts(self, mesh: Mesh, pins: Strategy) -> list[Layouts]:
+        """What to try over the mesh's tensor axis. Who pins it means Megatron's layouts, if nothing else is said."""
         n = mesh.size("tp")
-        if (n, sequence) not in self.costs:
-            self.costs[n, sequence] = graph_cost(self.problem, tensor_mesh(n), sequence, self.topology, self.calls, self.kept)
-        return self.costs[n, sequence]
+        if n == 1:
+            return [Layouts()]
+        megatron = pins.tp is not None or pins.sequence_parallel is not None
+        if pins.layouts == "any" or (pins.layouts is None and not megatron):
+            return self.tensor.fastest(n, self.share(mesh))
+        sequence = [False, True] if pins.sequence_parallel is None else [pins.sequence_parallel]
+        return [Layouts(sequence=s) for s in sequence]
+
+    def share(self, mesh: Mesh) -> float:
+        """Of the captured batch, what a data rank gets."""
+        return (self.rows if self.batch == "local" else max(self.rows / data_size(mesh), 1.0)) / self.captured
+
+    def placement(self, plan: Plan) -> Placement | None:
+        """Over tp; None where there is no such axis."""
+        return self.tensor.placement(plan.mesh.size("tp"), Layouts.of(plan), self.share(plan.mesh))
+
+    def with_layout(self, plan: Plan) -> Plan:
+        """A plan that places by time, with where its parameters lie: at other numbers of samples it would be elsewhere."""
+        placement = self.placement(plan)
+        if plan.byte_price is None or placement is None:
+            return plan
+        return replace(plan, layout={k.removeprefix("param."): placement.placeholders[k] for k in self.parameters})
 
     def heaviest_stage(self, stages: int) -> float:
         """The least share of all parameters' bytes that the heaviest stage can have: an even one, or the largest parameter's."""
@@ -202,25 +220,21 @@ class Search:
         """`whole`: the shares of `plan.whole`."""
         mesh, top = plan.mesh, self.topology
         whole = whole or self.whole[0]
-        cost = self.tensor_cost(mesh, plan.sequence_parallel)
-        data, stages, m = plan.data_size, plan.stages, plan.microbatches
-        share = (self.rows if self.batch == "local" else max(self.rows / data, 1.0)) / self.captured
-        launches = top.device.launch * cost.ops * (m - 1)
-        work = (cost.compute + cost.traffic) * share + launches
+        data, stages, m, share = plan.data_size, plan.stages, plan.microbatches, self.share(mesh)
+        cost = self.tensor.cost(mesh.size("tp"), Layouts.of(plan), share)
         bubble = (m + stages - 1) / m
-        pipelined = work / stages * bubble
         heaviest = self.heaviest_stage(stages)
         bytes_held, trained = cost.parameters * heaviest, cost.trainable * heaviest
         moved = [*self._data_traffic(plan, cost, whole)]
         parts = {
-            "compute": cost.compute * share / stages * bubble + launches / stages,
-            "tensor": cost.traffic * share / stages * bubble,
+            "compute": (cost.compute * share + cost.launches * m) / stages * bubble,
+            "tensor": (cost.traffic * share + (cost.latencies + cost.gathers) * m) / stages * bubble + cost.sums / stages,
             "data": sum(n * collective_seconds(kind, size, top.span(mesh, axis)) for axis, kind, size, n in moved)
             - self._hidden_seconds(plan, moved, cost.compute * share / stages / m * BACKWARD_SHARE),
             "pipeline": self._pipeline_seconds(plan, share),
             "optimizer": self._optimizer_seconds(plan, trained),
         }
-        seconds = pipelined + parts["data"] + parts["pipeline"] + parts["optimizer"]
+        seconds = sum(parts.values())
         frozen = bytes_held - trained
         state = state_bytes(plan, trained * (1 - whole.trained), frozen * (1 - whole.held))
         if plan.whole:
@@ -229,7 +243,7 @@ class Search:
         activations = cost.activations * share / stages * flying / m + cost.temporaries * share / m
         # Under ZeRO-3 the backward of a block holds its parameters whole, and their gradients until they are scattered; the first
         # gradient of a parameter that is used twice waits for the second.
-        gathered = self.shared * trained if plan.zero else 0.0
+        gathered = (self.shared * trained if plan.zero else 0.0) + 2 * cost.gathered
         if plan.zero == 3:
             gathered += 2 * whole.largest * cost.parameters
         if plan.zero in (1, 2) or plan.whole:
@@ -240,7 +254,7 @@ class Search:
         for axis, kind, size, n in moved:
             traffic[axis] += n * collective_bytes(kind, size, mesh.size(axis))
         if "tp" in traffic:
-            traffic["tp"] += (cost.received * share + cost.received_once) / stages
+            traffic["tp"] += (cost.received * share + cost.received_gathers * m + cost.received_once) / stages
         if "pp" in traffic:
             traffic["pp"] += 2 * (stages - 1) / stages * self._border(plan, share) * m
         parts |= {"state bytes": state, "activation bytes": activations, "gathered bytes": gathered}
@@ -300,7 +314,8 @@ class Search:
 
     def _border(self, plan: Plan, share: float) -> float:
         """Bytes that a micro-batch's activations have at a stage border, and their gradients."""
-        return self.stream * share / plan.microbatches / (plan.mesh.size("tp") if plan.sequence_parallel else 1)
+        sharded = plan.sequence_parallel or plan.byte_price is not None
+        return self.stream * share / plan.microbatches / (plan.mesh.size("tp") if sharded else 1)
 
     def _pipeline_seconds(self, plan: Plan, share: float) -> float:
         if plan.stages == 1:
@@ -313,10 +328,6 @@ class Search:
         shards = plan.mesh.size("dp_shard") if plan.zero else 1
         device = self.topology.device
         return 7 * size / max(1, shards) / (device.bandwidth * device.memory_efficiency)
-
-
-def tensor_mesh(n: int) -> Mesh:
-    return Mesh(("tp",), (n,)) if n > 1 else Mesh((), ())
 
 
 def state_bytes(plan: Plan, trained: float, frozen: float) -> float:

@@ -55,7 +55,7 @@ def choose(
     best = fitting[0]
     others = [_alternative(c, best, limit) for c in candidates if c is not best]
     return replace(
-        best.plan,
+        search.with_layout(best.plan),
         topology=replace(topology, sources={}),
         predicted=best.predicted,
         alternatives=tuple(others[:12]),

@@ -183,16 +183,30 @@ def _conversion(src: Type, dst: Type, grad: bool, price: Callable[[str], float])
     return ConversionCost(sum(map(price, steps.forward)), sum(map(price, steps.backward)))
 
 
+@dataclass(frozen=True)
+class Timing:
+    """Seconds: `fixed` by launches and latencies, whatever the size of a value, and `work` in proportion to it."""
+
+    fixed: float
+    work: float
+
+    def at(self, share: float) -> float:
+        return self.fixed + self.work * share
+
+
 class Seconds:
     """Prices of the placement search (compiler/prices.py) in seconds of one device on an axis of a mesh, both directions.
 
     mesh       the whole mesh; `axis` passed to the methods must be one of its axes
+    share      of the batch that the graph was captured with, what a run sees: so much of an op's work is done, and so much of a
+               value that is no parameter is moved
     """
 
-    def __init__(self, topology: Topology, mesh: Mesh) -> None:
-        self.topology = topology
-        self.mesh = mesh
+    def __init__(self, topology: Topology, mesh: Mesh, share: float = 1.0) -> None:
+        self.topology, self.mesh, self.share = topology, mesh, share
+        self._at_once = replace(topology.device, launch=0.0)
         self._spans: dict[str, Span] = {}
+        self._conversions: dict[tuple[Type, Type, TensorMeta, str], Timing] = {}
 
     def _span(self, axis: Axis) -> Span:
         if axis.name not in self._spans:
@@ -200,12 +214,16 @@ class Seconds:
         return self._spans[axis.name]
 
     def node(self, call: OpCall, strategy: Strategy, axis: Axis, from_parameters: tuple[bool, ...]) -> float:
+        return self.node_timing(call, strategy).at(self.share)
+
+    def node_timing(self, call: OpCall, strategy: Strategy) -> Timing:
         operands = tuple(m if m is None else local_meta(m, t) for m, t in zip(call.operands, strategy.ins, strict=True))
         results = tuple(local_meta(m, t) for m, t in zip(call.results, strategy.outs, strict=True))
         local = replace(call, operands=operands, results=results)
         if strategy.target is not None:
             local = replace(local, target=strategy.target, args=strategy.args or (), kwargs=strategy.kwargs or {})
-        return op_seconds(local, self.topology.device) + backward_seconds(local, self.topology.device)
+        whole, work = (op_seconds(local, d) + backward_seconds(local, d) for d in (self.topology.device, self._at_once))
+        return Timing(whole - work, work)
 
     def placeholder(self, type_: Type, meta: TensorMeta, axis: Axis) -> float:
         """A Replicate parameter's gradient is summed once a step; in a bucket, where latency does not count."""
@@ -214,8 +232,18 @@ class Seconds:
         free = tuple(replace(hop, level=replace(hop.level, latency=0.0)) for hop in self._span(axis))
         return collective_seconds("all_reduce", size_of(meta), free)
 
-    def conversion(self, src: Type, dst: Type, meta: TensorMeta, axis: Axis) -> float:
-        return conversion_seconds(src, dst, size_of(meta), self._span(axis), self.topology.device, meta.grad).total
+    def conversion(self, src: Type, dst: Type, meta: TensorMeta, axis: Axis, of_parameter: bool = False) -> float:
+        return self.conversion_timing(src, dst, meta, axis).at(1.0 if of_parameter else self.share)
+
+    def conversion_timing(self, src: Type, dst: Type, meta: TensorMeta, axis: Axis) -> Timing:
+        key = (src, dst, meta, axis.name)
+        if key not in self._conversions:
+            whole, fixed = (
+                conversion_seconds(src, dst, size, self._span(axis), self.topology.device, meta.grad).total
+                for size in (size_of(meta), 0.0)
+            )
+            self._conversions[key] = Timing(fixed, 0.0 if math.isinf(fixed) else whole - fixed)
+        return self._conversions[key]
 
     def ways(self, axis: Axis) -> Ways:
         """How values change their types over the axis in the least time."""

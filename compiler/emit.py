@@ -48,8 +48,9 @@ from .collector import without_collection
 from .cost import Seconds
 from .place import Placement, Policy, place
 from .plan import Plan
-from .prices import Prices, Volume, tensor_prices
+from .prices import Prices, Volume
 from .schedules import Step, build, crossing, part_name
+from .tensor_axis import Layouts
 
 SEGMENT_BYTES = 25 * 2**20
 """Gradients in a part of the backward graph: enough that latency does not count, few enough that most are summed while others
@@ -125,6 +126,7 @@ def lower(problem: Problem, plan: Plan, coordinates: Mapping[str, int], values: 
         with use_communicator(StaticCommunicator(sizes, {**leader, TIME: 0})):
             decided = lower(problem, plan, leader, values).placements
     cuts = data_sections(plan, problem.local_batches, coordinates)
+    seconds = Seconds(plan.topology, plan.mesh) if plan.topology is not None else None
     steps: list[tuple[Axis, int, Policy, Prices]] = []
     for axis in plan.data_axes:
         pinned: dict[str, Type] = {key: Varying(0, cuts[axis]) for key in problem.batch_inputs}
@@ -135,13 +137,13 @@ def lower(problem: Problem, plan: Plan, coordinates: Mapping[str, int], values: 
         policy = Policy("time", {}, problem.loss, slices=slices)
         steps.append((Axis(TIME, plan.microbatches), microbatch, policy, Volume()))
     if plan.mesh.size("tp") > 1:
-        fixed: dict[str, Type] = {f"param.{name}": t for name, t in plan.layout.items()}
-        policy = Policy("tensor", fixed, problem.loss, scatter=plan.sequence_parallel)
-        steps.append((Axis("tp", plan.mesh.size("tp")), coordinates["tp"], policy, tensor_prices(plan.sequence_parallel)))
+        layouts = Layouts.of(plan)
+        policy, prices = layouts.policy(problem.loss, plan.layout), layouts.prices(seconds)
+        steps.append((Axis("tp", plan.mesh.size("tp")), coordinates["tp"], policy, prices))
     for axis, index, policy, prices in steps:
         calls = op_calls(gm)
         placement = place(gm, axis, policy, prices, calls, like=decided.get(axis.name))
-        ways = Seconds(plan.topology, plan.mesh).ways(axis) if plan.topology and axis.name != TIME else None
+        ways = seconds.ways(axis) if seconds is not None and axis.name != TIME else None
         gm = shard(gm, axis, index, placement.choice, placement.placeholders, placement.outputs, values, calls, ways)
         check(gm, axis, index, placement.placeholders)
         placements[axis.name] = placement

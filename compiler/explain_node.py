@@ -14,14 +14,14 @@ from ..passes.reshard import steps
 from ..passes.rules.base import Axis, Strategy
 from ..passes.shard import ShardingError
 from ..passes.types import I, Type
-from ..runtime.program import Mesh
 from .cost import Seconds, size_of
 from .emit import Lowered, Problem, coordinates_of, lower
 from .explain import describe
-from .graph_cost import GraphCost, placed_cost, produced, tensor_placement
+from .graph_cost import placed_cost, produced
 from .place import Placement
 from .plan import Plan
 from .prices import held
+from .tensor_axis import Layouts, tensor_mesh, tensor_placement
 from .topology import Topology
 from .units import bytes_text, seconds_text
 
@@ -113,9 +113,9 @@ def strategy_text(strategy: Strategy) -> str:
 
 def _tensor_costs(problem: Problem, plan: Plan, topology: Topology, node: fx.Node) -> list[str]:
     calls = op_calls(problem.graph)
-    mesh = Mesh(("tp",), (plan.mesh.size("tp"),))
-    chosen = tensor_placement(problem, mesh, plan.sequence_parallel, calls)
-    own = _own_seconds(node, chosen, Seconds(topology, mesh), Axis("tp", mesh.size("tp")), calls) * _share(plan)
+    seconds = _tensor_seconds(plan, topology)
+    chosen = _placement(problem, plan, seconds, calls)
+    own = _own_seconds(node, chosen, seconds, Axis("tp", plan.mesh.size("tp")), calls)
     copies = sum(_first(problem.graph, n) == _first(problem.graph, node) for n in problem.graph.graph.nodes) - 1
     alike = f"; {copies} more like it in other blocks lie the same" if copies else ""
     lines = [f"cost: {seconds_text(own)} a step on each rank{alike}"]
@@ -142,27 +142,35 @@ def next_best(
     Raises ShardingError where there is no other.
     """
     calls = calls or op_calls(problem.graph)
-    mesh = Mesh(("tp",), (plan.mesh.size("tp"),))
-    chosen = chosen or tensor_placement(problem, mesh, plan.sequence_parallel, calls)
+    seconds = _tensor_seconds(plan, topology)
+    chosen = chosen or _placement(problem, plan, seconds, calls)
     outs = _outs(chosen, node)
-    other = tensor_placement(problem, mesh, plan.sequence_parallel, calls, barred={node.name: [outs]})
-    before, after = (placed_cost(problem, mesh, p, topology, calls) for p in (chosen, other))
+    size, layouts, barred = plan.mesh.size("tp"), Layouts.of(plan), {node.name: [outs]}
+    other = tensor_placement(problem.graph, problem.loss, size, layouts, seconds, calls, barred)
+    before, after = (placed_cost(problem.graph, seconds, p, calls) for p in (chosen, other))
     share = _share(plan)
 
     def more(part: str) -> float:
         return getattr(after, part) - getattr(before, part)
 
+    each = sum(map(more, ("launches", "latencies", "gathers")))
     return Runner(
         _outs(other, node),
-        (_seconds(after) - _seconds(before)) * share,
+        (more("compute") + more("traffic")) * share + (each * plan.microbatches + more("sums")) / plan.stages,
         more("activations") * share,
         more("parameters") / plan.stages,
-        more("received") * share + more("received_once") / plan.stages,
+        more("received") * share + (more("received_gathers") * plan.microbatches + more("received_once")) / plan.stages,
     )
 
 
-def _seconds(cost: GraphCost) -> float:
-    return cost.compute + cost.traffic
+def _tensor_seconds(plan: Plan, topology: Topology) -> Seconds:
+    return Seconds(topology, tensor_mesh(plan.mesh.size("tp")), 1 / plan.data_size)
+
+
+def _placement(problem: Problem, plan: Plan, seconds: Seconds, calls: Calls) -> Placement:
+    """The plan's own."""
+    size, layouts = plan.mesh.size("tp"), Layouts.of(plan)
+    return tensor_placement(problem.graph, problem.loss, size, layouts, seconds, calls, pinned=plan.layout)
 
 
 def _share(plan: Plan) -> float:
@@ -192,5 +200,6 @@ def _own_seconds(node: fx.Node, placement: Placement, seconds: Seconds, axis: Ax
         have, _ = produced(source, placement)
         (meta,) = metas(source)
         if have != needed:
-            total += sum(seconds.conversion(a, b, meta, axis) for a, b in steps(have, needed, meta, ways))
+            of_parameter = source.op == "placeholder" and source.meta["key"].startswith("param.")
+            total += sum(seconds.conversion(a, b, meta, axis, of_parameter) for a, b in steps(have, needed, meta, ways))
     return total

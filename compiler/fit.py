@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from ..passes.rules.base import Axis
 from ..passes.types import I
-from .candidates import Candidate, Search, state_bytes, tensor_mesh
+from .candidates import Candidate, Search, state_bytes
 from .cost import size_of
-from .graph_cost import tensor_placement
 from .keeping import kept_values
 from .prices import held
 from .units import bytes_text
@@ -48,7 +47,7 @@ def _largest(search: Search, candidate: Candidate, count: int = 3) -> Iterator[s
     """Where the most bytes of a plan lie: lines of the model with the activations that are kept of them, and parameters."""
     plan, parts = candidate.plan, candidate.predicted.parts
     n = plan.mesh.size("tp")
-    placement = tensor_placement(search.problem, tensor_mesh(n), plan.sequence_parallel, search.calls) if n > 1 else None
+    placement = search.placement(plan)
     axis = Axis("tp", n)
     lines: dict[str, list[float]] = {}
     for node, size in kept_values(search.calls, search.kept, placement, axis):

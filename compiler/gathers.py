@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ..passes.graph_tools import metas
+from ..passes.graph_tools import Calls, metas, op_calls
 from .cost import size_of
-from .graph_cost import read_again
+from .needs import read_again
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ def _uses(gm: fx.GraphModule) -> dict[fx.Node, dict[Place, None]]:
     return found
 
 
-def gather_groups(gm: fx.GraphModule) -> list[Group]:
-    """In the order of the forward. A parameter that several blocks use counts with the first."""
-    uses = _uses(gm)
+def gather_groups(gm: fx.GraphModule, calls: Calls | None = None) -> list[Group]:
+    """In the order of the forward. A parameter that several blocks use counts with the first. `calls`: `op_calls(gm)`."""
+    uses, calls = _uses(gm), calls or op_calls(gm)
     groups: dict[Place, list[fx.Node]] = {}
     used: dict[Place, list[fx.Node]] = {}
     for parameter, places in uses.items():
@@ -75,7 +75,7 @@ def gather_groups(gm: fx.GraphModule) -> list[Group]:
             used.setdefault(place, []).append(parameter)
     sizes = {n: float(size_of(metas(n)[0])) for n in uses}
     trained = {n: size for n, size in sizes.items() if metas(n)[0].grad}
-    again = {n: size for n, size in sizes.items() if read_again(n)}
+    again = {n: size for n, size in sizes.items() if read_again(n, calls)}
 
     def share(nodes: Sequence[fx.Node], of: dict[fx.Node, float]) -> float:
         return sum(of.get(n, 0.0) for n in nodes) / (sum(of.values()) or 1.0)

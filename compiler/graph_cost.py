@@ -2,132 +2,173 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
 
 from ..passes.convert import is_free
 from ..passes.graph_tools import Calls, is_getitem, metas
-from ..passes.partition import VIEWS
 from ..passes.reshard import Ways, steps
 from ..passes.rules.base import Axis, TensorMeta
 from ..passes.rules.base import Strategy as NodeStrategy
-from ..passes.types import I, R, Type
-from ..runtime.program import Mesh
-from .cost import Seconds, conversion_bytes, op_name, size_of
-from .emit import Problem
+from ..passes.types import I, R, Type, Varying
+from .cost import Seconds, Timing, conversion_bytes, size_of
 from .keeping import Keeping, keeping, kept_bytes, largest_backward_bytes
-from .place import Barred, Placement, Policy, place
-from .prices import held, tensor_prices
-from .topology import Topology, collective_bytes
-
-VALUE_FREE = frozenset("add add_ sub rsub embedding embedding_shard select index_select".split())
-"""Ops whose backward needs the value of no operand: a parameter that only they use is not gathered again for it."""
-
-CASTS = frozenset({"_to_copy", "to"})
+from .needs import gathered_again, read_again
+from .place import Placement
+from .prices import held
+from .topology import collective_bytes
 
 
 @dataclass(frozen=True)
 class GraphCost:
-    """A graph on one rank of a tensor axis, for one data rank's whole batch, forward and backward.
+    """A graph on one rank of a tensor axis, forward and backward: what grows with the batch as for the batch it was captured with.
 
-    compute, traffic        seconds
+    compute, traffic        seconds that grow with the batch
+    launches, latencies     seconds of these that every run takes besides, whatever its batch
+    gathers                 seconds in which every run gathers parameters over the tensor axis and scatters their gradients
+    sums                    seconds in which gradients of replicated parameters are summed over the tensor axis, once a step
     activations             bytes that the forward keeps
     temporaries             bytes that the backward of the largest op holds beside these
+    gathered                bytes of the parameters that a block gathers over the tensor axis: of the block with the most
     parameters              bytes held of all parameters; of these `trainable` have gradients, `read_again` are used in the backward
-    received                bytes received over the tensor axis: of the batch, and of gradients summed once a step
-    ops                     kernels of a forward and backward
+    received, received_gathers, received_once       bytes received over the tensor axis in these traffics
     gap                     of the placement, see `Placement.gap`
     """
 
-    compute: float
-    traffic: float
-    activations: float
-    temporaries: float
-    parameters: float
-    trainable: float
-    read_again: float
-    received: float
-    received_once: float
-    ops: int
+    compute: float = 0.0
+    traffic: float = 0.0
+    launches: float = 0.0
+    latencies: float = 0.0
+    gathers: float = 0.0
+    sums: float = 0.0
+    activations: float = 0.0
+    temporaries: float = 0.0
+    gathered: float = 0.0
+    parameters: float = 0.0
+    trainable: float = 0.0
+    read_again: float = 0.0
+    received: float = 0.0
+    received_gathers: float = 0.0
+    received_once: float = 0.0
     gap: float = 0.0
 
-
-def graph_cost(problem: Problem, mesh: Mesh, sequence: bool, topology: Topology, calls: Calls, kept: Keeping) -> GraphCost:
-    """Place the graph over tp as emission would, and add up what every rank then does.
-
-    mesh      of one axis, "tp", or none       calls, kept     `op_calls` of the graph, and `keeping` of these
-    """
-    placement = tensor_placement(problem, mesh, sequence, calls) if mesh.size("tp") > 1 else None
-    return placed_cost(problem, mesh, placement, topology, calls, kept)
-
-
-def tensor_placement(problem: Problem, mesh: Mesh, sequence: bool, calls: Calls, barred: Barred | None = None) -> Placement:
-    """The placement over tp that emission makes; `barred` as `place` takes it."""
-    policy = Policy("tensor", {}, problem.loss, scatter=sequence)
-    return place(problem.graph, Axis("tp", mesh.size("tp")), policy, tensor_prices(sequence), calls, barred)
+    def seconds(self, share: float) -> float:
+        """Of one step with one micro-batch of a share of the batch."""
+        return (self.compute + self.traffic) * share + self.launches + self.latencies + self.gathers + self.sums
 
 
 def placed_cost(
-    problem: Problem, mesh: Mesh, placement: Placement | None, topology: Topology, calls: Calls, kept: Keeping | None = None
+    gm: fx.GraphModule, seconds: Seconds, placement: Placement | None, calls: Calls, kept: Keeping | None = None
 ) -> GraphCost:
     """What every rank does under a placement over tp; None where there is no such axis.
 
-    kept    `keeping(calls)`, where the caller has it
+    seconds    of a mesh of that axis, or of none       kept    `keeping(calls)`, where the caller has it
     """
-    axis = Axis("tp", mesh.size("tp"))
-    seconds = Seconds(topology, mesh)
-    compute = 0.0
-    known: dict[tuple[int, int], float] = {}
+    axis = Axis("tp", seconds.mesh.size("tp"))
+    compute = launches = 0.0
+    known: dict[tuple[int, int], Timing] = {}
     for node, (call, _) in calls.items():
         strategy = placement.choice[node.name] if placement else None
         key = id(call), id(strategy)  # identical blocks share both objects
         if key not in known:
             strategy = strategy or NodeStrategy("whole", (I,) * len(call.operands), (I,) * len(call.results))
-            known[key] = seconds.node(call, strategy, axis, ())
-        compute += known[key]
-    parameters = trainable = again = traffic = once = 0.0
-    for node in problem.graph.graph.nodes:
+            known[key] = seconds.node_timing(call, strategy)
+        compute, launches = compute + known[key].work, launches + known[key].fixed
+    parameters = trainable = again = sums = received_once = 0.0
+    for node in gm.graph.nodes:
         if node.op == "placeholder" and node.meta["key"].startswith("param."):
             meta, type_ = metas(node)[0], placement.placeholders[node.meta["key"]] if placement else I
             size = size_of(meta) * held(type_, axis)
             parameters += size
             trainable += size if meta.grad else 0.0
-            again += size if read_again(node) else 0.0
+            again += size if read_again(node, calls) else 0.0
             if placement and type_ == R and meta.grad:
-                traffic += seconds.placeholder(type_, meta, axis)
-                once += collective_bytes("all_reduce", size, axis.size)
-    activations = kept_bytes(calls, kept or keeping(calls), placement, axis)
-    temporaries = largest_backward_bytes(calls, placement, axis)
-    received = 0.0
-    if placement is not None:
-        ways = seconds.ways(axis)
-        traffic += sum(_priced(calls, placement, ways, lambda a, b, m: seconds.conversion(a, b, m, axis)))
-        received = sum(_priced(calls, placement, ways, lambda a, b, m: conversion_bytes(a, b, size_of(m), axis.size, m.grad).total))
-    ops, gap = 3 * len(calls), placement.gap if placement else 0.0
-    return GraphCost(compute, traffic, activations, temporaries, parameters, trainable, again, received, once, ops, gap)
+                sums += seconds.placeholder(type_, meta, axis)
+                received_once += collective_bytes("all_reduce", size, axis.size)
+    cost = GraphCost(
+        compute=compute,
+        launches=launches,
+        sums=sums,
+        activations=kept_bytes(calls, kept or keeping(calls), placement, axis),
+        temporaries=largest_backward_bytes(calls, placement, axis),
+        parameters=parameters,
+        trainable=trainable,
+        read_again=again,
+        received_once=received_once,
+    )
+    return cost if placement is None else _with_conversions(cost, gm, seconds, placement, calls, axis)
 
 
-def read_again(parameter: fx.Node) -> bool:
-    """Whether the backward needs the parameter's value: some user, views looked through, multiplies by it."""
-    return any(
-        read_again(user) if user.target in VIEWS or op_name(user.target) in CASTS else op_name(user.target) not in VALUE_FREE
-        for user in parameter.users
-        if user.op == "call_function"
+@dataclass(frozen=True)
+class Conversion:
+    """Of a value, for the first node that needs it so. again: of a parameter that the backward gathers once more."""
+
+    source: fx.Node
+    have: Type
+    needed: Type
+    meta: TensorMeta
+    user: fx.Node
+    again: bool
+
+    @property
+    def of_parameter(self) -> bool:
+        return self.source.op == "placeholder" and self.source.meta["key"].startswith("param.")
+
+
+def _with_conversions(
+    cost: GraphCost, gm: fx.GraphModule, seconds: Seconds, placement: Placement, calls: Calls, axis: Axis
+) -> GraphCost:
+    """The cost, and that of what values go through to be of the types that ops need."""
+    ways = seconds.ways(axis)
+    known: dict[tuple[Type, Type, TensorMeta, bool], tuple[Timing, float]] = {}
+    traffic = latencies = gathers = received = received_gathers = 0.0
+    blocks: Counter[object] = Counter()
+    for c in _conversions(gm, calls, placement):
+        key = c.have, c.needed, c.meta, c.again
+        if key not in known:
+            known[key] = _price(c, seconds, ways, axis)
+        timing, size = known[key]
+        if not c.of_parameter:
+            traffic, latencies, received = traffic + timing.work, latencies + timing.fixed, received + size
+            continue
+        gathers, received_gathers = gathers + timing.at(1.0), received_gathers + size
+        if isinstance(c.have, Varying) and not isinstance(c.needed, Varying):
+            blocks[c.user.meta.get("block")] += size_of(c.meta)
+    return replace(
+        cost,
+        traffic=traffic,
+        latencies=latencies,
+        gathers=gathers,
+        gathered=float(max(blocks.values(), default=0)),
+        received=received,
+        received_gathers=received_gathers,
+        gap=placement.gap,
     )
 
 
-Price = Callable[[Type, Type, TensorMeta], float]
+def _price(c: Conversion, seconds: Seconds, ways: Ways, axis: Axis) -> tuple[Timing, float]:
+    """Seconds, and bytes received."""
+    path = [(a, b, c.meta) for a, b in steps(c.have, c.needed, c.meta, ways)]
+    if c.again:
+        path.append((c.have, I, replace(c.meta, grad=False)))
+    received = sum(conversion_bytes(a, b, size_of(meta), axis.size, meta.grad).total for a, b, meta in path)
+    timings = [seconds.conversion_timing(a, b, meta, axis) for a, b, meta in path]
+    return Timing(sum(t.fixed for t in timings), sum(t.work for t in timings)), received
 
 
-def _priced(calls: Calls, placement: Placement, ways: Ways, price: Price) -> Iterator[float]:
-    """The prices of the conversions that operands need, each made once for a value and a type."""
+def _conversions(gm: fx.GraphModule, calls: Calls, placement: Placement) -> Iterator[Conversion]:
+    """The conversions that operands and outputs need, each made once for a value and a type."""
     made: set[tuple[fx.Node, int, Type]] = set()
-    known: dict[tuple[Type, Type, TensorMeta], float] = {}
-    for node, (_, sources) in calls.items():
-        for source, needed in zip(sources, placement.choice[node.name].ins, strict=True):
+    end = next(iter(gm.graph.find_nodes(op="output")))
+    readers: list[tuple[fx.Node, Sequence[fx.Node], Sequence[Type]]]
+    readers = [(node, sources, placement.choice[node.name].ins) for node, (_, sources) in calls.items()]
+    readers.append((end, end.args[0], [placement.outputs[k] for k in range(len(end.args[0]))]))  # type: ignore[arg-type]
+    for node, sources, types in readers:
+        for source, needed in zip(sources, types, strict=True):
             have, k = produced(source, placement)
             if have is needed or (source, k, needed) in made:
                 continue
@@ -135,9 +176,7 @@ def _priced(calls: Calls, placement: Placement, ways: Ways, price: Price) -> Ite
             if is_free(have, needed, meta.grad):
                 continue
             made.add((source, k, needed))
-            if (have, needed, meta) not in known:
-                known[have, needed, meta] = sum(price(a, b, meta) for a, b in steps(have, needed, meta, ways))
-            yield known[have, needed, meta]
+            yield Conversion(source, have, needed, meta, node, gathered_again(source, have, needed, calls))
 
 
 def produced(node: fx.Node, placement: Placement) -> tuple[Type, int]:

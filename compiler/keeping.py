@@ -1,6 +1,5 @@
 """Which values of a captured graph a forward keeps for its backward, as passes/partition.py will find, before anything is emitted.
 
-An op either needs the values of its operands for its backward (a product), or its results (a softmax), or neither (a sum).
 Views keep what they are views of. What follows by a cheap op from other kept values is computed again and not kept; but what is
 converted for an op that needs it (gathered, say) is kept as converted.
 """
@@ -10,29 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from ..passes.graph_tools import Calls, is_getitem
-from ..passes.partition import CHEAP, VIEWS
-from ..passes.rules.base import Axis, OpCall
+from ..passes.partition import CHEAP
+from ..passes.rules.base import Axis
 from ..passes.types import I, Type
 from .cost import FREE, op_name, size_of
+from .needs import NEEDS_RESULT, is_view, needs_value
 from .place import Placement
 from .prices import held
-
-aten = torch.ops.aten
-
-VALUE_FREE = frozenset(
-    """add add_ sub rsub neg cat stack sum mean clone _to_copy to where masked_fill dropout embedding embedding_shard select
-    index_select slice pick pad constant_pad_nd""".split()
-)
-"""Ops whose backward needs the value of no operand that takes a gradient."""
-
-NEEDS_RESULT = frozenset(
-    """attention chunked_attention softmax _softmax log_softmax _log_softmax logsumexp tanh sigmoid exp rsqrt sqrt reciprocal relu
-    topk max_pool2d""".split()
-)
 
 Use = tuple[fx.Node, int]
 """An operand of a call, by position."""
@@ -58,7 +44,7 @@ def keeping(calls: Calls) -> Keeping:
                 uses.setdefault((node, k), [])
         for i, source in enumerate(sources):
             value = _held_by(source)
-            if value[0].op == "call_function" and _needs_value(node, call, i):
+            if value[0].op == "call_function" and needs_value(node, call, i):
                 uses.setdefault(value, []).append((node, i))
     rebuilt = set()
     for value in uses:
@@ -70,18 +56,6 @@ def keeping(calls: Calls) -> Keeping:
     return Keeping({value: tuple(found) for value, found in uses.items()}, frozenset(rebuilt))
 
 
-def _needs_value(node: fx.Node, call: OpCall, i: int) -> bool:
-    """Whether the backward of a call needs the value of operand i: products need it for the gradient of the others alone."""
-    name = op_name(call.target)
-    if name in VALUE_FREE or node.target in VIEWS or node.target is aten.reshape.default:
-        return False
-    if name in ("mul", "div", "mm", "bmm", "linear", "matmul", "addmm", "baddbmm", "convolution"):
-        return any(o.grad for k, o in enumerate(call.operands) if k != i) or (name == "div" and i == 1)
-    if name == "with_slope":
-        return i == 2
-    return name not in NEEDS_RESULT or name in ("attention", "chunked_attention", "logsumexp")
-
-
 def _held_by(node: fx.Node) -> tuple[fx.Node, int]:
     """The value that a value is a view of."""
     while node.op == "call_function":
@@ -89,7 +63,7 @@ def _held_by(node: fx.Node) -> tuple[fx.Node, int]:
             source, k = node.args
             assert isinstance(source, fx.Node) and isinstance(k, int)
             return source, k
-        if node.target not in VIEWS and node.target is not aten.reshape.default:
+        if not is_view(node):
             break
         node = node.all_input_nodes[0]
     return node, 0

@@ -28,7 +28,8 @@ from ..passes.splits import Cuts, Site, Value, spread
 from ..passes.types import I, Partial, R, Type, Varying, even_sections
 from .assign import AssignError, Problem, Solution, Use, relative_gap, solve
 from .assign import Value as AssignValue
-from .prices import Prices
+from .needs import gathered_again
+from .prices import Prices, held, size_of
 
 Role = Literal["data", "time", "tensor"]
 
@@ -42,6 +43,7 @@ class Policy:
     pinned          types of placeholders by key
     loss            key of the loss, which may leave as P
     scatter         tensor axis: activations may be reduce-scattered (sequence parallelism)
+    byte_price      tensor axis: None for Megatron's layouts; any, where it is what a byte of a parameter costs that a rank holds
     slices          time axis: the one way each batch input may be sliced
     """
 
@@ -49,6 +51,7 @@ class Policy:
     pinned: Mapping[str, Type] = field(default_factory=dict)
     loss: str | None = None
     scatter: bool = False
+    byte_price: float | None = None
     slices: Mapping[str, Type] = field(default_factory=dict)
 
 
@@ -300,13 +303,17 @@ class _Builder:
         for t in (*produced, *(t for _, types in uses for t in types)):
             ids.setdefault(t, len(ids))
         types = list(ids)
+        of_parameter = d.node.op == "placeholder" and d.node.meta["key"].startswith("param.")
         conversion = np.full((len(types), len(types)), np.inf)
         for i, a in enumerate(types):
             for j, b in enumerate(types):
                 if is_free(a, b, meta.grad):
                     conversion[i, j] = 0.0
                 elif exists(a, b, meta.grad) and self._allowed(a, b, meta, d):
-                    conversion[i, j] = self.prices.conversion(a, b, meta, self.axis) * count
+                    price = self.prices.conversion(a, b, meta, self.axis, of_parameter)
+                    if gathered_again(d.node, a, b, self.calls):
+                        price += self.prices.conversion(a, I, replace(meta, grad=False), self.axis, of_parameter)
+                    conversion[i, j] = price * count
         return AssignValue(
             self.index[d.name],
             tuple(ids[t] for t in produced),
@@ -335,10 +342,10 @@ class _Builder:
 
     def _tensor_axis_makes(self, a: Type, b: Type, meta: TensorMeta) -> bool:
         """Between sharded products an activation is I (tensor parallelism) or cut by its tokens (sequence parallelism): the layouts
-        of Megatron (Shoeybi et al. 2019; Korthikanti et al. 2022). Others move as many bytes and are harder to read."""
+        of Megatron (Shoeybi et al. 2019; Korthikanti et al. 2022), unless the policy wants any."""
         if isinstance(b, Partial):
             return False
-        if isinstance(a, Partial):
+        if isinstance(a, Partial) and self.policy.byte_price is None:
             tokens = len(meta.shape) - 2
             scattered = self.policy.scatter and isinstance(b, Varying) and b.dim == tokens and b.is_plain
             return b == I or scattered
@@ -347,7 +354,7 @@ class _Builder:
     def _option_costs(self, d: _Decision) -> np.ndarray:
         if d.node.op == "placeholder":
             meta = metas(d.node)[0]
-            prices = [self.prices.placeholder(s.outs[0], meta, self.axis) for s in d.options]
+            prices = [self.prices.placeholder(s.outs[0], meta, self.axis) + self._holding(s.outs[0], meta) for s in d.options]
             return np.array(prices, dtype=float) * d.places.total()
         assert d.call is not None
         counts: Counter[tuple[bool, ...]] = Counter()
@@ -357,6 +364,9 @@ class _Builder:
         for from_parameters, count in counts.items():
             total += count * np.array([self.prices.node(d.call, s, self.axis, from_parameters) for s in d.options], dtype=float)
         return total
+
+    def _holding(self, type_: Type, meta: TensorMeta) -> float:
+        return (self.policy.byte_price or 0.0) * size_of(meta) * held(type_, self.axis)
 
     def _is_parameter(self, value: Value) -> bool:
         """True when a value is a parameter, or a view or cast of one."""

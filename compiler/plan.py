@@ -65,6 +65,8 @@ class Plan:
     layout           parameter -> its type over "tp" before ZeRO; "I" where absent
     stage_of         parameter -> its first pipeline stage
     microbatches     micro-batches of one data rank's batch
+    byte_price       None: over tp values lie in Megatron's layouts. Else in whatever take the least time on `topology`, with this
+                     price, in seconds, for each byte of parameters held
     topology         the machine it was made for: how values change their types depends on it; None where no machine is known
     """
 
@@ -72,6 +74,7 @@ class Plan:
     zero: int = 0
     whole: tuple[str, ...] = ()
     sequence_parallel: bool = False
+    byte_price: float | None = None
     schedule: str = "1f1b"
     microbatches: int = 1
     layout: Mapping[str, Type] = field(default_factory=dict)
@@ -102,7 +105,9 @@ class Plan:
             extra = ""
             if axis == "dp_shard" and self.zero:
                 extra = f" (zero {self.zero}{f', {len(self.whole)} parameters whole' if self.whole else ''})"
-            if axis == "tp" and self.sequence_parallel:
+            if axis == "tp" and self.byte_price is not None:
+                extra = " (any layouts)"
+            elif axis == "tp" and self.sequence_parallel:
                 extra = " (sequence parallel)"
             if axis == "pp":
                 extra = f" ({self.schedule}, {self.microbatches} micro-batches)"
@@ -145,6 +150,7 @@ class Plan:
             zero=data["zero"],
             whole=tuple(data.get("whole", ())),
             sequence_parallel=data["sequence_parallel"],
+            byte_price=data.get("byte_price"),
             schedule=data["schedule"],
             microbatches=data["microbatches"],
             layout={k: decode_type(t) for k, t in data["layout"].items()},

@@ -17,7 +17,7 @@ from .torch_compat import OpOverload
 class Prices(Protocol):
     def node(self, call: OpCall, strategy: Strategy, axis: Axis, from_parameters: tuple[bool, ...]) -> float: ...
     def placeholder(self, type_: Type, meta: TensorMeta, axis: Axis) -> float: ...
-    def conversion(self, src: Type, dst: Type, meta: TensorMeta, axis: Axis) -> float: ...
+    def conversion(self, src: Type, dst: Type, meta: TensorMeta, axis: Axis, of_parameter: bool = False) -> float: ...
 
 
 def size_of(meta: TensorMeta) -> int:
@@ -64,7 +64,7 @@ def conversion_kinds(src: Type, dst: Type, grad: bool) -> tuple[str, str]:
 PRODUCTS = frozenset("mm bmm linear matmul grouped_linear convolution attention chunked_attention addmm baddbmm".split())
 
 
-def tensor_prices(sequence: bool) -> Volume:
+def megatron_prices(sequence: bool) -> Volume:
     """For a tensor axis; `sequence`: activations are sharded by their tokens where that is possible."""
     return Volume(parameters=True, activations=0.05 if sequence else 0.0)
 
@@ -106,7 +106,7 @@ class Volume:
             return COLLECTIVE_VOLUME["all_reduce"] * size_of(meta) * 0.99
         return 0.0
 
-    def conversion(self, src: Type, dst: Type, meta: TensorMeta, axis: Axis) -> float:
+    def conversion(self, src: Type, dst: Type, meta: TensorMeta, axis: Axis, of_parameter: bool = False) -> float:
         forward, backward = conversion_kinds(src, dst, meta.grad)
         # What is gathered of the batch must be as long on every rank: count tokens by a sum, however few bytes they are.
         least = 64 if self.parameters or not isinstance(src, Varying) else 1024

@@ -24,6 +24,7 @@ AXES = ("pp", "dp_replicate", "dp_shard", "tp")
 RESERVED = ("cp", "ep")
 _DEGREES = ("dp", *AXES)
 Schedule = Literal["gpipe", "1f1b"]
+Layout = Literal["megatron", "any"]
 
 
 class StrategyError(ValueError):
@@ -37,6 +38,8 @@ class Strategy:
     dp, dp_replicate, dp_shard, tp, pp    sizes of the axes (dp = dp_replicate x dp_shard)
     zero                what is sharded over dp_shard: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters
     sequence_parallel   shard activations over tp between the tensor-parallel regions too
+    layouts             how values lie over tp: "megatron", or "any", whichever take the least time. Left out: Megatron's where tp
+                        or sequence_parallel is pinned, else any
     schedule            order of micro-batches in a pipeline
     microbatches        micro-batches per step and data rank
     """
@@ -48,6 +51,7 @@ class Strategy:
     pp: int | None = None
     zero: Literal[0, 1, 2, 3] | None = None
     sequence_parallel: bool | None = None
+    layouts: Layout | None = None
     schedule: Schedule | None = None
     microbatches: int | None = None
 
@@ -62,6 +66,10 @@ class Strategy:
             raise StrategyError(f"schedule must be 'gpipe' or '1f1b', not {self.schedule!r}")
         if self.sequence_parallel not in (None, True, False):
             raise StrategyError(f"sequence_parallel must be True or False, not {self.sequence_parallel!r}")
+        if self.layouts not in (None, "megatron", "any"):
+            raise StrategyError(f"layouts must be 'megatron' or 'any', not {self.layouts!r}")
+        if self.layouts == "any" and self.sequence_parallel is not None:
+            raise StrategyError("sequence_parallel says which of Megatron's layouts, but layouts='any' is pinned: leave out one")
         if self.zero == 0 and (self.dp_shard or 1) > 1:
             raise StrategyError(
                 f"dp_shard={self.dp_shard} shards over the data axis, but zero=0 shards nothing: leave out one of them"

@@ -165,6 +165,8 @@ class _Lowering:
             if node.meta.get("block") != user.meta.get("block") and node.op == "placeholder":
                 made.meta["block"] = user.meta.get("block")
                 made.meta["module"] = user.meta.get("module")
+            if source.op == "placeholder" and source.meta["key"].startswith("param.") and not isinstance(needed, Varying):
+                made.meta["parameter"] = True
             self.converted[node, needed] = made
         return self.converted[node, needed]
 

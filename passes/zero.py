@@ -49,16 +49,16 @@ def gather_parameters(gm: fx.GraphModule, axis: Axis, index: int, cuts: Mapping[
                 made.meta["types"] = {**node.meta["types"], axis.name: type_}
                 gathered[block] = made
             user.replace_input_with(node, gathered[block])
-    _sink_to_first_use(graph)
+    _sink_to_first_use(graph, axis)
     return gm
 
 
-def _sink_to_first_use(graph: fx.Graph) -> None:
+def _sink_to_first_use(graph: fx.Graph, axis: Axis) -> None:
     """Each gather stands right before the first node of its block that needs any of the block's gathers."""
     position = {n: i for i, n in enumerate(graph.nodes)}
     groups: dict[object, list[fx.Node]] = {}
     for node in graph.nodes:
-        if node.op == "call_function" and node.meta.get("parameter") and node.target is convert:
+        if node.op == "call_function" and node.meta.get("parameter") and node.target is convert and node.args[1] == axis.name:
             groups.setdefault(node.meta.get("block"), []).append(node)
     for block, nodes in groups.items():
         if block is None:

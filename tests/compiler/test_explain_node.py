@@ -11,8 +11,9 @@ from torch import nn
 
 from shardwright import Strategy, Topology, plan
 from shardwright.compiler.api import PlannedModel
+from shardwright.compiler.cost import Seconds
 from shardwright.compiler.explain_node import next_best
-from shardwright.compiler.graph_cost import tensor_placement
+from shardwright.compiler.tensor_axis import Layouts, tensor_placement
 from shardwright.passes.graph_tools import op_calls
 from shardwright.passes.shard import ShardingError
 from shardwright.runtime.program import Mesh
@@ -56,15 +57,17 @@ def test_what_there_is_not_is_named_with_what_is_near(planned: PlannedModel) -> 
 
 def test_the_next_best_is_the_best_of_the_others(planned: PlannedModel) -> None:
     """Against every other type that the node's results may have, each searched for by itself."""
-    graph, calls, mesh = planned.problem.graph, op_calls(planned.problem.graph), Mesh(("tp",), (2,))
-    chosen = tensor_placement(planned.problem, mesh, False, calls)
+    graph, calls = planned.problem.graph, op_calls(planned.problem.graph)
+    problem, layouts = planned.problem, Layouts()
+    seconds = Seconds(CPU, Mesh(("tp",), (2,)))
+    chosen = tensor_placement(graph, problem.loss, 2, layouts, seconds, calls)
     nodes = [n for n in graph.graph.nodes if n.op == "call_function" and n.name in chosen.choice]
     looked_at = 0
     for node in nodes[:: max(1, len(nodes) // 12)]:
         outs, barred, found = chosen.choice[node.name].outs, [], []
         while True:  # leave out one after the other until none is left
             try:
-                one = tensor_placement(planned.problem, mesh, False, calls, barred={node.name: (outs, *barred)})
+                one = tensor_placement(graph, problem.loss, 2, layouts, seconds, calls, {node.name: (outs, *barred)})
             except ShardingError:
                 break
             found.append(one)

@@ -26,10 +26,12 @@ from shardwright.compiler import emit as emission
 from shardwright.compiler.assign import Solution
 from shardwright.compiler.cost import Seconds
 from shardwright.compiler.emit import coordinates_of, lower
+from shardwright.compiler.needs import gathered_again
 from shardwright.compiler.place import Placement, Policy, _Builder, place
 from shardwright.compiler.plan import Plan
 from shardwright.compiler.prepare import mark_twins
-from shardwright.compiler.prices import Prices, Volume, tensor_prices
+from shardwright.compiler.prices import Prices, Volume, held, megatron_prices, size_of
+from shardwright.compiler.topology import Device, Level
 from shardwright.passes.check_schedules import check_schedules
 from shardwright.passes.convert import exists
 from shardwright.passes.graph_tools import Values, is_getitem, metas, op_calls
@@ -37,7 +39,7 @@ from shardwright.passes.ops import use_communicator
 from shardwright.passes.rules.base import Axis, OpCall, TensorMeta
 from shardwright.passes.rules.base import Strategy as NodeStrategy
 from shardwright.passes.shard import ShardingError
-from shardwright.passes.types import Type, balanced_sizes, shard
+from shardwright.passes.types import I, Type, balanced_sizes, shard
 from shardwright.runtime.errors import MismatchError
 from shardwright.runtime.program import Mesh
 
@@ -58,7 +60,7 @@ class Dice:
     def placeholder(self, type_: Type, meta: TensorMeta, axis: Axis) -> float:
         return self._of("placeholder", type_, meta)
 
-    def conversion(self, src: Type, dst: Type, meta: TensorMeta, axis: Axis) -> float:
+    def conversion(self, src: Type, dst: Type, meta: TensorMeta, axis: Axis, of_parameter: bool = False) -> float:
         return self._of("conversion", src, dst, meta.shape)
 
 
@@ -67,6 +69,7 @@ class Walk:
 
     def __init__(self, gm: fx.GraphModule, axis: Axis, policy: Policy, prices: Prices) -> None:
         self.gm, self.axis, self.prices, self.calls = gm, axis, prices, op_calls(gm)
+        self.byte_price = policy.byte_price or 0.0
         self.rules = _Builder(gm, axis, policy, prices, self.calls)  # of which it takes what may be chosen, not what that costs
         self.rules.read()
         self.nodes = [n for n in gm.graph.nodes if n.op != "output" and not is_getitem(n)]
@@ -82,7 +85,8 @@ class Walk:
 
     def own(self, node: fx.Node, strategy: NodeStrategy) -> float:
         if node.op == "placeholder":
-            return self.prices.placeholder(strategy.outs[0], metas(node)[0], self.axis)
+            (meta,), (type_,) = metas(node), strategy.outs
+            return self.prices.placeholder(type_, meta, self.axis) + self.byte_price * size_of(meta) * held(type_, self.axis)
         call, sources = self.calls[node]
         parameters = tuple(self.rules._is_parameter(self.rules.value_of(s)) for s in sources)
         return self.prices.node(call, strategy, self.axis, parameters)
@@ -105,7 +109,10 @@ class Walk:
             if key not in self.known:
                 decision = self.rules.decisions[key[0]]
                 possible = exists(have, want, meta.grad) and self.rules._allowed(have, want, meta, decision)
-                self.known[key] = self.prices.conversion(have, want, meta, self.axis) if possible else math.inf
+                parameter = maker.op == "placeholder" and maker.meta["key"].startswith("param.")
+                self.known[key] = self.prices.conversion(have, want, meta, self.axis, parameter) if possible else math.inf
+                if possible and gathered_again(maker, have, want, self.calls):
+                    self.known[key] += self.prices.conversion(have, I, replace(meta, grad=False), self.axis, parameter)
             made.add((maker, result, want))
             total += self.known[key]
         return total
@@ -161,15 +168,19 @@ class Walk:
         return min(found)
 
 
+MACHINE = Topology(Device("slow", {"float32": 1e9}, 1e9, 1e9, launch=1e-8), (Level("near", 4, 1e10, 1e-8),))
+
+
 def policies(graph: fx.GraphModule, n: int) -> dict[str, tuple[Policy, Prices]]:
     batch = next((m for m in graph.graph.nodes if m.op == "placeholder" and m.meta["key"] == "input.i0"), None)
     rows = metas(batch)[0].shape[0] if batch is not None else 0
     pinned: dict[str, Type] = {"input.i0": shard(0, rows, n)} if rows >= n else {}
     return {
-        "tensor": (Policy("tensor", {}, LOSS), tensor_prices(False)),
-        "sequence": (Policy("tensor", {}, LOSS, scatter=True), tensor_prices(True)),
+        "tensor": (Policy("tensor", {}, LOSS), megatron_prices(False)),
+        "sequence": (Policy("tensor", {}, LOSS, scatter=True), megatron_prices(True)),
         "data": (Policy("data", pinned, LOSS), Volume()),
         "dice": (Policy("tensor", {}, LOSS, scatter=True), Dice(rows)),
+        "time": (Policy("tensor", {}, LOSS, byte_price=1e-13), Seconds(MACHINE, Mesh(("x",), (n,)), share=0.5)),
     }
 
 
@@ -188,7 +199,7 @@ def check_exact(graph: fx.GraphModule, n: int, how: str) -> None:
     assert walk.cheaper_than(limit) == limit
 
 
-HOW = st.sampled_from(("tensor", "sequence", "data", "dice"))
+HOW = st.sampled_from(("tensor", "sequence", "data", "dice", "time"))
 
 
 @given(recipes(most=4), st.sampled_from((2, 3)), HOW)

@@ -11,6 +11,7 @@ from programs import case, plan, shares
 from torch import Tensor, fx, nn
 
 from shardwright.compiler.plan import Plan
+from shardwright.compiler.topology import Device, Level, Topology
 from shardwright.passes.graph_tools import extract, named_results
 from shardwright.passes.stages import split_stages
 from shardwright.runtime.program import RankProgram
@@ -110,4 +111,18 @@ def test_tied_weights_and_values_that_pass_over_a_stage(microbatches: int) -> No
     holders = [p.rank for p in made if any(s.name == "table.weight" for s in p.parameters)]
     assert holders == [0, 2]
     assert any("pp" in i.axis for i in made[0].schedule if i.kind == "all_reduce"), "the tied gradient is summed over its stages"
+    compare(found, made, run(found, made))
+
+
+def test_borders_lie_alike_where_shares_differ() -> None:
+    """Of 25 features one rank has 13 and one 12: what is the least to send must be so for both."""
+    found = case("mlp")
+    slow = Device("slow", {"float64": 4e7}, 1e12, 1.8e8, launch=1e-7)
+    topology = Topology(slow, (Level("near", 8, 3.6e11, 1e-7),))
+    wanted = replace(plan(pp=2, tp=2, microbatches=2), byte_price=1e-6, topology=topology)
+    made = emit_all(found, wanted, shares(found, wanted))
+    sent_keys = [{key.split("[")[0] for key in p.transfers} for p in made]
+    shapes = {tuple(shape) for p in made for shape, _ in p.transfers.values()}
+    assert len(shapes) > 1, "uneven shares"
+    assert all(keys == sent_keys[0] for keys in sent_keys)
     compare(found, made, run(found, made))

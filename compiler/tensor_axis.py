@@ -1,0 +1,160 @@
+"""How a graph is placed along a tensor axis: in Megatron's layouts, or in whatever layouts take the least time.
+
+Megatron's layouts (Shoeybi et al. 2019; Korthikanti et al. 2022) shard products and their parameters above all, and keep
+activations between them whole or cut by their tokens. They need no machine, are known to whoever reads the program, and are what a
+pinned tp means. Any layouts are what the search finds where it prices seconds alone: heads exchanged for tokens by an all-to-all,
+small parameters kept whole, samples cut. What they gain in time they may pay in bytes of parameters; so a byte has a price, and the
+placements at several prices are a Pareto front of time and memory, of which the search for a plan takes what fits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import fx
+
+from ..passes.graph_tools import Calls, metas
+from ..passes.rules.base import Axis
+from ..passes.types import Type
+from ..runtime.program import Mesh
+from .cost import Seconds, size_of
+from .graph_cost import GraphCost, placed_cost
+from .keeping import Keeping
+from .place import Barred, Placement, Policy, place
+from .plan import Plan
+from .prices import Prices, megatron_prices
+from .topology import Topology
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """sequence      Megatron's: activations between sharded products are cut by their tokens
+    byte_price    any layouts: seconds that a byte of parameters costs which a rank holds. None: Megatron's
+    """
+
+    sequence: bool = False
+    byte_price: float | None = None
+
+    @classmethod
+    def of(cls, plan: Plan) -> Layouts:
+        return cls(plan.sequence_parallel, plan.byte_price)
+
+    def policy(self, loss: str | None, pinned: Mapping[str, Type]) -> Policy:
+        """`pinned`: types of parameters, by name."""
+        keys = {f"param.{name}": type_ for name, type_ in pinned.items()}
+        return Policy("tensor", keys, loss, scatter=self.sequence, byte_price=self.byte_price)
+
+    def prices(self, seconds: Seconds | None) -> Prices:
+        """Raises ValueError for layouts by time on an unknown machine."""
+        if self.byte_price is None:
+            return megatron_prices(self.sequence)
+        if seconds is None:
+            raise ValueError("a plan with a byte_price places by time, and needs the topology whose times are meant")
+        return seconds
+
+
+def tensor_placement(
+    gm: fx.GraphModule,
+    loss: str | None,
+    size: int,
+    layouts: Layouts,
+    seconds: Seconds | None,
+    calls: Calls | None = None,
+    barred: Barred | None = None,
+    pinned: Mapping[str, Type] | None = None,
+) -> Placement:
+    """The placement over an axis tp of `size` ranks.
+
+    seconds    of a mesh with that axis; None is enough for Megatron's layouts
+    barred, calls      as `place` takes them       pinned    types of parameters, by name
+    """
+    return place(gm, Axis("tp", size), layouts.policy(loss, pinned or {}), layouts.prices(seconds), calls, barred)
+
+
+DEAR = 10.0
+"""The highest price of a byte: at it all parameters, held whole, cost so many times the step."""
+
+APART = 0.01
+"""Placements whose parameters differ by a smaller share of their bytes are not worth telling apart."""
+
+
+def byte_prices(point: Callable[[float], tuple[float, float]], parameters: float) -> list[float]:
+    """Prices at which the lower hull of (seconds, bytes of parameters held) has its corners: at most three, from 0 upwards.
+
+    point         what the placement at a price takes
+    parameters    bytes of all parameters
+    """
+    fastest = point(0.0)
+    dear = DEAR * fastest[0] / max(parameters, 1.0)
+    smallest = point(dear)
+    if fastest[1] - smallest[1] <= APART * fastest[1]:
+        return [0.0]
+    between = (smallest[0] - fastest[0]) / (fastest[1] - smallest[1])
+    middle = point(between)
+    apart = all(abs(middle[1] - end[1]) > APART * fastest[1] for end in (fastest, smallest))
+    return [0.0, between, dear] if apart else [0.0, dear]
+
+
+class TensorAxis:
+    """Placements of a graph over tensor axes of any size, and what they cost, each found once.
+
+    A share is that of the captured batch which a data rank gets. Placements in any layouts depend on it: the smaller a batch, the
+    dearer are parameters that are gathered or whose gradients are summed.
+    """
+
+    def __init__(self, gm: fx.GraphModule, loss: str | None, topology: Topology, calls: Calls, kept: Keeping) -> None:
+        self.gm, self.loss, self.topology, self.calls, self.kept = gm, loss, topology, calls, kept
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        self.parameters = float(sum(size_of(metas(n)[0]) for n in placeholders if n.meta["key"].startswith("param.")))
+        self._seconds: dict[tuple[int, float], Seconds] = {}
+        self._placements: dict[tuple[int, Layouts, float], Placement] = {}
+        self._costs: dict[tuple[int, Layouts, float], GraphCost] = {}
+        self._fronts: dict[tuple[int, float], list[Layouts]] = {}
+
+    def fastest(self, size: int, share: float) -> list[Layouts]:
+        """Any layouts: the corners of the Pareto front of time and bytes of parameters."""
+        key = size, _rounded(share)
+        if key not in self._fronts:
+
+            def point(byte_price: float) -> tuple[float, float]:
+                cost = self.cost(size, Layouts(byte_price=byte_price), share)
+                return cost.seconds(key[1]), cost.parameters
+
+            self._fronts[key] = [Layouts(byte_price=price) for price in byte_prices(point, self.parameters)]
+        return self._fronts[key]
+
+    def cost(self, size: int, layouts: Layouts, share: float) -> GraphCost:
+        """Depends on other axes of the mesh only through where tp lies."""
+        key = self._key(size, layouts, share)
+        if key not in self._costs:
+            placement = self.placement(size, layouts, share)
+            self._costs[key] = placed_cost(self.gm, self._seconds_of(size, key[2]), placement, self.calls, self.kept)
+        return self._costs[key]
+
+    def placement(self, size: int, layouts: Layouts, share: float) -> Placement | None:
+        """None where there is no such axis."""
+        key = self._key(size, layouts, share)
+        if size > 1 and key not in self._placements:
+            seconds = self._seconds_of(size, key[2])
+            self._placements[key] = tensor_placement(self.gm, self.loss, size, layouts, seconds, self.calls)
+        return self._placements.get(key)
+
+    @staticmethod
+    def _key(size: int, layouts: Layouts, share: float) -> tuple[int, Layouts, float]:
+        return size, layouts, 1.0 if layouts.byte_price is None else _rounded(share)
+
+    def _seconds_of(self, size: int, share: float) -> Seconds:
+        if (size, share) not in self._seconds:
+            self._seconds[size, share] = Seconds(self.topology, tensor_mesh(size), share)
+        return self._seconds[size, share]
+
+
+def _rounded(share: float) -> float:
+    """To a power of four: placements for batches that are nearly alike are hardly different."""
+    return 4.0 ** round(math.log(share, 4))
+
+
+def tensor_mesh(size: int) -> Mesh:
+    return Mesh(("tp",), (size,)) if size > 1 else Mesh((), ())

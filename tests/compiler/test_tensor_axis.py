@@ -1,0 +1,124 @@
+"""Layouts over a tensor axis by time: what is found, at what price, and where a plan uses it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import zoo
+from harness import compare, emit_all, mesh, problem_of, run
+from programs import case, shares
+from torch import fx
+
+from shardwright import Strategy, Topology, plan
+from shardwright.compiler.emit import emit
+from shardwright.compiler.keeping import keeping
+from shardwright.compiler.plan import Plan
+from shardwright.compiler.tensor_axis import Layouts, TensorAxis, byte_prices
+from shardwright.compiler.topology import Device, Level
+from shardwright.passes.graph_tools import named_results, op_calls
+
+MODELS = ("gpt", "llama", "gpt2", "bert", "t5", "vit", "mixtral", "resnet")
+DEVICE = Device("slow", {"float64": 1e9, "float32": 1e9}, 1e12, 1e11, launch=1e-8)
+FAST = Topology(DEVICE, (Level("near", 4, 1e9, 1e-7),))
+SLOW = Topology(DEVICE, (Level("far", 4, 1e7, 1e-7),))
+
+
+def tensor_axis(model: str, topology: Topology) -> TensorAxis:
+    graph = case(model).graph
+    calls = op_calls(graph)
+    return TensorAxis(graph, case(model).captured.loss, topology, calls, keeping(calls))
+
+
+@pytest.mark.parametrize("topology", [FAST, SLOW], ids=["fast", "slow"])
+@pytest.mark.parametrize("model", MODELS)
+def test_by_time_never_slower_than_megatron(model: str, topology: Topology) -> None:
+    tensor = tensor_axis(model, topology)
+    free = tensor.cost(4, Layouts(byte_price=0.0), 1.0)
+    megatron = [tensor.cost(4, Layouts(sequence=s), 1.0) for s in (False, True)]
+    assert free.seconds(1.0) <= min(m.seconds(1.0) for m in megatron) * (1 + 1e-9)
+    front = [tensor.cost(4, layouts, 1.0) for layouts in tensor.fastest(4, 1.0)]
+    assert [c.parameters for c in front] == sorted((c.parameters for c in front), reverse=True)
+    assert [c.seconds(1.0) for c in front] == sorted(c.seconds(1.0) for c in front)
+
+
+def test_a_smaller_share_of_the_batch_leaves_parameters_where_they_are() -> None:
+    """Samples cut, every gradient has to be summed: worth it for many samples, not for few."""
+    tensor = tensor_axis("gpt2", FAST)
+
+    def sums(share: float) -> float:
+        return tensor.cost(4, Layouts(byte_price=0.0), share).sums
+
+    assert sums(64.0) > 10 * sums(1 / 64)
+
+
+def test_prices_at_the_corners_of_the_hull() -> None:
+    points = {"fast": (1.0, 100.0), "middle": (1.5, 40.0), "small": (4.0, 10.0)}
+
+    def front(names: str) -> list[float]:
+        def point(price: float) -> tuple[float, float]:
+            return min((points[n] for n in names.split()), key=lambda p: p[0] + price * p[1])
+
+        return byte_prices(point, 100.0)
+
+    assert front("fast") == [0.0], "one placement for all prices"
+    assert front("fast small") == [0.0, 0.1]
+    first, between, last = front("fast middle small")
+    assert (first, last) == (0.0, 0.1)
+    assert between == pytest.approx(3 / 90), "the price at which the ends cost the same"
+
+
+def test_time_needs_a_machine() -> None:
+    with pytest.raises(ValueError, match="needs the topology"):
+        emit(problem_of(case("gpt"), [case("gpt").batch]), Plan(mesh(tp=2), byte_price=0.0), 0)
+
+
+def planned(strategy: Strategy, **options: Any) -> Plan:
+    model, batch = zoo.MODELS["gpt2"]()
+    return plan(model, FAST, example_inputs=batch, strategy=strategy, batch="global", **options).plan
+
+
+def test_who_pins_the_axis_gets_megatron_s_layouts() -> None:
+    assert planned(Strategy(tp=4)).byte_price is None
+    assert planned(Strategy(dp=1, pp=1)).byte_price is not None
+    assert planned(Strategy(tp=4, layouts="any")).byte_price is not None
+    assert planned(Strategy(dp=1, pp=1, layouts="megatron")).byte_price is None
+    assert planned(Strategy(dp=1, pp=1, sequence_parallel=True)).byte_price is None
+
+
+def test_a_plan_by_time_says_where_parameters_lie_and_survives_json() -> None:
+    found = planned(Strategy(tp=4, layouts="any"))
+    model, _ = zoo.MODELS["gpt2"]()
+    assert set(found.layout) <= {name for name, _ in model.named_parameters()} and found.layout
+    assert "any layouts" in found.name
+    assert Plan.from_json(found.to_json()) == found
+    assert replace(found, byte_price=None).hash != found.hash
+
+
+def test_less_memory_takes_a_dearer_price() -> None:
+    """Whole tables and weights where there is room; shards where there is none."""
+    free = planned(Strategy(tp=4, layouts="any"))
+    assert free.predicted is not None
+    tight = planned(Strategy(tp=4, layouts="any"), memory_limit=0.8 * free.predicted.peak_bytes)
+    assert tight.predicted is not None and tight.byte_price is not None and free.byte_price is not None
+    assert tight.byte_price > free.byte_price
+    assert tight.predicted.parts["state bytes"] < 0.8 * free.predicted.parts["state bytes"]
+    assert tight.predicted.step_seconds > free.predicted.step_seconds
+
+
+def gathers(gm: fx.GraphModule) -> list[fx.Node]:
+    """Of parameters."""
+    return [n for n in gm.graph.nodes if "all_gather" in str(n.target) and n.meta.get("parameter")]
+
+
+def test_a_parameter_gathered_for_an_op_is_not_kept_for_its_backward() -> None:
+    """As under ZeRO-3, but over the tensor axis: where samples are many and weights small and dear, these travel."""
+    found = case("mlp", batch=256)
+    wanted = Plan(mesh(tp=4), byte_price=1e-3, topology=FAST)
+    programs = emit_all(found, wanted, shares(found, wanted))
+    forward, backward = programs[0].graphs["forward"], programs[0].graphs["backward"]
+    assert gathers(forward.graph) and gathers(backward.graph)
+    kept = [n for k, n in named_results(forward.graph) if k.startswith("saved.")]
+    assert not any("all_gather" in str(n.target) for n in kept)
+    compare(found, programs, run(found, programs))
