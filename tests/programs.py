@@ -12,6 +12,7 @@ from harness import Case, mesh, prepare, problem_of
 from shardwright.compiler.emit import Lowered, Problem, coordinates_of, emit, lower
 from shardwright.compiler.layout import with_layout
 from shardwright.compiler.plan import Plan
+from shardwright.compiler.topology import Device, Level, Topology
 from shardwright.passes.graph_tools import Values
 from shardwright.passes.ops import use_communicator
 from shardwright.passes.types import balanced_sizes
@@ -30,8 +31,31 @@ def _case(model: str, options: Options) -> Case:
     return prepare(*zoo.MODELS[model](**dict(options)))
 
 
-def plan(zero: int = 0, sequence_parallel: bool = False, microbatches: int = 1, **axes: int) -> Plan:
-    return Plan(mesh(**axes), zero=zero, sequence_parallel=sequence_parallel, microbatches=microbatches)
+def plan(
+    zero: int = 0,
+    sequence_parallel: bool = False,
+    microbatches: int = 1,
+    byte_price: float | None = None,
+    topology: Topology | None = None,
+    **axes: int,
+) -> Plan:
+    return Plan(
+        mesh(**axes),
+        zero=zero,
+        sequence_parallel=sequence_parallel,
+        microbatches=microbatches,
+        byte_price=byte_price,
+        topology=topology,
+    )
+
+
+def machine(network: float) -> Topology:
+    """Four devices so slow that small models are worth sharding, `network` in bytes/s. Layouts by time differ with it."""
+    device = Device("slow", {"float64": 1e9, "float32": 1e9}, 1e12, 1e11, launch=1e-9)
+    return Topology(device, (Level("network", 4, network, 1e-9),))
+
+
+NEAR, FAR = machine(1e10), machine(1e7)
 
 
 def program(found: Case, wanted: Plan, rank: int = 0) -> RankProgram:

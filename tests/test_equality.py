@@ -9,13 +9,14 @@ import pytest
 import torch
 import zoo
 from harness import Case, compare, emit_all, mesh, prepare, problem_of, run
+from programs import FAR, NEAR
 from torch import Tensor, nn
 
 from shardwright.compiler.choose import choose
 from shardwright.compiler.gathers import gather_groups
 from shardwright.compiler.plan import Plan
 from shardwright.compiler.strategy import Strategy, resolve
-from shardwright.compiler.topology import Device, Level, Topology
+from shardwright.compiler.topology import Topology
 from shardwright.passes.differentiate import Templates
 from shardwright.passes.graph_tools import Values
 from shardwright.passes.types import balanced_sizes
@@ -91,18 +92,16 @@ def test_equals_one_device_with_blocks_kept_whole(model: str, strategy: str) -> 
     compare(case, programs, run(case, programs))
 
 
-DEVICE = Device("slow", {"float64": 1e9}, 1e12, 1e9, launch=1e-9)
-BANDWIDTHS = {"near": 1e10, "far": 1e7}
+BY_TIME = [("tp4", NEAR, 0.0), ("zero3tp2", NEAR, 1e-6), ("tp2pp2", FAR, 0.0)]
 
 
-@pytest.mark.parametrize("strategy,network,byte_price", [("tp4", "near", 0.0), ("zero3tp2", "near", 1e-6), ("tp2pp2", "far", 0.0)])
+@pytest.mark.parametrize(("strategy", "topology", "byte_price"), BY_TIME, ids=[strategy for strategy, _, _ in BY_TIME])
 @pytest.mark.parametrize("model", MODELS)
-def test_equals_one_device_in_any_layouts(model: str, strategy: str, network: str, byte_price: float) -> None:
+def test_equals_one_device_in_any_layouts(model: str, strategy: str, topology: Topology, byte_price: float) -> None:
     """Placed by time: by what is near or far, and by the price of a parameter's bytes, values lie in most ways there are."""
     axes, options = STRATEGIES[strategy]
     if model in COUPLED and "microbatches" in options:
         options = {**options, "microbatches": 1}
-    topology = Topology(DEVICE, (Level(network, 4, BANDWIDTHS[network], 1e-9),))
     check(case_of(model), Plan(mesh(**axes), byte_price=byte_price, topology=topology, **options))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import pytest
 from mutations import Mutation, mutations
-from programs import case, plan
+from programs import NEAR, case, plan
 from torch import fx
 from typed_execution import Typed, error_of, typed
 
@@ -28,6 +28,7 @@ PLANS = {
     "sequence-parallel": {"tp": 4, "sequence_parallel": True},
     "dp4": {"dp_shard": 4},
     "zero3": {"dp_shard": 4, "zero": 3},
+    "by time, near": {"tp": 4, "byte_price": 0.0, "topology": NEAR},
 }
 SAMPLED = 12
 """Mutations of one kind tried on one graph: chosen by a fixed seed where there are more."""

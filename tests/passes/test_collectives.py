@@ -15,7 +15,7 @@ from functools import cache
 import pytest
 import torch
 from harness import problem_of
-from programs import case, lowered, plan, program, shares
+from programs import NEAR, case, lowered, plan, program, shares
 from zoo import BATCH, LENGTH
 
 from shardwright.compiler.choose import choose
@@ -210,6 +210,9 @@ PREDICTED = {
     "zero3tp2": Strategy(dp=2, tp=2, zero=3),
     "pp2": Strategy(pp=2, dp=2, zero=1, microbatches=2),
     "tp2pp2": Strategy(pp=2, tp=2, microbatches=2),
+    "any": Strategy(tp=4, layouts="any"),
+    "zero3any": Strategy(dp=2, tp=2, zero=3, layouts="any"),
+    "anypp2": Strategy(pp=2, tp=2, microbatches=2, layouts="any"),
 }
 
 
@@ -217,7 +220,7 @@ PREDICTED = {
 def test_plans_predict_the_bytes_of_their_programs(name: str) -> None:
     """By axis, the mean over ranks; what a loss exchanges, a few numbers per token, apart."""
     found = case("llama", layers=LAYERS, num_key_value_heads=4, vocab_size=128)
-    topology = Topology.preset("cpu", devices=RANKS)
+    topology = NEAR if "any" in name else Topology.preset("cpu", devices=RANKS)
     request = resolve("auto", PREDICTED[name], RANKS)
     problem = problem_of(found, [found.batch])
     chosen = choose(problem, request, topology, rows=found.batch, memory_limit=None, batch="global")

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 import pytest
 from mutations import Mutation, mutations
 from oracle import REFUSED, Difference, differences
-from programs import case, plan
+from programs import FAR, NEAR, case, plan
 from test_check import refused_by_type
 from typed_execution import Typed, typed
 
@@ -20,6 +20,8 @@ PLANS = {
     "sequence-parallel": {"tp": 4, "sequence_parallel": True},
     "dp4": {"dp_shard": 4},
     "zero3": {"dp_shard": 4, "zero": 3},
+    "by time, near": {"tp": 4, "byte_price": 0.0, "topology": NEAR},
+    "by time, far": {"tp": 4, "byte_price": 1e-9, "topology": FAR},
 }
 MODELS = ["llama", "gpt2", "bert", "t5", "vit", "mixtral", "resnet", "mlp"]
 
@@ -34,12 +36,14 @@ EXPLAINED: dict[Difference, tuple[str, set[str]]] = {
     Difference("linear", "V V", "P", "V"): (SUMMED, {"bert", "llama", "mixtral", "mlp", "resnet", "t5", "vit"}),
     Difference("matmul", "V V", "P", "V"): (SUMMED, {"gpt2"}),
     Difference("grouped_linear", "V V I", "P", "V"): (SUMMED, {"mixtral"}),
+    Difference("convolution", "V V", "P", "V"): (SUMMED, {"resnet"}),
     Difference("embedding_shard", "V I", "P", "V"): (SUMMED, TOKENS),
     Difference("pick_shard", "V I", "P", "V"): (SUMMED, TOKENS),
     Difference("logsumexp_shard", "V", "I", "V"): (OURS, TOKENS),
     Difference("expand", "I", "V", "I"): (OWN_SHARD, {"bert", "t5"}),
     Difference("expand", "R", "V", "R"): (OWN_SHARD, {"vit"}),
     Difference("full", "", "V", "R"): (CONSTANT, {"t5"}),
+    Difference("arange_shard", "", "V", "R"): (CONSTANT, {"t5"}),
 }
 """Every difference, its reason, and the models in which it is met."""
 
