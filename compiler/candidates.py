@@ -79,7 +79,8 @@ class Search:
         self.largest = max(sizes, default=0.0) / (sum(sizes) or 1.0)
         self.stream = least_crossing(problem.graph)
         self.calls = op_calls(problem.graph)
-        self.whole = kept_whole(gather_groups(problem.graph, self.calls))
+        self.groups = gather_groups(problem.graph, self.calls)
+        self._whole: dict[int, list[Whole]] = {}
         self.kept = keeping(self.calls)
         self.tensor = TensorAxis(problem.graph, problem.loss, topology, self.calls, self.kept)
         self._coupled: ShardingError | Literal[False] | None = None
@@ -116,16 +117,23 @@ class Search:
     def filled(self, candidate: Candidate) -> Iterator[Candidate]:
         """Under ZeRO-3: the same with as many blocks kept whole as memory is left for, where some are but not all."""
         plan, room = candidate.plan, FILLED * self.limit
-        if plan.zero != 3 or plan.stages > 1 or candidate.predicted.peak_bytes > room:
+        if plan.zero != 3 or candidate.predicted.peak_bytes > room:
             return
+        whole = self.whole(plan.stages)
 
         def price(k: int) -> Candidate:
-            return self.price(replace(plan, whole=self.whole[k].names), self.whole[k])
+            return self.price(replace(plan, whole=whole[k].names), whole[k])
 
-        counts = range(len(self.whole))
+        counts = range(len(whole))
         fitting = bisect_right(counts, 0, key=lambda k: int(price(k).predicted.peak_bytes > room)) - 1
         if 0 < fitting < len(counts) - 1:
             yield price(fitting)
+
+    def whole(self, stages: int) -> list[Whole]:
+        """What ZeRO-3 may keep whole, of a model in so many stages."""
+        if stages not in self._whole:
+            self._whole[stages] = kept_whole(self.groups, stages)
+        return self._whole[stages]
 
     def without_pins(self) -> Search | None:
         """The same search with nothing pinned, None if nothing is."""
@@ -219,7 +227,7 @@ class Search:
     def price(self, plan: Plan, whole: Whole | None = None) -> Candidate:
         """`whole`: the shares of `plan.whole`."""
         mesh, top = plan.mesh, self.topology
-        whole = whole or self.whole[0]
+        whole = whole or self.whole(plan.stages)[0]
         data, stages, m, share = plan.data_size, plan.stages, plan.microbatches, self.share(mesh)
         cost = self.tensor.cost(mesh.size("tp"), Layouts.of(plan), share)
         bubble = (m + stages - 1) / m

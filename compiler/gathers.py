@@ -45,6 +45,15 @@ class Whole:
     largest: float = 0.0
 
 
+def _turns(groups: Sequence[Group], stages: int) -> list[int]:
+    """Of each group, how many come after it in its stage, where stages hold about as many bytes."""
+    before, found = 0.0, []
+    for group in groups:
+        found.append(min(stages - 1, int((before + group.held / 2) * stages)))
+        before += group.held
+    return [found[i + 1 :].count(stage) for i, stage in enumerate(found)]
+
+
 Place = tuple[object, object]
 """A block, or a stretch outside of blocks by the block before it."""
 
@@ -100,11 +109,12 @@ def shared(gm: fx.GraphModule) -> float:
     return max((sizes[n] for n, places in uses.items() if len(places) > 1), default=0.0) / (sum(sizes.values()) or 1.0)
 
 
-def kept_whole(groups: Sequence[Group]) -> list[Whole]:
+def kept_whole(groups: Sequence[Group], stages: int = 1) -> list[Whole]:
     """None, one, two, ... groups kept whole: those first that the backward would gather again, then the small ones, which fill the
-    memory closely, and of these the last of the model, whose gradients are scattered first."""
+    memory closely, and of these the last of a stage, whose gradients are scattered first; of every stage in turn."""
     again = [g.again > 0.5 * g.held for g in groups]
-    order = sorted(range(len(groups)), key=lambda i: (not again[i], groups[i].held, -i))
+    turns = _turns(groups, stages)
+    order = sorted(range(len(groups)), key=lambda i: (not again[i], groups[i].held, turns[i], -i))
     found = [Whole(left=len(groups), largest=max((g.together for g in groups), default=0.0))]
     for k, i in enumerate(order):
         g, last, rest = groups[i], found[-1], order[k + 1 :]

@@ -39,6 +39,7 @@ STRATEGIES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "tp2pp2": ({"pp": 2, "tp": 2}, M2),
     "sp2pp2": ({"pp": 2, "tp": 2}, {"sequence_parallel": True, "microbatches": 3}),
     "dp2tp2pp2": ({"pp": 2, "dp_shard": 2, "tp": 2}, M2),
+    "zero3pp2": ({"pp": 2, "dp_shard": 2}, {"zero": 3, **M2}),
     "zero3tp2pp2": ({"pp": 2, "dp_shard": 2, "tp": 2}, {"zero": 3, **M2}),
 }
 MODELS = ("mlp", "gpt", "llama", "gpt2", "bert", "t5", "vit", "mixtral", "resnet")
@@ -77,14 +78,15 @@ def test_equals_one_device(model: str, strategy: str) -> None:
     check(case_of(model), Plan(mesh(**axes), **options))
 
 
-@pytest.mark.parametrize("strategy", ["zero3", "hsdp", "zero3tp2"])
+@pytest.mark.parametrize("strategy", ["zero3", "hsdp", "zero3tp2", "zero3pp2"])
 @pytest.mark.parametrize("model", MODELS)
 def test_equals_one_device_with_blocks_kept_whole(model: str, strategy: str) -> None:
     """Under ZeRO-3 the parameters of every second group are gathered once a step, of two micro-batches where there are samples."""
     axes, options = STRATEGIES[strategy]
     case = case_of(model)
     names = tuple(name for group in gather_groups(case.graph)[::2] for name in group.names)
-    plan = Plan(mesh(**axes), whole=names, **options, microbatches=2 if strategy == "zero3tp2" and model not in COUPLED else 1)
+    times = 2 if strategy in ("zero3tp2", "zero3pp2") and model not in COUPLED else 1
+    plan = Plan(mesh(**axes), whole=names, **{**options, "microbatches": times})
     programs = emit_all(case, plan, balanced_sizes(case.batch, plan.data_size), TEMPLATES)
     for spec in programs[0].parameters:
         sharded = any(cut.axis == "dp_shard" for cut in spec.cuts)

@@ -165,6 +165,28 @@ def test_zero_3_keeps_whole_what_memory_is_left_for() -> None:
     assert "whole" in found.plan.name and "ZeRO-2" in found.plan.explain(found.plan.whole[0])
 
 
+def test_blocks_of_every_stage_are_kept_whole() -> None:
+    example = {"x": torch.randint(9, (8,)), "y": torch.randint(9, (8,))}
+
+    def chosen(limit: float | None, zero: Any = None) -> Any:
+        return plan(
+            Layers(),
+            Topology.preset("h100", devices=4),
+            example_inputs=example,
+            strategy=Strategy(dp_shard=2, dp_replicate=1, tp=1, pp=2, microbatches=2, zero=zero),
+            memory_limit=limit,
+            device="cpu",
+        )
+
+    least, most = (chosen(None, zero).plan.predicted for zero in (3, 2))
+    found = chosen(least.peak_bytes + 0.6 * (most.peak_bytes - least.peak_bytes))
+    stages = [found.plan.stage_of[name] for name in found.plan.whole]
+    assert found.plan.zero == 3 and abs(stages.count(0) - stages.count(1)) <= 2 and set(stages) == {0, 1}
+    counted = max(program_memory(emit(found, rank)).peak for rank in (0, 2))
+    assert 0.9 * counted <= found.plan.predicted.peak_bytes <= 1.4 * counted
+    assert found.plan.predicted.step_seconds < least.step_seconds
+
+
 def test_micro_batches_where_memory_asks_for_them() -> None:
     """As few as fit; none where the parameters alone do not."""
     example = {"x": torch.randint(9, (256,)), "y": torch.randint(9, (256,))}
