@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from ..passes.convert import exists, is_free, traffic
+from ..passes.convert import convert, exists, is_free, traffic
 from ..passes.graph_tools import map_operands
 from ..passes.ops.collectives import COMMUNICATION
 from ..passes.reshard import Ways, ways_by_price
@@ -222,8 +222,21 @@ class Seconds:
         local = replace(call, operands=operands, results=results)
         if strategy.target is not None:
             local = replace(local, target=strategy.target, args=strategy.args or (), kwargs=strategy.kwargs or {})
+        if call.target is convert:
+            return self._other_axis(local)
         whole, work = (op_seconds(local, d) + backward_seconds(local, d) for d in (self.topology.device, self._at_once))
         return Timing(whole - work, work)
+
+    def _other_axis(self, call: OpCall) -> Timing:
+        """Of a conversion over an axis that the graph was lowered along before, of what this axis leaves of the value: so the search
+        finds in which order a value best changes its types over two axes."""
+        _, name, src, dst = call.args
+        if name not in self.mesh.axes:
+            return Timing(0.0, 0.0)
+        (meta,) = call.operands
+        if isinstance(src, Varying):
+            meta = replace(meta, shape=(*meta.shape[: src.dim], src.global_size, *meta.shape[src.dim + 1 :]))
+        return self.conversion_timing(src, dst, meta, Axis(name, self.mesh.size(name)))
 
     def placeholder(self, type_: Type, meta: TensorMeta, axis: Axis) -> float:
         """A Replicate parameter's gradient is summed once a step; in a bucket, where latency does not count."""

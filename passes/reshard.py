@@ -3,8 +3,9 @@
 What is cheapest depends on the machine: a `Ways` asks its prices, as `passes/shard.py` is given; without a machine bytes count.
 
 Graphs are lowered one axis after the other, so a way has one axis, and what the axes before left of the value is its whole. A value
-that changes its types over two axes goes one way after the other; one collective over both, as the exchange of two axes' cuts of
-one dim would be, is not found.
+that changes its types over two axes goes one way after the other; in which order, the search along the later axis finds, which
+prices the conversions of the earlier one at what it leaves of the value (`Seconds` in compiler/cost.py). One collective over both
+axes, as the exchange of their cuts of one dim would be, is not found.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from shardwright.compiler.cost import (
     op_seconds,
 )
 from shardwright.compiler.topology import Topology, collective_seconds
+from shardwright.passes.convert import convert
 from shardwright.passes.ops.collectives import StaticCommunicator, ops, use_communicator
 from shardwright.passes.rules.base import Axis, OpCall, Operand, Strategy, TensorMeta
 from shardwright.passes.types import I, P, R, shard
@@ -195,3 +197,21 @@ def test_prices_in_seconds_prefer_sharded_work():
     assert prices.placeholder(R, TensorMeta((4096, 4096), BF16, True), axis) > 0
     assert prices.placeholder(I, TensorMeta((4096, 4096), BF16, True), axis) == 0
     assert math.isinf(prices.conversion(R, I, TensorMeta((64, 64), BF16, True), axis))
+
+
+def test_a_conversion_over_another_axis_is_priced_at_what_this_one_leaves():
+    """So that a value is summed over the data ranks while it is a shard of the tensor axis, and gathered after it."""
+    mesh = Mesh(("dp_shard", "tp"), (8, 8))
+    prices, axis = Seconds(Topology.preset("h100", nodes=8), mesh), Axis("tp", 8)
+    meta = TensorMeta((8192, 4096), BF16, True)
+    summed = OpCall(convert, (Operand(0), "dp_shard", P, I), {}, (meta,), (meta,))
+    whole, split = Strategy("I", (I,), (I,)), Strategy("d0", (shard(0, 8192, 8),), (shard(0, 8192, 8),))
+    span = prices.topology.span(mesh, "dp_shard")
+
+    def expected(size: float) -> float:
+        return prices.topology.device.launch + collective_seconds("all_reduce", size, span)
+
+    assert prices.node(summed, whole, axis, ()) == pytest.approx(expected(8192 * 4096 * 2))
+    assert prices.node(summed, split, axis, ()) == pytest.approx(expected(1024 * 4096 * 2))
+    over_time = replace(summed, args=(Operand(0), "mb", P, I))
+    assert prices.node(over_time, whole, axis, ()) == 0.0
