@@ -27,13 +27,14 @@ from ..runtime.program import Mesh
 from .cost import size_of
 from .emit import SEGMENT_BYTES, Problem
 from .gathers import Whole, gather_groups, kept_whole, shared
-from .graph_cost import GraphCost, least_crossing
 from .keeping import keeping
 from .memory import state_memory
 from .place import Placement, Policy, place
+from .placed_cost import PlacedCost, least_crossing
 from .plan import Plan, Prediction, data_size
 from .prices import Volume
 from .schedules import BUCKET_BYTES
+from .stages import stages_of_parameters
 from .strategy import Limits, Request, Strategy, StrategyError, divisors
 from .tensor_axis import Layouts, TensorAxis
 from .topology import CollectiveKind, Topology, collective_bytes, collective_seconds
@@ -214,11 +215,13 @@ class Search:
         return self.tensor.placement(plan.mesh.size("tp"), Layouts.of(plan), self.share(plan.mesh))
 
     def with_layout(self, plan: Plan) -> Plan:
-        """A plan that places by time, with where its parameters lie: at other numbers of samples it would be elsewhere."""
+        """The plan with where its parameters lie over tp and pp: a rank, or a call, of other shapes would find other places."""
         placement = self.placement(plan)
-        if plan.byte_price is None or placement is None:
-            return plan
-        return replace(plan, layout={k.removeprefix("param."): placement.placeholders[k] for k in self.parameters})
+        if placement is not None:
+            plan = replace(plan, layout={k.removeprefix("param."): placement.placeholders[k] for k in self.parameters})
+        if plan.stages > 1:
+            plan = replace(plan, stage_of=stages_of_parameters(self.problem.graph, plan.stages))
+        return plan
 
     def heaviest_stage(self, stages: int) -> float:
         """The least share of all parameters' bytes that the heaviest stage can have: an even one, or the largest parameter's."""
@@ -268,7 +271,7 @@ class Search:
         parts |= {"state bytes": state, "activation bytes": activations, "gathered bytes": gathered}
         return Candidate(plan, samples, Prediction(seconds, peak, traffic, parts, cost.gap))
 
-    def _data_traffic(self, plan: Plan, cost: GraphCost, whole: Whole) -> Iterator[tuple[str, CollectiveKind, float, int]]:
+    def _data_traffic(self, plan: Plan, cost: PlacedCost, whole: Whole) -> Iterator[tuple[str, CollectiveKind, float, int]]:
         """(axis, kind, bytes, times a step): gradients summed, and parameters gathered, over the data axes."""
         held, trainable, again = (x / plan.stages for x in (cost.parameters, cost.trainable, cost.read_again))
         for axis in plan.data_axes:

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from ..passes.check_schedules import check_schedules
 from ..passes.differentiate import Templates
-from ..passes.graph_tools import Values, metas
+from ..passes.graph_tools import VIEWS, Values, metas
 from ..passes.normalize.promote import double
-from ..passes.partition import VIEWS
 from ..runtime.program import Mesh
 from .emit import Problem, emit
 from .plan import Plan

@@ -214,7 +214,8 @@ class Seconds:
         return self._spans[axis.name]
 
     def node(self, call: OpCall, strategy: Strategy, axis: Axis, from_parameters: tuple[bool, ...]) -> float:
-        return self.node_timing(call, strategy).at(self.share)
+        alone = bool(from_parameters) and all(from_parameters)  # a cast of a parameter: as much work for any batch
+        return self.node_timing(call, strategy).at(1.0 if alone else self.share)
 
     def node_timing(self, call: OpCall, strategy: Strategy) -> Timing:
         operands = tuple(m if m is None else local_meta(m, t) for m, t in zip(call.operands, strategy.ins, strict=True))
@@ -228,8 +229,8 @@ class Seconds:
         return Timing(whole - work, work)
 
     def _other_axis(self, call: OpCall) -> Timing:
-        """Of a conversion over an axis that the graph was lowered along before, of what this axis leaves of the value: so the search
-        finds in which order a value best changes its types over two axes."""
+        """Of a conversion over an axis that the graph was lowered along before, of what this axis leaves of the value: so
+        the search finds in which order a value best changes its types over two axes."""
         _, name, src, dst = call.args
         if name not in self.mesh.axes:
             return Timing(0.0, 0.0)

@@ -114,17 +114,17 @@ def data_sections(plan: Plan, local_batches: Sequence[int], coordinates: Mapping
 def lower(problem: Problem, plan: Plan, coordinates: Mapping[str, int], values: Values, microbatch: int = 0) -> Lowered:
     """Place, shard and check the graph along every axis of the plan.
 
-    All data ranks must make the same collectives in the same order, so where their shares of the batch differ one of them decides:
-    the others take its placements, with shapes of their own.
+    All data ranks must make the same collectives in the same order, and all micro-batches give outputs of the same types; so where
+    their samples differ the fewest decide: the others take those placements, with shapes of their own.
     """
     gm, placements = problem.graph, {}
-    leader = _leader(problem, plan, coordinates)
+    leader, last = _leader(problem, plan, coordinates), plan.microbatches - 1  # the last is the smallest
     decided: Mapping[str, Placement] = {}
     here = {k: v for k, v in coordinates.items() if k != TIME}
-    if (leader, 0) != (here, microbatch) and _has_unequal_shapes(problem, plan):
+    if (leader, last) != (here, microbatch) and _has_unequal_shapes(problem, plan):
         sizes = coordinates_of(plan, 0).sizes
-        with use_communicator(StaticCommunicator(sizes, {**leader, TIME: 0})):
-            decided = lower(problem, plan, leader, values).placements
+        with use_communicator(StaticCommunicator(sizes, {**leader, TIME: last})):
+            decided = lower(problem, plan, leader, values, last).placements
     cuts = data_sections(plan, problem.local_batches, coordinates)
     seconds = Seconds(plan.topology, plan.mesh) if plan.topology is not None else None
     steps: list[tuple[Axis, int, Policy, Prices]] = []
@@ -137,7 +137,8 @@ def lower(problem: Problem, plan: Plan, coordinates: Mapping[str, int], values: 
         policy = Policy("time", {}, problem.loss, slices=slices)
         steps.append((Axis(TIME, plan.microbatches), microbatch, policy, Volume()))
     if plan.mesh.size("tp") > 1:
-        layouts = Layouts.of(plan)
+        # Ranks with sequences of other lengths place each by itself: alike by bytes, which grow together, but not by time.
+        layouts = Layouts() if problem.ragged else Layouts.of(plan)
         policy, prices = layouts.policy(problem.loss, plan.layout), layouts.prices(seconds)
         steps.append((Axis("tp", plan.mesh.size("tp")), coordinates["tp"], policy, prices))
     for axis, index, policy, prices in steps:
@@ -151,9 +152,9 @@ def lower(problem: Problem, plan: Plan, coordinates: Mapping[str, int], values: 
 
 
 def _leader(problem: Problem, plan: Plan, coordinates: Mapping[str, int]) -> dict[str, int]:
-    """The coordinates with the place on the data axes of the rank with the most samples."""
+    """The coordinates with the place on the data axes of the rank with the fewest samples."""
     batches = problem.local_batches
-    rank = max(range(len(batches)), key=batches.__getitem__)
+    rank = min(range(len(batches)), key=batches.__getitem__)
     found = {k: v for k, v in coordinates.items() if k != TIME}
     for axis in reversed(plan.data_axes):
         rank, found[axis] = divmod(rank, plan.mesh.size(axis))

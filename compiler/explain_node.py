@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ..passes.graph_tools import Calls, Values, metas, op_calls
+from ..passes.graph_tools import Calls, Values, is_parameter, metas, op_calls
 from ..passes.ops import use_communicator
 from ..passes.prologue import TIME
 from ..passes.reshard import steps
@@ -17,8 +17,8 @@ from ..passes.types import I, Type
 from .cost import Seconds, size_of
 from .emit import Lowered, Problem, coordinates_of, lower
 from .explain import describe
-from .graph_cost import placed_cost, produced
 from .place import Placement
+from .placed_cost import placed_cost, produced
 from .plan import Plan
 from .prices import held
 from .tensor_axis import Layouts, tensor_mesh, tensor_placement
@@ -200,6 +200,6 @@ def _own_seconds(node: fx.Node, placement: Placement, seconds: Seconds, axis: Ax
         have, _ = produced(source, placement)
         (meta,) = metas(source)
         if have != needed:
-            of_parameter = source.op == "placeholder" and source.meta["key"].startswith("param.")
+            of_parameter = is_parameter(source)
             total += sum(seconds.conversion(a, b, meta, axis, of_parameter) for a, b in steps(have, needed, meta, ways))
     return total

@@ -1,7 +1,8 @@
 """Which values of a captured graph a forward keeps for its backward, as passes/partition.py will find, before anything is emitted.
 
-Views keep what they are views of. What follows by a cheap op from other kept values is computed again and not kept; but what is
-converted for an op that needs it (gathered, say) is kept as converted.
+Views keep what they are views of. A parameter is there anyway; gathered or cast, it is so again for the backward. What follows by
+a cheap op from other kept values is computed again and not kept; but what is converted for an op that needs it (gathered, say) is
+kept as converted.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ..passes.graph_tools import Calls, is_getitem
+from ..passes.graph_tools import Calls, is_getitem, is_parameter
 from ..passes.partition import CHEAP
 from ..passes.rules.base import Axis
 from ..passes.types import I, Type
@@ -44,7 +45,7 @@ def keeping(calls: Calls) -> Keeping:
                 uses.setdefault((node, k), [])
         for i, source in enumerate(sources):
             value = _held_by(source)
-            if value[0].op == "call_function" and needs_value(node, call, i):
+            if value[0].op == "call_function" and not is_parameter(value[0]) and needs_value(node, call, i):
                 uses.setdefault(value, []).append((node, i))
     rebuilt = set()
     for value in uses:

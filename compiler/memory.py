@@ -12,7 +12,7 @@ import sympy
 import torch
 from torch import fx
 
-from ..passes.partition import VIEWS
+from ..passes.graph_tools import VIEWS
 from ..runtime.program import Cut, Instruction, Key, RankProgram, TensorSpec
 
 STEPWISE = ("param.", "buffer.", "const.", "prologue.", "grad.param.", "out.")

@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ..passes.graph_tools import Calls
-from ..passes.partition import VIEWS
+from ..passes.graph_tools import VIEWS, Calls, is_parameter
 from ..passes.rules.base import OpCall
 from ..passes.types import Type, Varying
 from .cost import op_name
@@ -62,6 +61,5 @@ def read_again(parameter: fx.Node, calls: Calls) -> bool:
 
 def gathered_again(source: fx.Node, have: Type, needed: Type, calls: Calls) -> bool:
     """Whether a value is a parameter that is gathered for an op and once more for its backward, instead of kept whole."""
-    if isinstance(needed, Varying) or not isinstance(have, Varying) or source.op != "placeholder":
-        return False
-    return source.meta["key"].startswith("param.") and read_again(source, calls)
+    gathered = isinstance(have, Varying) and not isinstance(needed, Varying)
+    return gathered and is_parameter(source) and read_again(source, calls)

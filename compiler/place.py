@@ -14,7 +14,8 @@ import numpy as np
 from torch import fx
 
 from ..passes.convert import exists, is_free
-from ..passes.graph_tools import Calls, is_getitem, metas, op_calls, where
+from ..passes.graph_tools import Calls, is_getitem, is_parameter, metas, op_calls, where
+from ..passes.prologue import TIME
 from ..passes.rules.base import (
     Axis,
     OpCall,
@@ -205,8 +206,13 @@ class _Builder:
                 given = _kinds((like.placeholders[decision.node.meta["key"]],))
                 same = [s for s in decision.options if _kinds(s.outs) == given]
             else:
-                same = [s for s in decision.options if _alike(s, like.choice.get(decision.name))]
-            # A dim of one sample is no factor. What is exchanged differs then, and is found out (passes/check_schedules.py).
+                chosen = like.choice.get(decision.name)
+                same = [s for s in decision.options if _alike(s, chosen)]
+                if not same and chosen is not None:  # by another factor, where a dim of one sample was none
+                    same = [
+                        s for s in decision.options if (_kinds(s.ins), _kinds(s.outs)) == (_kinds(chosen.ins), _kinds(chosen.outs))
+                    ]
+            # What is exchanged may differ where there is none, and is found out (passes/check_schedules.py).
             decision.options = same or decision.options
 
     def _options(self, site: Site, cuts: Cuts) -> list[Strategy]:
@@ -286,6 +292,10 @@ class _Builder:
         if key.startswith("buffer."):
             return [I]
         produced = {s.outs[value[1]] for s in self.decisions[value[0]].options}
+        over_time = self.output.args[0][k].meta.get("types", {}).get(TIME)  # type: ignore[union-attr]
+        if self.axis.name != TIME and isinstance(over_time, Varying):
+            # Micro-batches are joined along this dim: a cut of it within each would leave samples out of order.
+            produced = {t for t in produced if not (isinstance(t, Varying) and t.dim == over_time.dim)}
         types: list[Type] = [I]
         if key == self.policy.loss:
             types.append(Partial())
@@ -303,7 +313,7 @@ class _Builder:
         for t in (*produced, *(t for _, types in uses for t in types)):
             ids.setdefault(t, len(ids))
         types = list(ids)
-        of_parameter = d.node.op == "placeholder" and d.node.meta["key"].startswith("param.")
+        of_parameter = is_parameter(d.node)
         conversion = np.full((len(types), len(types)), np.inf)
         for i, a in enumerate(types):
             for j, b in enumerate(types):
@@ -359,7 +369,7 @@ class _Builder:
         assert d.call is not None
         counts: Counter[tuple[bool, ...]] = Counter()
         for operands, count in d.places.items():
-            counts[tuple(self._is_parameter(v) for v in operands)] += count
+            counts[tuple(is_parameter(self.decisions[name].node) for name, _ in operands)] += count
         total = np.zeros(len(d.options))
         for from_parameters, count in counts.items():
             total += count * np.array([self.prices.node(d.call, s, self.axis, from_parameters) for s in d.options], dtype=float)
@@ -367,15 +377,6 @@ class _Builder:
 
     def _holding(self, type_: Type, meta: TensorMeta) -> float:
         return (self.policy.byte_price or 0.0) * size_of(meta) * held(type_, self.axis)
-
-    def _is_parameter(self, value: Value) -> bool:
-        """True when a value is a parameter, or a view or cast of one."""
-        d = self.decisions[value[0]]
-        while d.node.op != "placeholder":
-            if len(d.operands) != 1 or d.call is None or d.call.results[0].shape and len(d.call.results) != 1:
-                return False
-            d = self.decisions[d.operands[0][0]]
-        return d.node.meta["key"].startswith("param.")
 
     def explain(self, error: AssignError) -> ShardingError:
         names = [where(self.order[i].node) for i in error.nodes if i < len(self.order)][:4]

@@ -12,7 +12,7 @@ from torch import fx
 
 from ..passes.graph_tools import is_getitem, metas, op_call
 from .cost import op_flops, size_of
-from .graph_cost import least_crossing
+from .placed_cost import least_crossing
 
 
 def cut_stages(costs: Sequence[float], crossing_bytes: Sequence[float], n: int, seconds_per_byte: float = 0.0) -> tuple[int, ...]:

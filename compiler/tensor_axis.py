@@ -20,9 +20,9 @@ from ..passes.rules.base import Axis
 from ..passes.types import Type
 from ..runtime.program import Mesh
 from .cost import Seconds, size_of
-from .graph_cost import GraphCost, placed_cost
 from .keeping import Keeping
 from .place import Barred, Placement, Policy, place
+from .placed_cost import PlacedCost, placed_cost
 from .plan import Plan
 from .prices import Prices, megatron_prices
 from .topology import Topology
@@ -110,7 +110,7 @@ class TensorAxis:
         self.parameters = float(sum(size_of(metas(n)[0]) for n in placeholders if n.meta["key"].startswith("param.")))
         self._seconds: dict[tuple[int, float], Seconds] = {}
         self._placements: dict[tuple[int, Layouts, float], Placement] = {}
-        self._costs: dict[tuple[int, Layouts, float], GraphCost] = {}
+        self._costs: dict[tuple[int, Layouts, float], PlacedCost] = {}
         self._fronts: dict[tuple[int, float], list[Layouts]] = {}
 
     def fastest(self, size: int, share: float) -> list[Layouts]:
@@ -125,7 +125,7 @@ class TensorAxis:
             self._fronts[key] = [Layouts(byte_price=price) for price in byte_prices(point, self.parameters)]
         return self._fronts[key]
 
-    def cost(self, size: int, layouts: Layouts, share: float) -> GraphCost:
+    def cost(self, size: int, layouts: Layouts, share: float) -> PlacedCost:
         """Depends on other axes of the mesh only through where tp lies."""
         key = self._key(size, layouts, share)
         if key not in self._costs:

@@ -15,8 +15,10 @@ from typing import Any
 
 from torch import fx
 
-from .graph_tools import Values, call
+from .graph_tools import OF_PARAMETERS, Values, call
 from .ops.collectives import ops
+
+_OF_PARAMETERS = OF_PARAMETERS | {ops.all_gather.default, ops.all_gather_bucket.default, operator.getitem}
 
 
 def bucket(gm: fx.GraphModule, values: Values) -> fx.GraphModule:
@@ -72,10 +74,18 @@ def _merge(graph: fx.Graph, nodes: list[fx.Node], merged: object, values: Values
 
 
 def _hoist(sources: list[fx.Node], first: fx.Node, position: dict[fx.Node, int]) -> None:
-    """Parameter shards are placeholders, so every source already stands before the first gather."""
-    late = [s.name for s in sources if position[s] > position[first]]
-    if late:
-        raise RuntimeError(f"parameters {late} are computed after the first gather of their block")
+    """What is made of parameters' shards after the first gather moves before it: casts, and gathers over another axis."""
+    late: dict[fx.Node, None] = {}
+    stack = list(sources)
+    while stack:
+        node = stack.pop()
+        if node.op == "call_function" and position[node] > position[first] and node not in late:
+            late[node] = None
+            stack += node.all_input_nodes
+    for node in sorted(late, key=position.__getitem__):
+        if node.target not in _OF_PARAMETERS:
+            raise RuntimeError(f"{node.name} is gathered as a parameter, and is made of other values")
+        first.prepend(node)
 
 
 def _sink(graph: fx.Graph, made: fx.Node, last: fx.Node, moved: set[fx.Node]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +67,40 @@ def map_operands(value: Any, visit: Callable[[Any], Any]) -> Any:
     if isinstance(value, dict):
         return {k: map_operands(v, visit) for k, v in value.items()}
     return value
+
+
+VIEWS = frozenset(
+    {
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.t.default,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.expand.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.squeeze.default,
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.detach.default,
+        aten.alias.default,
+        aten.as_strided.default,
+    }
+)
+
+
+OF_PARAMETERS = VIEWS | {aten._to_copy.default, aten.reshape.default}
+"""What leaves a parameter one: views and casts."""
+
+
+def is_parameter(node: fx.Node, through: Collection[Any] = ()) -> bool:
+    """Whether a value is a parameter, or a view or a cast of one; or what calls of `through` make of these."""
+    while (
+        node.op == "call_function" and len(node.all_input_nodes) == 1 and (node.target in OF_PARAMETERS or node.target in through)
+    ):
+        node = node.all_input_nodes[0]
+    return node.op == "placeholder" and node.meta["key"].startswith("param.")
 
 
 def op_call(node: fx.Node) -> tuple[OpCall, tuple[fx.Node, ...]]:

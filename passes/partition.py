@@ -15,30 +15,10 @@ from fractions import Fraction
 import torch
 from torch import fx
 
-from .graph_tools import extract, named_results, node_bytes
+from .graph_tools import VIEWS, extract, named_results, node_bytes
 from .ops.collectives import ops
 
 aten = torch.ops.aten
-
-VIEWS = frozenset(
-    {
-        aten.view.default,
-        aten._unsafe_view.default,
-        aten.t.default,
-        aten.transpose.int,
-        aten.permute.default,
-        aten.expand.default,
-        aten.unsqueeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.squeeze.default,
-        aten.slice.Tensor,
-        aten.select.int,
-        aten.detach.default,
-        aten.alias.default,
-        aten.as_strided.default,
-    }
-)
 
 CHEAP = frozenset(
     {

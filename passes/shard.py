@@ -21,6 +21,7 @@ from .graph_tools import (
     call,
     copy_facts,
     is_getitem,
+    is_parameter,
     metas,
     new_call,
     op_calls,
@@ -165,8 +166,8 @@ class _Lowering:
             if node.meta.get("block") != user.meta.get("block") and node.op == "placeholder":
                 made.meta["block"] = user.meta.get("block")
                 made.meta["module"] = user.meta.get("module")
-            if source.op == "placeholder" and source.meta["key"].startswith("param.") and not isinstance(needed, Varying):
-                made.meta["parameter"] = True
+            if is_parameter(source) and isinstance(self.type_of(source), Varying) and not isinstance(needed, Varying):
+                made.meta["parameter"] = True  # gathered: the backward gathers it again (passes/partition.py)
             self.converted[node, needed] = made
         return self.converted[node, needed]
 

@@ -17,12 +17,10 @@ import torch
 from torch import fx
 
 from .convert import convert
-from .graph_tools import Values, call, extract, named_results
-from .partition import VIEWS
+from .graph_tools import Values, call, extract, is_parameter, named_results
 from .types import Varying
 
 aten = torch.ops.aten
-PARAMETER_VIEWS = VIEWS | {convert, aten._to_copy.default, aten.reshape.default}
 
 
 def split_stages(gm: fx.GraphModule, count: int) -> list[fx.GraphModule]:
@@ -130,10 +128,8 @@ def _sent_bytes(node: fx.Node, ranks: int) -> int:
 
 
 def _is_parameter(node: fx.Node) -> bool:
-    """A parameter, or a view, cast or conversion of one: each stage that uses it makes its own."""
-    while node.op == "call_function" and len(node.all_input_nodes) == 1 and node.target in PARAMETER_VIEWS:
-        node = node.all_input_nodes[0]
-    return node.op == "placeholder" and node.meta["key"].startswith("param.")
+    """Each stage that uses one makes its own."""
+    return is_parameter(node, through=(convert,))
 
 
 def _stage_of(node: fx.Node, stage: dict[fx.Node, int]) -> int:

@@ -34,7 +34,7 @@ from shardwright.compiler.prices import Prices, Volume, held, megatron_prices, s
 from shardwright.compiler.topology import Device, Level
 from shardwright.passes.check_schedules import check_schedules
 from shardwright.passes.convert import exists
-from shardwright.passes.graph_tools import Values, is_getitem, metas, op_calls
+from shardwright.passes.graph_tools import Values, is_getitem, is_parameter, metas, op_calls
 from shardwright.passes.ops import use_communicator
 from shardwright.passes.rules.base import Axis, OpCall, TensorMeta
 from shardwright.passes.rules.base import Strategy as NodeStrategy
@@ -88,7 +88,7 @@ class Walk:
             (meta,), (type_,) = metas(node), strategy.outs
             return self.prices.placeholder(type_, meta, self.axis) + self.byte_price * size_of(meta) * held(type_, self.axis)
         call, sources = self.calls[node]
-        parameters = tuple(self.rules._is_parameter(self.rules.value_of(s)) for s in sources)
+        parameters = tuple(is_parameter(s) for s in sources)
         return self.prices.node(call, strategy, self.axis, parameters)
 
     def uses(self, k: int, strategy: NodeStrategy) -> Iterator[tuple[fx.Node, Type]]:

@@ -8,7 +8,7 @@ from harness import prepare
 from programs import case, plan, program
 from torch import Tensor, fx, nn
 
-from shardwright.passes.partition import VIEWS
+from shardwright.passes.graph_tools import VIEWS
 from shardwright.runtime.program import GraphSpec, RankProgram
 
 aten = torch.ops.aten

@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from ..passes.convert import is_free
-from ..passes.graph_tools import Calls, is_getitem, metas
+from ..passes.graph_tools import Calls, is_getitem, is_parameter, metas
 from ..passes.reshard import Ways, steps
 from ..passes.rules.base import Axis, TensorMeta
 from ..passes.rules.base import Strategy as NodeStrategy
@@ -24,7 +24,7 @@ from .topology import collective_bytes
 
 
 @dataclass(frozen=True)
-class GraphCost:
+class PlacedCost:
     """A graph on one rank of a tensor axis, forward and backward: what grows with the batch as for the batch it was captured with.
 
     compute, traffic        seconds that grow with the batch
@@ -63,7 +63,7 @@ class GraphCost:
 
 def placed_cost(
     gm: fx.GraphModule, seconds: Seconds, placement: Placement | None, calls: Calls, kept: Keeping | None = None
-) -> GraphCost:
+) -> PlacedCost:
     """What every rank does under a placement over tp; None where there is no such axis.
 
     seconds    of a mesh of that axis, or of none       kept    `keeping(calls)`, where the caller has it
@@ -76,7 +76,8 @@ def placed_cost(
         key = id(call), id(strategy)  # identical blocks share both objects
         if key not in known:
             strategy = strategy or NodeStrategy("whole", (I,) * len(call.operands), (I,) * len(call.results))
-            known[key] = seconds.node_timing(call, strategy)
+            timing = seconds.node_timing(call, strategy)
+            known[key] = Timing(timing.at(1.0), 0.0) if is_parameter(node) else timing
         compute, launches = compute + known[key].work, launches + known[key].fixed
     parameters = trainable = again = sums = received_once = 0.0
     for node in gm.graph.nodes:
@@ -89,7 +90,7 @@ def placed_cost(
             if placement and type_ == R and meta.grad:
                 sums += seconds.placeholder(type_, meta, axis)
                 received_once += collective_bytes("all_reduce", size, axis.size)
-    cost = GraphCost(
+    cost = PlacedCost(
         compute=compute,
         launches=launches,
         sums=sums,
@@ -116,12 +117,12 @@ class Conversion:
 
     @property
     def of_parameter(self) -> bool:
-        return self.source.op == "placeholder" and self.source.meta["key"].startswith("param.")
+        return is_parameter(self.source)
 
 
 def _with_conversions(
-    cost: GraphCost, gm: fx.GraphModule, seconds: Seconds, placement: Placement, calls: Calls, axis: Axis
-) -> GraphCost:
+    cost: PlacedCost, gm: fx.GraphModule, seconds: Seconds, placement: Placement, calls: Calls, axis: Axis
+) -> PlacedCost:
     """The cost, and that of what values go through to be of the types that ops need."""
     ways = seconds.ways(axis)
     known: dict[tuple[Type, Type, TensorMeta, bool], tuple[Timing, float]] = {}
