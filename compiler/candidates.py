@@ -30,14 +30,14 @@ from .gathers import Whole, gather_groups, kept_whole, shared
 from .keeping import keeping
 from .memory import state_memory
 from .place import Placement, Policy, place
-from .placed_cost import PlacedCost, least_crossing
+from .placed_cost import PlacedCost
 from .plan import Plan, Prediction, data_size
 from .prices import Volume
 from .schedules import BUCKET_BYTES
 from .stages import stages_of_parameters
 from .strategy import Limits, Request, Strategy, StrategyError, divisors
-from .tensor_axis import Layouts, TensorAxis
-from .topology import CollectiveKind, Topology, collective_bytes, collective_seconds
+from .tensor_axis import Layouts, Load, TensorAxis
+from .topology import CollectiveKind, Span, Topology, collective_bytes, collective_seconds
 
 BACKWARD_SHARE = 2 / 3
 """Of a graph's compute: each product of the forward has two in the backward."""
@@ -45,6 +45,10 @@ BACKWARD_SHARE = 2 / 3
 FILLED = 0.9
 """The share of the memory limit that blocks are kept whole up to. The rest is for what no plan foresees: an allocator's holes,
 other buffers, an error of some percent."""
+
+
+NEARLY = 1.5
+"""Where layouts by time would fit in so many times the memory, sequence parallelism is tried: it keeps the fewest activations."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +82,10 @@ class Search:
         self.trained = sum(float(size_of(meta)) for meta in self.parameters.values() if meta.grad)
         self.shared = shared(problem.graph)
         self.largest = max(sizes, default=0.0) / (sum(sizes) or 1.0)
-        self.stream = least_crossing(problem.graph)
         self.calls = op_calls(problem.graph)
         self.groups = gather_groups(problem.graph, self.calls)
         self._whole: dict[int, list[Whole]] = {}
+        self._spans: dict[tuple[Mesh, str], Span] = {}
         self.kept = keeping(self.calls)
         self.tensor = TensorAxis(problem.graph, problem.loss, topology, self.calls, self.kept)
         self._coupled: ShardingError | Literal[False] | None = None
@@ -95,11 +99,18 @@ class Search:
             hybrid=pins.zero != 3,  # who asks for ZeRO-3 wants it over all data ranks
         )
         for mesh in self.request.meshes(limits):
-            for plan in self.variants(mesh, pins):
-                for candidate in self.accumulating(self.price(plan)):
-                    yield candidate
-                    if pins.zero is None:
-                        yield from self.filled(candidate)
+            found = [*self.over(mesh, pins)]
+            yield from found
+            least = min(c.predicted.peak_bytes for c in found)
+            if found[0].plan.byte_price is not None and pins.layouts is None and self.limit < least < NEARLY * self.limit:
+                yield from self.over(mesh, replace(pins, sequence_parallel=True))
+
+    def over(self, mesh: Mesh, pins: Strategy) -> Iterator[Candidate]:
+        for plan in self.variants(mesh, pins):
+            for candidate in self.accumulating(self.price(plan)):
+                yield candidate
+                if pins.zero is None:
+                    yield from self.filled(candidate)
 
     def accumulating(self, first: Candidate) -> Iterator[Candidate]:
         """It, and while it does not fit, the same with twice the micro-batches, whose activations are not held together."""
@@ -158,15 +169,15 @@ class Search:
         local = self.local_rows(mesh)
         counts = self.microbatch_counts(mesh.size("pp"), local)
         for zero in levels:
-            for layouts in self.layouts(mesh, pins):
-                for count in counts:
+            for count in sorted({max(1, min(int(count), max(1, local))) for count in counts}):
+                for layouts in self.layouts(mesh, pins, count):
                     yield Plan(
                         mesh=mesh,
                         zero=int(zero if shard else 0),
                         sequence_parallel=layouts.sequence,
                         byte_price=layouts.byte_price,
                         schedule=pins.schedule or "1f1b",
-                        microbatches=max(1, min(int(count), max(1, local))),
+                        microbatches=count,
                     )
 
     def local_rows(self, mesh: Mesh) -> int:
@@ -195,14 +206,14 @@ class Search:
             raise coupled
         return [1] if coupled else counts
 
-    def layouts(self, mesh: Mesh, pins: Strategy) -> list[Layouts]:
+    def layouts(self, mesh: Mesh, pins: Strategy, microbatches: int) -> list[Layouts]:
         """What to try over the mesh's tensor axis. Who pins it means Megatron's layouts, if nothing else is said."""
         n = mesh.size("tp")
         if n == 1:
             return [Layouts()]
         megatron = pins.tp is not None or pins.sequence_parallel is not None
         if pins.layouts == "any" or (pins.layouts is None and not megatron):
-            return self.tensor.fastest(n, self.share(mesh))
+            return self.tensor.fastest(n, Load(self.share(mesh), microbatches))
         sequence = [False, True] if pins.sequence_parallel is None else [pins.sequence_parallel]
         return [Layouts(sequence=s) for s in sequence]
 
@@ -212,7 +223,8 @@ class Search:
 
     def placement(self, plan: Plan) -> Placement | None:
         """Over tp; None where there is no such axis."""
-        return self.tensor.placement(plan.mesh.size("tp"), Layouts.of(plan), self.share(plan.mesh))
+        load = Load(self.share(plan.mesh), plan.microbatches)
+        return self.tensor.placement(plan.mesh.size("tp"), Layouts.of(plan), load)
 
     def with_layout(self, plan: Plan) -> Plan:
         """The plan with where its parameters lie over tp and pp: a rank, or a call, of other shapes would find other places."""
@@ -223,26 +235,33 @@ class Search:
             plan = replace(plan, stage_of=stages_of_parameters(self.problem.graph, plan.stages))
         return plan
 
+    def span(self, mesh: Mesh, axis: str) -> Span:
+        if (mesh, axis) not in self._spans:
+            self._spans[mesh, axis] = self.topology.span(mesh, axis)
+        return self._spans[mesh, axis]
+
     def heaviest_stage(self, stages: int) -> float:
         """The least share of all parameters' bytes that the heaviest stage can have: an even one, or the largest parameter's."""
         return max(1 / stages, self.largest)
 
     def price(self, plan: Plan, whole: Whole | None = None) -> Candidate:
         """`whole`: the shares of `plan.whole`."""
-        mesh, top = plan.mesh, self.topology
+        mesh = plan.mesh
         whole = whole or self.whole(plan.stages)[0]
         data, stages, m, share = plan.data_size, plan.stages, plan.microbatches, self.share(mesh)
-        cost = self.tensor.cost(mesh.size("tp"), Layouts.of(plan), share)
+        cost = self.tensor.cost(mesh.size("tp"), Layouts.of(plan), Load(share, m))
         bubble = (m + stages - 1) / m
         heaviest = self.heaviest_stage(stages)
         bytes_held, trained = cost.parameters * heaviest, cost.trainable * heaviest
+        # Under ZeRO-3 gradients are scattered before they are summed over tp.
+        summed = whole.trained + (1 - whole.trained) / mesh.size("dp_shard") if plan.zero == 3 else 1.0
         moved = [*self._data_traffic(plan, cost, whole)]
         parts = {
             "compute": (cost.compute * share + cost.launches * m) / stages * bubble,
-            "tensor": (cost.traffic * share + (cost.latencies + cost.gathers) * m) / stages * bubble + cost.sums / stages,
-            "data": sum(n * collective_seconds(kind, size, top.span(mesh, axis)) for axis, kind, size, n in moved)
+            "tensor": (cost.traffic * share + (cost.latencies + cost.gathers) * m) / stages * bubble + cost.sums * summed / stages,
+            "data": sum(n * collective_seconds(kind, size, self.span(mesh, axis)) for axis, kind, size, n in moved)
             - self._hidden_seconds(plan, moved, cost.compute * share / stages / m * BACKWARD_SHARE),
-            "pipeline": self._pipeline_seconds(plan, share),
+            "pipeline": self._pipeline_seconds(plan, cost, share),
             "optimizer": self._optimizer_seconds(plan, trained),
         }
         seconds = sum(parts.values())
@@ -265,9 +284,9 @@ class Search:
         for axis, kind, size, n in moved:
             traffic[axis] += n * collective_bytes(kind, size, mesh.size(axis))
         if "tp" in traffic:
-            traffic["tp"] += (cost.received * share + cost.received_gathers * m + cost.received_once) / stages
+            traffic["tp"] += (cost.received * share + cost.received_gathers * m + cost.received_once * summed) / stages
         if "pp" in traffic:
-            traffic["pp"] += 2 * (stages - 1) / stages * self._border(plan, share) * m
+            traffic["pp"] += 2 * (stages - 1) / stages * self._border(plan, cost, share) * m
         parts |= {"state bytes": state, "activation bytes": activations, "gathered bytes": gathered}
         return Candidate(plan, samples, Prediction(seconds, peak, traffic, parts, cost.gap))
 
@@ -320,19 +339,18 @@ class Search:
             return 0.0
         sums = [(axis, size) for axis, kind, size, n in moved if kind == first]
         axes = sums[-1:] if plan.whole else sums  # the last: what is scattered once a step
-        seconds = sum(collective_seconds(first, size, self.topology.span(plan.mesh, axis)) for axis, size in axes)
+        seconds = sum(collective_seconds(first, size, self.span(plan.mesh, axis)) for axis, size in axes)
         return self.topology.overlap.get("data", 0.0) * min(seconds, backward) * (parts - 1) / parts
 
-    def _border(self, plan: Plan, share: float) -> float:
+    def _border(self, plan: Plan, cost: PlacedCost, share: float) -> float:
         """Bytes that a micro-batch's activations have at a stage border, and their gradients."""
-        sharded = plan.sequence_parallel or plan.byte_price is not None
-        return self.stream * share / plan.microbatches / (plan.mesh.size("tp") if sharded else 1)
+        return cost.stream * share / plan.microbatches
 
-    def _pipeline_seconds(self, plan: Plan, share: float) -> float:
+    def _pipeline_seconds(self, plan: Plan, cost: PlacedCost, share: float) -> float:
         if plan.stages == 1:
             return 0.0
-        span = self.topology.span(plan.mesh, "pp")
-        return 2 * (plan.microbatches + plan.stages - 2) * collective_seconds("send", self._border(plan, share), span)
+        span = self.span(plan.mesh, "pp")
+        return 2 * (plan.microbatches + plan.stages - 2) * collective_seconds("send", self._border(plan, cost, share), span)
 
     def _optimizer_seconds(self, plan: Plan, size: float) -> float:
         """Read parameter, gradient and two moments, write three of them (AdamW)."""

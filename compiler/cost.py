@@ -190,20 +190,25 @@ class Timing:
     fixed: float
     work: float
 
-    def at(self, share: float) -> float:
-        return self.fixed + self.work * share
+    @property
+    def once(self) -> float:
+        return self.fixed + self.work
+
+    def of_step(self, runs: float, share: float) -> float:
+        return self.fixed * runs + self.work * share
 
 
 class Seconds:
     """Prices of the placement search (compiler/prices.py) in seconds of one device on an axis of a mesh, both directions.
 
     mesh       the whole mesh; `axis` passed to the methods must be one of its axes
-    share      of the batch that the graph was captured with, what a run sees: so much of an op's work is done, and so much of a
+    share      of the batch that the graph was captured with, what a step sees: so much of an op's work is done, and so much of a
                value that is no parameter is moved
+    runs       micro-batches of a step, in each of which parameters are moved and ops launched
     """
 
-    def __init__(self, topology: Topology, mesh: Mesh, share: float = 1.0) -> None:
-        self.topology, self.mesh, self.share = topology, mesh, share
+    def __init__(self, topology: Topology, mesh: Mesh, share: float = 1.0, runs: int = 1) -> None:
+        self.topology, self.mesh, self.share, self.runs = topology, mesh, share, runs
         self._at_once = replace(topology.device, launch=0.0)
         self._spans: dict[str, Span] = {}
         self._conversions: dict[tuple[Type, Type, TensorMeta, str], Timing] = {}
@@ -215,7 +220,7 @@ class Seconds:
 
     def node(self, call: OpCall, strategy: Strategy, axis: Axis, from_parameters: tuple[bool, ...]) -> float:
         alone = bool(from_parameters) and all(from_parameters)  # a cast of a parameter: as much work for any batch
-        return self.node_timing(call, strategy).at(1.0 if alone else self.share)
+        return self.node_timing(call, strategy).of_step(self.runs, self.runs if alone else self.share)
 
     def node_timing(self, call: OpCall, strategy: Strategy) -> Timing:
         operands = tuple(m if m is None else local_meta(m, t) for m, t in zip(call.operands, strategy.ins, strict=True))
@@ -247,7 +252,7 @@ class Seconds:
         return collective_seconds("all_reduce", size_of(meta), free)
 
     def conversion(self, src: Type, dst: Type, meta: TensorMeta, axis: Axis, of_parameter: bool = False) -> float:
-        return self.conversion_timing(src, dst, meta, axis).at(1.0 if of_parameter else self.share)
+        return self.conversion_timing(src, dst, meta, axis).of_step(self.runs, self.runs if of_parameter else self.share)
 
     def conversion_timing(self, src: Type, dst: Type, meta: TensorMeta, axis: Axis) -> Timing:
         key = (src, dst, meta, axis.name)

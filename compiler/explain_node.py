@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -17,11 +17,12 @@ from ..passes.types import I, Type
 from .cost import Seconds, size_of
 from .emit import Lowered, Problem, coordinates_of, lower
 from .explain import describe
+from .needs import gathered_again
 from .place import Placement
 from .placed_cost import placed_cost, produced
 from .plan import Plan
 from .prices import held
-from .tensor_axis import Layouts, tensor_mesh, tensor_placement
+from .tensor_axis import Layouts, Load, tensor_mesh, tensor_placement
 from .topology import Topology
 from .units import bytes_text, seconds_text
 
@@ -164,7 +165,9 @@ def next_best(
 
 
 def _tensor_seconds(plan: Plan, topology: Topology) -> Seconds:
-    return Seconds(topology, tensor_mesh(plan.mesh.size("tp")), 1 / plan.data_size)
+    """For the load that the search placed for."""
+    load = Load(1 / plan.data_size, plan.microbatches).rounded
+    return Seconds(topology, tensor_mesh(plan.mesh.size("tp")), load.share, load.runs)
 
 
 def _placement(problem: Problem, plan: Plan, seconds: Seconds, calls: Calls) -> Placement:
@@ -202,4 +205,6 @@ def _own_seconds(node: fx.Node, placement: Placement, seconds: Seconds, axis: Ax
         if have != needed:
             of_parameter = is_parameter(source)
             total += sum(seconds.conversion(a, b, meta, axis, of_parameter) for a, b in steps(have, needed, meta, ways))
+            if gathered_again(source, have, needed, calls):
+                total += seconds.conversion(have, I, replace(meta, grad=False), axis, of_parameter)
     return total

@@ -36,6 +36,7 @@ class PlacedCost:
     gathered                bytes of the parameters that a block gathers over the tensor axis: of the block with the most
     parameters              bytes held of all parameters; of these `trainable` have gradients, `read_again` are used in the backward
     received, received_gathers, received_once       bytes received over the tensor axis in these traffics
+    stream                  bytes of the residual stream
     gap                     of the placement, see `Placement.gap`
     """
 
@@ -54,11 +55,12 @@ class PlacedCost:
     received: float = 0.0
     received_gathers: float = 0.0
     received_once: float = 0.0
+    stream: float = 0.0
     gap: float = 0.0
 
-    def seconds(self, share: float) -> float:
-        """Of one step with one micro-batch of a share of the batch."""
-        return (self.compute + self.traffic) * share + self.launches + self.latencies + self.gathers + self.sums
+    def seconds(self, share: float, runs: int = 1) -> float:
+        """Of a step with a share of the batch in so many micro-batches."""
+        return (self.compute + self.traffic) * share + (self.launches + self.latencies + self.gathers) * runs + self.sums
 
 
 def placed_cost(
@@ -77,7 +79,7 @@ def placed_cost(
         if key not in known:
             strategy = strategy or NodeStrategy("whole", (I,) * len(call.operands), (I,) * len(call.results))
             timing = seconds.node_timing(call, strategy)
-            known[key] = Timing(timing.at(1.0), 0.0) if is_parameter(node) else timing
+            known[key] = Timing(timing.once, 0.0) if is_parameter(node) else timing
         compute, launches = compute + known[key].work, launches + known[key].fixed
     parameters = trainable = again = sums = received_once = 0.0
     for node in gm.graph.nodes:
@@ -100,6 +102,7 @@ def placed_cost(
         trainable=trainable,
         read_again=again,
         received_once=received_once,
+        stream=_stream(calls, placement, axis),
     )
     return cost if placement is None else _with_conversions(cost, gm, seconds, placement, calls, axis)
 
@@ -136,7 +139,7 @@ def _with_conversions(
         if not c.of_parameter:
             traffic, latencies, received = traffic + timing.work, latencies + timing.fixed, received + size
             continue
-        gathers, received_gathers = gathers + timing.at(1.0), received_gathers + size
+        gathers, received_gathers = gathers + timing.once, received_gathers + size
         if isinstance(c.have, Varying) and not isinstance(c.needed, Varying):
             blocks[c.user.meta.get("block")] += size_of(c.meta)
     return replace(
@@ -189,7 +192,17 @@ def produced(node: fx.Node, placement: Placement) -> tuple[Type, int]:
     return placement.choice[node.name].outs[k], k
 
 
-def least_crossing(gm: fx.GraphModule) -> float:
-    """Bytes of the residual stream: the most common size among differentiable values with the batch in them."""
-    sizes = [size_of(metas(n)[0]) for n in gm.graph.nodes if n.op == "call_function" and n.meta.get("grad") and len(metas(n)) == 1]
-    return float(max(set(sizes), key=sizes.count)) if sizes else 0.0
+def least_crossing(calls: Calls) -> float:
+    """Bytes of the residual stream."""
+    return _stream(calls, None, Axis("tp", 1))
+
+
+def _stream(calls: Calls, placement: Placement | None, axis: Axis) -> float:
+    """Bytes that a rank holds of the residual stream: of the most common size among values with gradients, the mean over these."""
+    sizes = {n: size_of(call.results[0]) for n, (call, _) in calls.items() if len(call.results) == 1 and call.results[0].grad}
+    if not sizes:
+        return 0.0
+    ((size, count),) = Counter(sizes.values()).most_common(1)
+    if placement is None:
+        return float(size)
+    return size * sum(held(placement.choice[n.name].outs[0], axis) for n, found in sizes.items() if found == size) / count

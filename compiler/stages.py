@@ -10,7 +10,7 @@ from statistics import median
 import numpy as np
 from torch import fx
 
-from ..passes.graph_tools import is_getitem, metas, op_call
+from ..passes.graph_tools import is_getitem, metas, op_call, op_calls
 from .cost import op_flops, size_of
 from .placed_cost import least_crossing
 
@@ -79,7 +79,7 @@ def stages_of_parameters(gm: fx.GraphModule, stages: int) -> dict[str, int]:
         for at in range(position[node] + 1, last + 1):
             crossing[at] += size
     costs = [work(n) for n in nodes]
-    stream = 1.01 * least_crossing(gm)
+    stream = 1.01 * least_crossing(op_calls(gm))
     narrow = [i for i in range(1, len(nodes)) if 0 < crossing[i] <= stream]
     borders, cuts = _cut(costs, crossing, narrow, stages)
     if not _balanced(costs, borders, cuts):

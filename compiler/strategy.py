@@ -70,6 +70,8 @@ class Strategy:
             raise StrategyError(f"layouts must be 'megatron' or 'any', not {self.layouts!r}")
         if self.layouts == "any" and self.sequence_parallel is not None:
             raise StrategyError("sequence_parallel says which of Megatron's layouts, but layouts='any' is pinned: leave out one")
+        if self.layouts is not None and self.tp == 1:
+            raise StrategyError("layouts says how values lie over tp, which is pinned to 1: leave out one of them")
         if self.zero == 0 and (self.dp_shard or 1) > 1:
             raise StrategyError(
                 f"dp_shard={self.dp_shard} shards over the data axis, but zero=0 shards nothing: leave out one of them"

@@ -97,63 +97,75 @@ def byte_prices(point: Callable[[float], tuple[float, float]], parameters: float
     return [0.0, between, dear] if apart else [0.0, dear]
 
 
+@dataclass(frozen=True)
+class Load:
+    """What a data rank runs in a step.
+
+    share    of the captured batch
+    runs     micro-batches that it is cut into
+    """
+
+    share: float = 1.0
+    runs: int = 1
+
+    @property
+    def rounded(self) -> Load:
+        """To powers of eight: where loads are nearly alike, the fastest placements hardly differ."""
+        return Load(8.0 ** round(math.log(self.share, 8)), 8 ** round(math.log(self.runs, 8)))
+
+
 class TensorAxis:
     """Placements of a graph over tensor axes of any size, and what they cost, each found once.
 
-    A share is that of the captured batch which a data rank gets. Placements in any layouts depend on it: the smaller a batch, the
-    dearer are parameters that are gathered or whose gradients are summed.
+    Placements in any layouts depend on the load: the smaller a batch, the dearer are parameters that are gathered or whose
+    gradients are summed.
     """
 
     def __init__(self, gm: fx.GraphModule, loss: str | None, topology: Topology, calls: Calls, kept: Keeping) -> None:
         self.gm, self.loss, self.topology, self.calls, self.kept = gm, loss, topology, calls, kept
         placeholders = gm.graph.find_nodes(op="placeholder")
         self.parameters = float(sum(size_of(metas(n)[0]) for n in placeholders if n.meta["key"].startswith("param.")))
-        self._seconds: dict[tuple[int, float], Seconds] = {}
-        self._placements: dict[tuple[int, Layouts, float], Placement] = {}
-        self._costs: dict[tuple[int, Layouts, float], PlacedCost] = {}
-        self._fronts: dict[tuple[int, float], list[Layouts]] = {}
+        self._seconds: dict[tuple[int, Load], Seconds] = {}
+        self._placements: dict[tuple[int, Layouts, Load], Placement] = {}
+        self._costs: dict[tuple[int, Layouts, Load], PlacedCost] = {}
+        self._fronts: dict[tuple[int, Load], list[Layouts]] = {}
 
-    def fastest(self, size: int, share: float) -> list[Layouts]:
+    def fastest(self, size: int, load: Load) -> list[Layouts]:
         """Any layouts: the corners of the Pareto front of time and bytes of parameters."""
-        key = size, _rounded(share)
+        key = size, load.rounded
         if key not in self._fronts:
 
             def point(byte_price: float) -> tuple[float, float]:
-                cost = self.cost(size, Layouts(byte_price=byte_price), share)
-                return cost.seconds(key[1]), cost.parameters
+                cost = self.cost(size, Layouts(byte_price=byte_price), load)
+                return cost.seconds(key[1].share, key[1].runs), cost.parameters
 
             self._fronts[key] = [Layouts(byte_price=price) for price in byte_prices(point, self.parameters)]
         return self._fronts[key]
 
-    def cost(self, size: int, layouts: Layouts, share: float) -> PlacedCost:
+    def cost(self, size: int, layouts: Layouts, load: Load) -> PlacedCost:
         """Depends on other axes of the mesh only through where tp lies."""
-        key = self._key(size, layouts, share)
+        key = self._key(size, layouts, load)
         if key not in self._costs:
-            placement = self.placement(size, layouts, share)
+            placement = self.placement(size, layouts, load)
             self._costs[key] = placed_cost(self.gm, self._seconds_of(size, key[2]), placement, self.calls, self.kept)
         return self._costs[key]
 
-    def placement(self, size: int, layouts: Layouts, share: float) -> Placement | None:
+    def placement(self, size: int, layouts: Layouts, load: Load) -> Placement | None:
         """None where there is no such axis."""
-        key = self._key(size, layouts, share)
+        key = self._key(size, layouts, load)
         if size > 1 and key not in self._placements:
             seconds = self._seconds_of(size, key[2])
             self._placements[key] = tensor_placement(self.gm, self.loss, size, layouts, seconds, self.calls)
         return self._placements.get(key)
 
     @staticmethod
-    def _key(size: int, layouts: Layouts, share: float) -> tuple[int, Layouts, float]:
-        return size, layouts, 1.0 if layouts.byte_price is None else _rounded(share)
+    def _key(size: int, layouts: Layouts, load: Load) -> tuple[int, Layouts, Load]:
+        return size, layouts, Load() if layouts.byte_price is None else load.rounded
 
-    def _seconds_of(self, size: int, share: float) -> Seconds:
-        if (size, share) not in self._seconds:
-            self._seconds[size, share] = Seconds(self.topology, tensor_mesh(size), share)
-        return self._seconds[size, share]
-
-
-def _rounded(share: float) -> float:
-    """To a power of four: placements for batches that are nearly alike are hardly different."""
-    return 4.0 ** round(math.log(share, 4))
+    def _seconds_of(self, size: int, load: Load) -> Seconds:
+        if (size, load) not in self._seconds:
+            self._seconds[size, load] = Seconds(self.topology, tensor_mesh(size), load.share, load.runs)
+        return self._seconds[size, load]
 
 
 def tensor_mesh(size: int) -> Mesh:

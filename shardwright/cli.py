@@ -28,7 +28,7 @@ DevicesOption = Annotated[int, typer.Option(help="number of devices in all")]
 TopologyOption = Annotated[str, typer.Option(help="a preset (h100, a100-80, cpu, ...) or a file that `Topology.save` wrote")]
 BatchOption = Annotated[int, typer.Option(help="samples that one data rank gets; for config files")]
 SequenceOption = Annotated[int, typer.Option("--seq", help="tokens of a sample; for config files")]
-StrategyOption = Annotated[str, typer.Option(help="auto, or pins: tp=8,zero=3,sequence_parallel=true,schedule=1f1b")]
+StrategyOption = Annotated[str, typer.Option(help="auto, or pins: tp=8,zero=3,sequence_parallel=true,layouts=any,schedule=1f1b")]
 
 
 def load_model(source: str, batch: int, length: int) -> tuple[nn.Module, Any]:

@@ -15,7 +15,7 @@ from shardwright import Strategy, Topology, plan
 from shardwright.compiler.emit import emit
 from shardwright.compiler.keeping import keeping
 from shardwright.compiler.plan import Plan
-from shardwright.compiler.tensor_axis import Layouts, TensorAxis, byte_prices
+from shardwright.compiler.tensor_axis import Layouts, Load, TensorAxis, byte_prices
 from shardwright.passes.graph_tools import named_results, op_calls
 
 MODELS = ("gpt", "llama", "gpt2", "bert", "t5", "vit", "mixtral", "resnet")
@@ -31,10 +31,10 @@ def tensor_axis(model: str, topology: Topology) -> TensorAxis:
 @pytest.mark.parametrize("model", MODELS)
 def test_by_time_never_slower_than_megatron(model: str, topology: Topology) -> None:
     tensor = tensor_axis(model, topology)
-    free = tensor.cost(4, Layouts(byte_price=0.0), 1.0)
-    megatron = [tensor.cost(4, Layouts(sequence=s), 1.0) for s in (False, True)]
+    free = tensor.cost(4, Layouts(byte_price=0.0), Load())
+    megatron = [tensor.cost(4, Layouts(sequence=s), Load()) for s in (False, True)]
     assert free.seconds(1.0) <= min(m.seconds(1.0) for m in megatron) * (1 + 1e-9)
-    front = [tensor.cost(4, layouts, 1.0) for layouts in tensor.fastest(4, 1.0)]
+    front = [tensor.cost(4, layouts, Load()) for layouts in tensor.fastest(4, Load())]
     assert [c.parameters for c in front] == sorted((c.parameters for c in front), reverse=True)
     assert [c.seconds(1.0) for c in front] == sorted(c.seconds(1.0) for c in front)
 
@@ -43,10 +43,11 @@ def test_a_smaller_share_of_the_batch_leaves_parameters_where_they_are() -> None
     """Samples cut, every gradient has to be summed: worth it for many samples, not for few."""
     tensor = tensor_axis("gpt2", NEAR)
 
-    def sums(share: float) -> float:
-        return tensor.cost(4, Layouts(byte_price=0.0), share).sums
+    def sums(share: float, runs: int = 1) -> float:
+        return tensor.cost(4, Layouts(byte_price=0.0), Load(share, runs)).sums
 
     assert sums(64.0) > 10 * sums(1 / 64)
+    assert sums(64.0, 64) >= sums(64.0), "a sum is made once a step, for all its micro-batches"
 
 
 def test_prices_at_the_corners_of_the_hull() -> None:
@@ -77,7 +78,7 @@ def planned(strategy: Strategy, **options: Any) -> Plan:
 
 def test_who_pins_the_axis_gets_megatron_s_layouts() -> None:
     assert planned(Strategy(tp=4)).byte_price is None
-    assert planned(Strategy(dp=1, pp=1)).byte_price is not None
+    assert planned(Strategy(dp=1, pp=1)).byte_price is not None, "nobody asked for tp"
     assert planned(Strategy(tp=4, layouts="any")).byte_price is not None
     assert planned(Strategy(dp=1, pp=1, layouts="megatron")).byte_price is None
     assert planned(Strategy(dp=1, pp=1, sequence_parallel=True)).byte_price is None
