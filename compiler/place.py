@@ -128,6 +128,7 @@ _Uses = tuple[tuple[int, int], ...]
 class _Decision:
     """One node, standing for all nodes at the same place of identical blocks.
 
+    options     what may be chosen, of all that is offered
     operands    its own
     places      how many of the nodes take which operands: later ones have others where one block hands values to the next
     """
@@ -140,6 +141,7 @@ class _Decision:
     places: Counter[tuple[Value, ...]] = field(default_factory=Counter)
     call: OpCall | None = None
     site: Site | None = None
+    offered: Sequence[Strategy] = ()
 
 
 class _Builder:
@@ -191,6 +193,7 @@ class _Builder:
         for decision in self.decisions.values():
             if decision.node.op == "placeholder":
                 decision.options = [Strategy(str(t), (), (t,)) for t in self._placeholder_types(decision, cuts)]
+            decision.offered = tuple(decision.options)
 
     def bar(self, name: str, left_out: Sequence[tuple[Type, ...]]) -> None:
         decision = self.decisions[self.twins.get(name, name)]
@@ -291,7 +294,7 @@ class _Builder:
         key, meta = self.gm.meta["outputs"][k], self.meta[value]
         if key.startswith("buffer."):
             return [I]
-        produced = {s.outs[value[1]] for s in self.decisions[value[0]].options}
+        produced = {s.outs[value[1]] for s in self.decisions[value[0]].offered}
         over_time = self.output.args[0][k].meta.get("types", {}).get(TIME)  # type: ignore[union-attr]
         if self.axis.name != TIME and isinstance(over_time, Varying):
             # Micro-batches are joined along this dim: a cut of it within each would leave samples out of order.

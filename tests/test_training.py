@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import zoo
 from lockstep_module import OneDevice, assert_same, double, on_ranks, wholes
+from programs import NEAR
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -410,7 +411,10 @@ def test_an_optimizer_that_waits_for_the_first_call(strategy: Strategy) -> None:
 
 # --- batches of every kind ------------------------------------------------------------------------------------------
 
-LOCAL = ("dp4", "zero3tp2", "dp2pp2")
+LOCAL = {
+    **{name: PARALLEL[name] for name in ("dp4", "zero3tp2", "dp2pp2")},
+    "any2": Strategy(dp=2, tp=2, zero=2, layouts="any"),
+}
 
 
 def check_local(model: nn.Module, batches: list[dict[str, Any]], weights: list[float], strategy: Strategy) -> None:
@@ -433,14 +437,15 @@ def check_local(model: nn.Module, batches: list[dict[str, Any]], weights: list[f
 
     def example(rank: int) -> dict[str, Any]:
         stage, data = divmod(rank, 2)
-        return batches[{"dp4": rank, "zero3tp2": stage, "dp2pp2": data}[next(k for k in LOCAL if PARALLEL[k] is strategy)]]
+        return batches[rank if strategy.dp == 4 else data if strategy.pp else stage]
 
-    assert_same(on_ranks(original, strategy, body, example=example), gradients(model))
+    topology = NEAR if strategy.layouts == "any" else None
+    assert_same(on_ranks(original, strategy, body, example=example, topology=topology), gradients(model))
 
 
 @pytest.fixture(params=LOCAL)
 def local(request: pytest.FixtureRequest) -> Strategy:
-    return PARALLEL[request.param]
+    return LOCAL[request.param]
 
 
 def llama_batches(
@@ -464,6 +469,12 @@ def test_labels_all_masked_on_one_rank(local: Strategy) -> None:
 
 def test_local_batches_of_other_sizes_and_lengths(local: Strategy) -> None:
     model, batches, weights = llama_batches([(3, 8), (2, 11), (1, 5), (4, 8)][: local.dp])
+    check_local(model, batches, weights, local)
+
+
+def test_lengths_far_apart_on_the_first_call(local: Strategy) -> None:
+    """Each rank captures at its own length; where the parameters lie is the plan's to say, not each rank's."""
+    model, batches, weights = llama_batches([(4, 12), (4, 2), (4, 3), (4, 12)][: local.dp])
     check_local(model, batches, weights, local)
 
 

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 import zoo
-from harness import compare, emit_all, mesh, problem_of, run
+from harness import compare, emit_all, mesh, prepare, problem_of, run
+from lockstep_module import double, on_ranks
 from programs import FAR, NEAR, case, machine, shares
-from torch import fx
+from torch import Tensor, fx, nn
 
-from shardwright import Strategy, Topology, plan
-from shardwright.compiler.emit import emit
+from shardwright import Strategy, Topology, emit, plan
+from shardwright.compiler.cost import Seconds
+from shardwright.compiler.emit import emit as emit_rank
 from shardwright.compiler.keeping import keeping
+from shardwright.compiler.placed_cost import placed_cost
 from shardwright.compiler.plan import Plan
-from shardwright.compiler.tensor_axis import Layouts, Load, TensorAxis, byte_prices
+from shardwright.compiler.tensor_axis import Layouts, Load, TensorAxis, byte_prices, tensor_placement
+from shardwright.compiler.topology import Device, Level
+from shardwright.compiler.traffic import received
 from shardwright.passes.graph_tools import named_results, op_calls
+from shardwright.runtime.module import ParallelModule
+from shardwright.runtime.program import Mesh
+from shardwright.runtime.sharded import full_tensor
 
 MODELS = ("gpt", "llama", "gpt2", "bert", "t5", "vit", "mixtral", "resnet")
 
@@ -68,7 +79,7 @@ def test_prices_at_the_corners_of_the_hull() -> None:
 
 def test_time_needs_a_machine() -> None:
     with pytest.raises(ValueError, match="needs the topology"):
-        emit(problem_of(case("gpt"), [case("gpt").batch]), Plan(mesh(tp=2), byte_price=0.0), 0)
+        emit_rank(problem_of(case("gpt"), [case("gpt").batch]), Plan(mesh(tp=2), byte_price=0.0), 0)
 
 
 def planned(strategy: Strategy, **options: Any) -> Plan:
@@ -119,3 +130,85 @@ def test_a_parameter_gathered_for_an_op_is_not_kept_for_its_backward() -> None:
     kept = [n for k, n in named_results(forward.graph) if k.startswith("saved.")]
     assert not any("all_gather" in str(n.target) for n in kept)
     compare(found, programs, run(found, programs))
+
+
+@pytest.mark.parametrize("byte_price", [0.0, 1e-9, 1e-6])
+@pytest.mark.parametrize("axis", ["dp_replicate", "dp_shard"])
+def test_one_sample_on_one_data_rank(axis: str, byte_price: float) -> None:
+    """What it cannot cut, a rank with more must not: the fewest samples decide."""
+    slow = Topology(Device("slow", {"float64": 7.75e8}, 1e12, 3.8e11, launch=9e-8), (Level("near", 4, 2.15e9, 4e-7),))
+    found = case("t5", batch=3)
+    programs = emit_all(found, Plan(mesh(**{axis: 2, "tp": 2}), byte_price=byte_price, topology=slow), [2, 1])
+    compare(found, programs, run(found, programs))
+
+
+@pytest.mark.parametrize("model", ["gpt", "gpt2"])
+def test_micro_batches_of_other_sizes(model: str) -> None:
+    """Of two samples and of one: their outputs are joined, so they are cut alike."""
+    found = case(model, batch=6)
+    wanted = Plan(mesh(dp_shard=2, tp=2), byte_price=0.0, topology=NEAR, microbatches=2)
+    programs = emit_all(found, wanted, [3, 3])
+    compare(found, programs, run(found, programs))
+
+
+@pytest.mark.parametrize("strategy", [Strategy(tp=2, layouts="any"), Strategy(tp=2, layouts="any", microbatches=2)], ids=str)
+def test_outputs_are_whole_again(strategy: Strategy) -> None:
+    """Samples of micro-batches stay in order: over tp they are not cut within each."""
+    model, batch = double(*zoo.MODELS["gpt"](batch=8))
+    wanted = copy.deepcopy(model)(**batch)["logits"].detach()
+
+    def body(parallel: ParallelModule, rank: int) -> Tensor:
+        return full_tensor(parallel(**batch)["logits"].detach())
+
+    made = on_ranks(model, strategy, body, example=batch, world_size=2, batch="global", outputs="all", topology=NEAR)
+    for logits in made:
+        assert torch.allclose(logits, wanted, rtol=0, atol=1e-12)
+
+
+class Penalized(nn.Module):
+    """The head's weight is used before the blocks, sharded, and after them, gathered beside another parameter."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 2 * width), nn.Tanh(), nn.Linear(2 * width, width)) for _ in range(3)
+        )
+        self.head = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        penalty = self.head.weight.square().sum()
+        for block in self.blocks:
+            x = x + block(x)
+        return nn.functional.mse_loss(self.head(x), y) + 1e-3 * penalty
+
+
+def test_gathers_over_two_axes() -> None:
+    """Of ZeRO-3, and over tp of what that gathered: those of a block are merged, whatever the order they were made in."""
+    torch.manual_seed(0)
+    found = prepare(Penalized(), {"x": torch.randn(256, 16), "y": torch.randn(256, 16)})
+    slow = Topology(Device("slow", {"float64": 1e9}, 1e12, 1e9, launch=1e-9), (Level("near", 4, 1e9, 1e-9),))
+    programs = emit_all(found, Plan(mesh(dp_shard=2, tp=2), zero=3, byte_price=1e-3, topology=slow), [128, 128])
+    assert any(n.args[1] == "tp" for n in gathers(programs[0].graphs["forward"].graph))
+    compare(found, programs, run(found, programs))
+
+
+def test_a_cast_of_a_parameter_is_one() -> None:
+    """In half precision it is the cast that is gathered: again for the backward, at a price that does not grow with the batch."""
+    model, batch = zoo.MODELS["mlp"](batch=256)
+    strategy = Strategy(dp=2, tp=2, zero=0, layouts="any")
+    options: dict[str, Any] = {"example_inputs": batch, "strategy": strategy, "batch": "global", "precision": torch.bfloat16}
+    found = plan(model, NEAR, **options)
+    graph, calls = found.problem.graph, op_calls(found.problem.graph)
+    dear = Layouts(byte_price=1e-3)
+    placement = tensor_placement(graph, found.problem.loss, 2, dear, Seconds(NEAR, Mesh(("tp",), (2,))), calls)
+    cost = placed_cost(graph, Seconds(NEAR, Mesh(("tp",), (2,))), placement, calls)
+    assert cost.gathers > 0 and cost.gathered > 0
+    program = emit(replace(found, plan=replace(found.plan, byte_price=1e-3, layout={})), 0)
+    values = [n.meta["val"] for n in gathers(program.graphs["backward"].graph)]
+    whole = [t for value in values for t in (value if isinstance(value, (tuple, list)) else (value,))]
+    assert whole and {t.dtype for t in whole} == {torch.bfloat16}
+    counted = Counter[str]()
+    for axis, size in received(program).items():
+        counted[axis] += size
+    predicted = cost.received / 2 + cost.received_gathers + cost.received_once
+    assert predicted == pytest.approx(counted["tp"], rel=0.05)
