@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -191,7 +191,11 @@ def pairing(name: str, ranks: int, microbatches: int) -> dict[str, type[Contende
         case "pipeline":
             pins = Strategy(dp=1, tp=1, pp=ranks, schedule="1f1b", microbatches=microbatches)
             return {"torch pipelining": TorchPipeline, "shardwright": shardwright(pins, plain=True)}
+        case "layouts":  # one tensor axis: Megatron's layouts, pinned, against those that take the least time
+            pins = Strategy(dp=1, tp=ranks, pp=1)
+            megatron, free = replace(pins, layouts="megatron"), replace(pins, layouts="any")
+            return {"megatron's layouts": shardwright(megatron), "shardwright": shardwright(free)}
     raise ValueError(f"there is no pairing {name!r}; known are {', '.join(PAIRINGS)}")
 
 
-PAIRINGS = ("ddp", "fsdp2", "tp", "pipeline")
+PAIRINGS = ("ddp", "fsdp2", "tp", "pipeline", "layouts")
