@@ -132,8 +132,7 @@ def test_a_parameter_gathered_for_an_op_is_not_kept_for_its_backward() -> None:
     compare(found, programs, run(found, programs))
 
 
-@pytest.mark.parametrize("byte_price", [0.0, 1e-9, 1e-6])
-@pytest.mark.parametrize("axis", ["dp_replicate", "dp_shard"])
+@pytest.mark.parametrize(("axis", "byte_price"), [("dp_replicate", 0.0), ("dp_shard", 1e-6)])
 def test_one_sample_on_one_data_rank(axis: str, byte_price: float) -> None:
     """What it cannot cut, a rank with more must not: the fewest samples decide."""
     slow = Topology(Device("slow", {"float64": 7.75e8}, 1e12, 3.8e11, launch=9e-8), (Level("near", 4, 2.15e9, 4e-7),))

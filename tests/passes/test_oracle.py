@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 import pytest
 from mutations import Mutation, mutations
 from oracle import REFUSED, Difference, differences
-from programs import FAR, NEAR, case, plan
+from programs import NEAR, case, plan
 from test_check import refused_by_type
 from typed_execution import Typed, typed
 
@@ -21,7 +21,6 @@ PLANS = {
     "dp4": {"dp_shard": 4},
     "zero3": {"dp_shard": 4, "zero": 3},
     "by time, near": {"tp": 4, "byte_price": 0.0, "topology": NEAR},
-    "by time, far": {"tp": 4, "byte_price": 1e-9, "topology": FAR},
 }
 MODELS = ["llama", "gpt2", "bert", "t5", "vit", "mixtral", "resnet", "mlp"]
 
