@@ -25,7 +25,6 @@ PHASES = (
     ("capture (torch.export)", "shardwright.compiler.bind", "capture"),
     ("normalize", "shardwright.compiler.bind", "prepare"),
     ("choose the plan", "shardwright.compiler.api", "choose"),
-    ("place parameters", "shardwright.compiler.api", "with_layout"),
 )
 
 

@@ -29,7 +29,6 @@ from .choose import choose
 from .engine import ModelEngine, Options
 from .explain_node import explain_node
 from .guess import likely_data_size, spread
-from .layout import with_layout
 from .plan import Plan
 from .reduce import Capture
 from .strategy import Strategy, resolve
@@ -241,7 +240,7 @@ def plan(
     batches = spread(rows, chosen.data_size, batch)
     if batches != problem.local_batches:
         problem = replace(problem, local_batches=batches) if sum(batches) == sum(problem.local_batches) else captured(batches)
-    return PlannedModel(with_layout(problem, chosen), problem, Templates(Values()), topology, tensors, captured)
+    return PlannedModel(chosen, problem, Templates(Values()), topology, tensors, captured)
 
 
 def emit(planned: PlannedModel, rank: int) -> RankProgram:

@@ -28,16 +28,16 @@ from .cost import size_of
 from .emit import SEGMENT_BYTES, Problem
 from .gathers import Whole, gather_groups, kept_whole, shared
 from .keeping import keeping
+from .layout import with_places
 from .memory import state_memory
 from .place import Placement, Policy, place
 from .placed_cost import PlacedCost
 from .plan import Plan, Prediction, data_size
 from .prices import Volume
 from .schedules import BUCKET_BYTES
-from .stages import stages_of_parameters
 from .strategy import Limits, Request, Strategy, StrategyError, divisors
 from .tensor_axis import Layouts, Load, TensorAxis
-from .topology import CollectiveKind, Span, Topology, collective_bytes, collective_seconds
+from .topology import CollectiveKind, Topology, collective_bytes, collective_seconds
 
 BACKWARD_SHARE = 2 / 3
 """Of a graph's compute: each product of the forward has two in the backward."""
@@ -85,7 +85,6 @@ class Search:
         self.calls = op_calls(problem.graph)
         self.groups = gather_groups(problem.graph, self.calls)
         self._whole: dict[int, list[Whole]] = {}
-        self._spans: dict[tuple[Mesh, str], Span] = {}
         self.kept = keeping(self.calls)
         self.tensor = TensorAxis(problem.graph, problem.loss, topology, self.calls, self.kept)
         self._coupled: ShardingError | Literal[False] | None = None
@@ -228,17 +227,7 @@ class Search:
 
     def with_layout(self, plan: Plan) -> Plan:
         """The plan with where its parameters lie over tp and pp: a rank, or a call, of other shapes would find other places."""
-        placement = self.placement(plan)
-        if placement is not None:
-            plan = replace(plan, layout={k.removeprefix("param."): placement.placeholders[k] for k in self.parameters})
-        if plan.stages > 1:
-            plan = replace(plan, stage_of=stages_of_parameters(self.problem.graph, plan.stages))
-        return plan
-
-    def span(self, mesh: Mesh, axis: str) -> Span:
-        if (mesh, axis) not in self._spans:
-            self._spans[mesh, axis] = self.topology.span(mesh, axis)
-        return self._spans[mesh, axis]
+        return with_places(plan, self.problem.graph, self.placement(plan))
 
     def heaviest_stage(self, stages: int) -> float:
         """The least share of all parameters' bytes that the heaviest stage can have: an even one, or the largest parameter's."""
@@ -259,7 +248,7 @@ class Search:
         parts = {
             "compute": (cost.compute * share + cost.launches * m) / stages * bubble,
             "tensor": (cost.traffic * share + (cost.latencies + cost.gathers) * m) / stages * bubble + cost.sums * summed / stages,
-            "data": sum(n * collective_seconds(kind, size, self.span(mesh, axis)) for axis, kind, size, n in moved)
+            "data": sum(n * collective_seconds(kind, size, self.topology.span(mesh, axis)) for axis, kind, size, n in moved)
             - self._hidden_seconds(plan, moved, cost.compute * share / stages / m * BACKWARD_SHARE),
             "pipeline": self._pipeline_seconds(plan, cost, share),
             "optimizer": self._optimizer_seconds(plan, trained),
@@ -339,7 +328,7 @@ class Search:
             return 0.0
         sums = [(axis, size) for axis, kind, size, n in moved if kind == first]
         axes = sums[-1:] if plan.whole else sums  # the last: what is scattered once a step
-        seconds = sum(collective_seconds(first, size, self.span(plan.mesh, axis)) for axis, size in axes)
+        seconds = sum(collective_seconds(first, size, self.topology.span(plan.mesh, axis)) for axis, size in axes)
         return self.topology.overlap.get("data", 0.0) * min(seconds, backward) * (parts - 1) / parts
 
     def _border(self, plan: Plan, cost: PlacedCost, share: float) -> float:
@@ -349,7 +338,7 @@ class Search:
     def _pipeline_seconds(self, plan: Plan, cost: PlacedCost, share: float) -> float:
         if plan.stages == 1:
             return 0.0
-        span = self.span(plan.mesh, "pp")
+        span = self.topology.span(plan.mesh, "pp")
         return 2 * (plan.microbatches + plan.stages - 2) * collective_seconds("send", self._border(plan, cost, share), span)
 
     def _optimizer_seconds(self, plan: Plan, size: float) -> float:

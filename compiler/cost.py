@@ -210,13 +210,10 @@ class Seconds:
     def __init__(self, topology: Topology, mesh: Mesh, share: float = 1.0, runs: int = 1) -> None:
         self.topology, self.mesh, self.share, self.runs = topology, mesh, share, runs
         self._at_once = replace(topology.device, launch=0.0)
-        self._spans: dict[str, Span] = {}
         self._conversions: dict[tuple[Type, Type, TensorMeta, str], Timing] = {}
 
     def _span(self, axis: Axis) -> Span:
-        if axis.name not in self._spans:
-            self._spans[axis.name] = self.topology.span(self.mesh, axis.name)
-        return self._spans[axis.name]
+        return self.topology.span(self.mesh, axis.name)
 
     def node(self, call: OpCall, strategy: Strategy, axis: Axis, from_parameters: tuple[bool, ...]) -> float:
         alone = bool(from_parameters) and all(from_parameters)  # a cast of a parameter: as much work for any batch
@@ -301,14 +298,13 @@ def graph_cost(gm: fx.GraphModule, topology: Topology, mesh: Mesh) -> GraphCost:
     compute = flops = 0.0
     communication: defaultdict[str, float] = defaultdict(float)
     received: defaultdict[str, float] = defaultdict(float)
-    spans: dict[str, Span] = {}
     known: dict[Any, tuple[float, float]] = {}
     for node in gm.graph.nodes:
         if node.op != "call_function" or op_name(node.target) in FREE:
             continue
         if node.target in COMMUNICATION:
             axis, kind, size = communication_of(node)
-            span = spans.setdefault(axis, topology.span(mesh, axis)) if axis not in spans else spans[axis]
+            span = topology.span(mesh, axis)
             communication[axis] += topology.device.launch + collective_seconds(kind, size, span)
             received[axis] += collective_bytes(kind, size, math.prod(hop.fan_out for hop in span))
             continue

@@ -27,7 +27,6 @@ from .collector import give_back
 from .emit import Problem, emit
 from .fidelity import check_capture
 from .guess import likely_data_size, spread
-from .layout import with_layout
 from .plan import Plan
 from .ragged import check_ragged, same_lengths
 from .strategy import Request
@@ -128,7 +127,7 @@ class ModelEngine:
         self.plan = Plan.from_json(self.control.exchange_text(text)[0])
         self.groups = batch_groups(self.plan.mesh, shared=self.options.batch == "global")
         self.communicator = self.connect(self.plan.mesh)
-        self._first = self._compile(args, kwargs, self.model.training, True, agreed.shapes, keep_layout=False)
+        self._first = self._compile(args, kwargs, self.model.training, True, agreed.shapes, first=True)
         self.programs[self._key(facts, self.model.training, True, agreed.shapes)] = self._first
         store = ParameterStore(self.program.parameters, self.program.buffers, self.communicator, self.device)
         self.report("placing the parameters")
@@ -205,17 +204,17 @@ class ModelEngine:
         training: bool,
         grad: bool,
         shapes: Sequence[Shapes],
-        keep_layout: bool = True,
+        first: bool = False,
     ) -> BoundCall:
         """The program of a call. A collective: what goes wrong on one rank is an error on all."""
         assert self.plan is not None and self.communicator is not None
         problem, plan, call, program = together(
-            self.control, "compiling the call", lambda: self._emit(args, kwargs, training, grad, shapes, keep_layout)
+            self.control, "compiling the call", lambda: self._emit(args, kwargs, training, grad, shapes)
         )
         same_graph(self.control, plan, problem.graph, same_shapes=not problem.ragged)
         check_ragged(program, shapes, batch_keys(shapes), self.control)
         same_collectives(self.control, program)
-        if not keep_layout:
+        if first:
             self.plan = plan
             if self.options.verify:
                 self.certificate = self._certify(problem, plan, args, kwargs, shapes)
@@ -249,7 +248,6 @@ class ModelEngine:
         training: bool,
         grad: bool,
         shapes: Sequence[Shapes],
-        keep_layout: bool,
     ) -> tuple[Problem, Plan, CallStructure, RankProgram]:
         """This rank's part of `_compile`, without its peers."""
         plan = self.plan
@@ -266,8 +264,6 @@ class ModelEngine:
         problem = replace(bound.problem, share_outputs=self.options.outputs == "all", ragged=ragged)
         plan = replace(plan, microbatches=max(1, min(plan.microbatches, *batches)))
         self.report("emitting the program")
-        if not keep_layout:
-            plan = with_layout(problem, plan)
         return problem, plan, bound.captured.call, emit(problem, plan, self.control.rank)
 
     @staticmethod

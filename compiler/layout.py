@@ -4,27 +4,33 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch import fx
+
 from ..passes.graph_tools import Values
 from ..passes.ops import use_communicator
-from ..passes.types import Type
 from .collector import without_collection
 from .emit import Problem, coordinates_of, lower
+from .place import Placement
 from .plan import Plan
 from .stages import stages_of_parameters
 
 
+def with_places(plan: Plan, gm: fx.GraphModule, placement: Placement | None) -> Plan:
+    """The plan with `layout`, as a placement over tp has it, and `stage_of` filled in where it has none."""
+    if plan.stages > 1 and not plan.stage_of:
+        plan = replace(plan, stage_of=stages_of_parameters(gm, plan.stages))
+    if placement is None or plan.layout:
+        return plan
+    types = placement.placeholders.items()
+    return replace(plan, layout={key.removeprefix("param."): type_ for key, type_ in types if key.startswith("param.")})
+
+
 @without_collection()
 def with_layout(problem: Problem, plan: Plan) -> Plan:
-    """The plan with `layout` (tp) and `stage_of` (pp) filled in. Rank 0's coordinates stand for all."""
-    if plan.mesh.size("pp") > 1 and not plan.stage_of:
-        plan = replace(plan, stage_of=stages_of_parameters(problem.graph, plan.stages))
+    """Of a plan that was not searched for (`choose` fills its own in). Rank 0's coordinates stand for all."""
+    placement = None
     if plan.mesh.size("tp") > 1 and not plan.layout:
         communicator = coordinates_of(plan, 0)
         with use_communicator(communicator):
-            lowered = lower(problem, plan, communicator.indices, Values())
-        found: dict[str, Type] = {}
-        for key, type_ in lowered.placements["tp"].placeholders.items():
-            if key.startswith("param."):
-                found[key.removeprefix("param.")] = type_
-        plan = replace(plan, layout=found)
-    return plan
+            placement = lower(problem, plan, communicator.indices, Values()).placements["tp"]
+    return with_places(plan, problem.graph, placement)

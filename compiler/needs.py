@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from ..passes.convert import makes_whole
 from ..passes.graph_tools import VIEWS, Calls, is_parameter
 from ..passes.rules.base import OpCall
-from ..passes.types import Type, Varying
+from ..passes.types import Type
 from .cost import op_name
 
 aten = torch.ops.aten
@@ -61,5 +62,4 @@ def read_again(parameter: fx.Node, calls: Calls) -> bool:
 
 def gathered_again(source: fx.Node, have: Type, needed: Type, calls: Calls) -> bool:
     """Whether a value is a parameter that is gathered for an op and once more for its backward, instead of kept whole."""
-    gathered = isinstance(have, Varying) and not isinstance(needed, Varying)
-    return gathered and is_parameter(source) and read_again(source, calls)
+    return makes_whole(have, needed) and is_parameter(source) and read_again(source, calls)

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import fx
 
-from ..passes.convert import is_free
+from ..passes.convert import is_free, makes_whole
 from ..passes.graph_tools import Calls, is_getitem, is_parameter, metas
 from ..passes.reshard import Ways, steps
 from ..passes.rules.base import Axis, TensorMeta
 from ..passes.rules.base import Strategy as NodeStrategy
-from ..passes.types import I, R, Type, Varying
+from ..passes.types import I, R, Type
 from .cost import Seconds, Timing, conversion_bytes, size_of
 from .keeping import Keeping, keeping, kept_bytes, largest_backward_bytes
 from .needs import gathered_again, read_again
@@ -140,7 +140,7 @@ def _with_conversions(
             traffic, latencies, received = traffic + timing.work, latencies + timing.fixed, received + size
             continue
         gathers, received_gathers = gathers + timing.once, received_gathers + size
-        if isinstance(c.have, Varying) and not isinstance(c.needed, Varying):
+        if makes_whole(c.have, c.needed):
             blocks[c.user.meta.get("block")] += size_of(c.meta)
     return replace(
         cost,

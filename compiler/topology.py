@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -146,6 +147,15 @@ class Topology:
 
     def span(self, mesh: Mesh, axis: str) -> Span:
         """Where the ranks joined by `axis` (several joined by "+" for a flattened one) lie, `mesh` being numbered row-major."""
+        if (mesh, axis) not in self._spans:
+            self._spans[mesh, axis] = self._span(mesh, axis)
+        return self._spans[mesh, axis]
+
+    @cached_property
+    def _spans(self) -> dict[tuple[Mesh, str], Span]:
+        return {}
+
+    def _span(self, mesh: Mesh, axis: str) -> Span:
         if mesh.world_size > self.world_size:
             raise ValueError(f"a mesh of {mesh.world_size} ranks does not fit on {self.world_size} devices")
         offsets, stride = [0], 1

@@ -56,6 +56,11 @@ def exists(src: Type, dst: Type, grad: bool) -> bool:
             return True
 
 
+def makes_whole(src: Type, dst: Type) -> bool:
+    """True when a conversion makes shards whole."""
+    return isinstance(src, Varying) and not isinstance(dst, Varying)
+
+
 def forward_ops(axis: str, src: Type, dst: Type) -> list[Step]:
     """The raw ops of a conversion, applied one after the other. Empty: identity."""
     if src == dst:

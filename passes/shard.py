@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from .convert import convert, exists, is_free
+from .convert import convert, exists, is_free, makes_whole
 from .graph_tools import (
     Calls,
     LazyGraphModule,
@@ -166,7 +166,7 @@ class _Lowering:
             if node.meta.get("block") != user.meta.get("block") and node.op == "placeholder":
                 made.meta["block"] = user.meta.get("block")
                 made.meta["module"] = user.meta.get("module")
-            if is_parameter(source) and isinstance(self.type_of(source), Varying) and not isinstance(needed, Varying):
+            if is_parameter(source) and makes_whole(self.type_of(source), needed):
                 made.meta["parameter"] = True  # gathered: the backward gathers it again (passes/partition.py)
             self.converted[node, needed] = made
         return self.converted[node, needed]
