@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from .direct import OpOverload, direct_namespaces, op_path
 from .errors import GRAPH_MARK, ShardwrightError
 from .homes import product_into
 from .program import GraphSpec, RankProgram, TensorSpec
@@ -106,7 +107,8 @@ def program_text(program: RankProgram) -> str:
 def compile_graph(
     spec: GraphSpec, name: str = "graph", device: torch.device | str = "cpu", products: frozenset[int] = frozenset()
 ) -> GraphFunction:
-    """The function that `graph_text` prints. It takes the values of `spec.inputs` in a list, which it empties.
+    """The function that `graph_text` prints, with each op called directly (`direct.py`). It takes the values of `spec.inputs` in a
+    list, which it empties.
 
     products    outputs, matrix products all, for which the caller gives memory: the list then begins with a list of `homes.Place`
                 for every output
@@ -116,6 +118,7 @@ def compile_graph(
     code = _code(graph_text(spec, name, str(device), products=products), name)
     scope: dict[str, Any] = {"__name__": f"shardwright_graph_{identifier(name)}", "product_into": product_into}
     exec(code, scope)  # noqa: S102  (text of our own, made from a graph that was checked node by node)
+    scope.update(direct_namespaces(spec.graph.graph.nodes))
     scope["constants"].update({key: value.to(device) for key, value in graph_constants(spec.graph).items()})
     return scope["forward"]
 
@@ -157,24 +160,14 @@ def _instruction_lines(instruction: Any) -> Iterator[str]:
             yield "    " + ", ".join(instruction.keys[start : start + 4])
 
 
-OpOverload = type(torch.ops.aten.add.Tensor)
-
-
-def _op_path(target: Any) -> tuple[str, str, str]:
-    """`aten::add.Tensor` as ("aten", "add", "Tensor")."""
-    namespace, _, rest = target.name().partition("::")
-    op, _, overload = rest.partition(".")
-    return namespace, op, overload or "default"
-
-
 def _makes_tensor(target: Any) -> bool:
-    namespace, op, _ = _op_path(target)
+    namespace, op, _ = op_path(target)
     return namespace == "aten" and op in _FACTORIES
 
 
 def _header(specs: Iterable[GraphSpec], device: str, namespaces: Mapping[str, str]) -> list[str]:
     nodes = [node for spec in specs for node in spec.graph.graph.nodes if node.op == "call_function"]
-    used = sorted({_op_path(node.target)[0] for node in nodes if isinstance(node.target, OpOverload)})
+    used = sorted({op_path(node.target)[0] for node in nodes if isinstance(node.target, OpOverload)})
     imports = ["import operator"] if any(_operator_name(node.target) for node in nodes) else []
     lines = [*imports, "from math import inf, nan  # noqa: F401", "", "import torch", ""]
     lines += [f"{name} = torch.ops.{namespaces.get(name, name)}" for name in used]
@@ -190,7 +183,7 @@ def _operator_name(target: Any) -> str:
 def _callee(node: Node) -> str:
     target: Any = node.target
     if isinstance(target, OpOverload):
-        return ".".join(_op_path(target))
+        return ".".join(op_path(target))
     if name := _operator_name(target):
         return f"operator.{name}"
     raise ShardwrightError(
@@ -255,7 +248,7 @@ def _last_uses(nodes: list[Node]) -> dict[Node, list[Node]]:
 def _function(spec: GraphSpec, function: str, products: frozenset[int] = frozenset()) -> list[str]:
     nodes = list(spec.graph.graph.nodes)
     placed = {nodes[-1].args[0][i]: i for i in products}
-    used_namespaces = {_op_path(n.target)[0] for n in nodes if isinstance(n.target, OpOverload)}
+    used_namespaces = {op_path(n.target)[0] for n in nodes if isinstance(n.target, OpOverload)}
     names = _names(nodes, _RESERVED | used_namespaces)
     dying = _last_uses(nodes)
     keys = iter(spec.inputs)

@@ -22,6 +22,7 @@ from .errors import MismatchError, add_place, graph_place
 from .homes import Place, is_large
 from .program import Instruction, Key, RankProgram
 from .steps import Join, Step, Write, plan_steps
+from .unshare import unshare
 
 Gather = Callable[[Instruction], Mapping[Key, Tensor]]
 
@@ -117,7 +118,7 @@ class Executor:
         found = self.plan.raw_gradients if defer_reduction else self.plan.gradients
         return StepResult(
             outputs={key: values[slot] for key, slot in self.plan.outputs},
-            gradients=_own({key: values[slot] for key, slot in found}, (*working.values(), *inputs.values())),
+            gradients=unshare({key: values[slot] for key, slot in found}, (*working.values(), *inputs.values())),
             buffers={key: values[slot] for key, slot in self.plan.buffers},
         )
 
@@ -328,29 +329,3 @@ class Executor:
         for slot in join.parts:
             values[slot] = None
         values[join.slot] = join_shards(parts, join.cut.dim, join.cut.sections)
-
-
-def _own(gradients: dict[Key, Tensor], lent: Iterable[Tensor]) -> dict[Key, Tensor]:
-    """The gradients, none sharing memory with another or with what was `lent`: callers scale and clip them in place."""
-    foreign = {x.untyped_storage().data_ptr() for x in lent}
-    spans: dict[int, list[tuple[int, int, Key]]] = {}
-    shared: list[Key] = []
-    for key, x in gradients.items():
-        storage, start = x.untyped_storage().data_ptr(), int(x.storage_offset())
-        end = start + 1 + sum((int(n) - 1) * int(stride) for n, stride in zip(x.shape, x.stride(), strict=True))
-        if not x.numel():
-            continue
-        if storage in foreign or end - start < x.numel():
-            shared.append(key)
-        else:
-            spans.setdefault(storage, []).append((start, end, key))
-    for taken in spans.values():
-        reach = 0
-        for start, end, key in sorted(taken):
-            if start < reach:
-                shared.append(key)
-            else:
-                reach = end
-    for key in shared:
-        gradients[key] = gradients[key].clone(memory_format=torch.contiguous_format)
-    return gradients

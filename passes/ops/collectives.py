@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -322,9 +322,22 @@ _OPS = {
     "shard_index(str axis, int[] sizes) -> Tensor": _shard_index,
 }
 
+Kernel = Callable[..., Any]
+
+KERNELS: dict[str, Kernel] = {}
+"""What computes each op of the project, on every device, by the op's name."""
+
+
+def define_kernel(schema: str, kernel: Kernel) -> None:
+    """Define the op of `schema`; the kernel's parameters have its names and defaults."""
+    name = schema.split("(")[0]
+    library.define(schema)
+    library.impl(name, kernel, "CompositeExplicitAutograd")
+    KERNELS[name] = kernel
+
+
 for _schema, _function in _OPS.items():
-    library.define(_schema)
-    library.impl(_schema.split("(")[0], _function, "CompositeExplicitAutograd")
+    define_kernel(_schema, _function)
 
 ops = getattr(torch.ops, NAMESPACE)
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from .collectives import NAMESPACE, library
-
-Kernel = Callable[..., Any]
+from .collectives import NAMESPACE, Kernel, define_kernel, library
 
 
 def define(schema: str, kernel: Kernel, fake: Kernel, backward: Kernel | None = None, save: Kernel | None = None) -> None:
@@ -21,8 +18,7 @@ def define(schema: str, kernel: Kernel, fake: Kernel, backward: Kernel | None = 
     save        `(ctx, inputs, output)`: keeps what `backward` needs. Named as torch.library.register_autograd calls it.
     """
     name = schema.split("(")[0]
-    library.define(schema)
-    library.impl(name, kernel, "CompositeExplicitAutograd")
+    define_kernel(schema, kernel)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward or _no_gradient, setup_context=save, lib=library)
 
