@@ -261,10 +261,12 @@ class Search:
         flying = min(stages, m) if plan.schedule == "1f1b" else m
         activations = cost.activations * share / stages * flying / m + cost.temporaries * share / m
         # Under ZeRO-3 the backward of a block holds its parameters whole, and their gradients until they are scattered; the first
-        # gradient of a parameter that is used twice waits for the second.
-        gathered = (self.shared * trained if plan.zero else 0.0) + 2 * cost.gathered
+        # gradient of a parameter that is used twice waits for the second, which is added where it lies.
+        waiting = self.shared * trained if plan.zero else 0.0
+        gathered = 2 * cost.gathered + waiting
         if plan.zero == 3:
-            gathered += 2 * whole.largest * cost.parameters
+            blocks = max(2 * whole.largest * cost.parameters, waiting + 2 * whole.alone * cost.parameters, 2 * waiting)
+            gathered = 2 * cost.gathered + blocks
         if plan.zero in (1, 2) or plan.whole:
             gathered += self.unscattered_bytes(plan, trained, trained * (whole.trained if plan.zero == 3 else 1.0))
         peak = state + activations + gathered

@@ -8,7 +8,7 @@ so kept saves time and costs memory, in proportion to its bytes; so they are tak
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -23,6 +23,7 @@ class Group:
     (passes/buckets.py). Shares, of all of the model's: of the bytes, of those with gradients, of those that the backward reads.
 
     together    the share of bytes gathered at once, with the parameters that count with an earlier group
+    alone       the same without the parameters that other groups use too
     """
 
     names: tuple[str, ...]
@@ -30,12 +31,13 @@ class Group:
     trained: float
     again: float
     together: float
+    alone: float
 
 
 @dataclass(frozen=True)
 class Whole:
-    """Parameters kept whole, and their shares as `Group` has them. left: groups that are still gathered; largest: the largest
-    share of bytes of one of these."""
+    """Parameters kept whole, and their shares as `Group` has them. left: groups that are still gathered; largest, alone: the
+    largest of the shares `together` and `alone` of these."""
 
     names: tuple[str, ...] = ()
     held: float = 0.0
@@ -43,6 +45,7 @@ class Whole:
     again: float = 0.0
     left: int = 0
     largest: float = 0.0
+    alone: float = 0.0
 
 
 def _turns(groups: Sequence[Group], stages: int) -> list[int]:
@@ -96,6 +99,7 @@ def gather_groups(gm: fx.GraphModule, calls: Calls | None = None) -> list[Group]
             trained=share(nodes, trained),
             again=share(nodes, again),
             together=share(used[place], sizes),
+            alone=share([n for n in used[place] if len(uses[n]) == 1], sizes),
         )
         for place, nodes in groups.items()
     ]
@@ -115,17 +119,24 @@ def kept_whole(groups: Sequence[Group], stages: int = 1) -> list[Whole]:
     again = [g.again > 0.5 * g.held for g in groups]
     turns = _turns(groups, stages)
     order = sorted(range(len(groups)), key=lambda i: (not again[i], groups[i].held, turns[i], -i))
-    found = [Whole(left=len(groups), largest=max((g.together for g in groups), default=0.0))]
-    for k, i in enumerate(order):
-        g, last, rest = groups[i], found[-1], order[k + 1 :]
+    found = [Whole()]
+    for i in order:
+        g, last = groups[i], found[-1]
         found.append(
             Whole(
                 names=(*last.names, *g.names),
                 held=last.held + g.held,
                 trained=last.trained + g.trained,
                 again=last.again + g.again,
-                left=len(rest),
-                largest=max((groups[j].together for j in rest), default=0.0),
             )
         )
-    return found
+    left = [[groups[i] for i in order[k:]] for k in range(len(found))]
+    return [
+        replace(
+            whole,
+            left=len(rest),
+            largest=max((g.together for g in rest), default=0.0),
+            alone=max((g.alone for g in rest), default=0.0),
+        )
+        for whole, rest in zip(found, left, strict=True)
+    ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ import sympy
 import torch
 from torch import fx
 
-from ..passes.graph_tools import VIEWS
 from ..runtime.program import Cut, Instruction, Key, RankProgram, TensorSpec
+from ..runtime.reuse import owner, reused
 
 STEPWISE = ("param.", "buffer.", "const.", "prologue.", "grad.param.", "out.")
 MICROBATCH = "mb"
@@ -163,10 +162,10 @@ def _key_sizes(program: RankProgram) -> dict[Key, float]:
         output = next(node for node in spec.graph.graph.nodes if node.op == "output")
         inputs = {id(node) for node in spec.graph.graph.nodes if node.op == "placeholder"}
         results = [(key, node) for key, node in zip(spec.outputs, output.args[0], strict=True) if isinstance(node, fx.Node)]
-        shown = Counter(_base(node) for _, node in results)
+        shown = Counter(owner(node) for _, node in results)
         for key, node in results:
             # A value handed through is counted where it was made; storage that several show (a bucket's parts), in equal shares.
-            base = _base(node)
+            base = owner(node)
             sizes[key] = 0.0 if id(base) in inputs else max(sizes.get(key, 0.0), _bytes(base) / shown[base])
     return sizes
 
@@ -196,19 +195,20 @@ def _cut_bytes(program: RankProgram, shape: tuple[int, ...], dtype: torch.dtype,
 def temporary_bytes(gm: fx.GraphModule) -> float:
     """The largest sum of intermediate values alive at once while a graph runs, its inputs and outputs left out.
 
-    A value lives from its node to the last use of it or of a view of it.
+    Memory is held from the node that takes it to the last use of a value that lies in it.
     """
     nodes = list(gm.graph.nodes)
+    over = reused(nodes)
+    memory: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        source = node.args[over[node]] if node in over else owner(node)
+        memory[node] = node if source is node else memory[source]  # type: ignore[index]
+    kept = {memory[node] for node in next(node for node in nodes if node.op == "output").all_input_nodes}
     position = {node: i for i, node in enumerate(nodes)}
-    output = next(node for node in nodes if node.op == "output")
-    kept = {_base(node) for node in output.all_input_nodes}
+    last = {memory[operand]: i for i, node in enumerate(nodes) for operand in node.all_input_nodes}
     change: Counter[int] = Counter()
-    last: dict[fx.Node, int] = {}
     for node in nodes:
-        for source in node.all_input_nodes:
-            last[_base(source)] = position[node]
-    for node in nodes:
-        if node.op == "call_function" and _base(node) is node and node not in kept:
+        if node.op == "call_function" and memory[node] is node and node not in kept:
             change[position[node]] += int(_bytes(node))
             change[last.get(node, position[node]) + 1] -= int(_bytes(node))
     most = now = 0
@@ -216,13 +216,6 @@ def temporary_bytes(gm: fx.GraphModule) -> float:
         now += change[i]
         most = max(most, now)
     return float(most)
-
-
-def _base(node: fx.Node) -> fx.Node:
-    """The node whose storage a view, or an item of a tuple, shows."""
-    while node.op == "call_function" and (node.target in VIEWS or node.target is operator.getitem) and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return node
 
 
 def _bytes(node: fx.Node) -> float:

@@ -8,6 +8,7 @@ Ensures   the same outputs, up to rounding, by these rewrites:
     view(view(x))              view(x), or x           where x is contiguous
     expand(a) * (x * c)        expand(a * c) * x       c a number
     x + a * b                  addcmul(x, a, b)        where a * b has no other use
+    x + a @ b                  addmm(x, a, b)          where a @ b has no other use; x as large, or a bias
     sum of slices' gradients   cat of what was given   where the slices are all of the dim: rotated halves, fused projections
 
 Collectives stay, and in their order.
@@ -134,7 +135,9 @@ def _number_on_the_smaller(node: fx.Node, graph: fx.Graph, values: Values) -> fx
 def _add(node: fx.Node, graph: fx.Graph, values: Values) -> fx.Node | None:
     if not _plain_sum(node):
         return None
-    return _add_of_slices(node, graph, values) or _add_of_product(node, graph, values)
+    return (
+        _add_of_slices(node, graph, values) or _add_of_product(node, graph, values) or _add_of_matrix_product(node, graph, values)
+    )
 
 
 def _add_of_slices(node: fx.Node, graph: fx.Graph, values: Values) -> fx.Node | None:
@@ -201,6 +204,50 @@ def _add_of_product(node: fx.Node, graph: fx.Graph, values: Values) -> fx.Node |
     return None
 
 
+def _add_of_matrix_product(node: fx.Node, graph: fx.Graph, values: Values) -> fx.Node | None:
+    operands = [n for n in arguments(node) if isinstance(n, fx.Node)]
+    if len(operands) < 2 or not node.meta["val"].dtype.is_floating_point:
+        return None
+    for term, product in ((operands[0], operands[1]), (operands[1], operands[0])):
+        chain = _matrix_product(product, node)
+        # Made where the product was, so that its factors live no longer: what it is added to must be there. A bias soon is.
+        if chain is None or not _same_layout(product, node) or not (term < chain or term.meta["val"].dim() == 1):
+            continue
+        with graph.inserting_before(chain if term < chain else node):
+            term = _as_matrix(term, chain, node, graph, values)
+            made = term and _made(node, graph, values, aten.addmm.default, (term, *arguments(chain)))
+        if made is None or chain is product:
+            return made
+        return _made(node, graph, values, aten.view.default, (made, [*node.meta["val"].shape]))
+    return None
+
+
+def _matrix_product(node: fx.Node, user: fx.Node) -> fx.Node | None:
+    """The matrix product that `node` is a reshape of and that only `user` reads; None where there is none."""
+    while len(node.users) == 1 and node.meta.get("phase") == user.meta.get("phase"):
+        if _is(node, aten.mm.default):
+            return node
+        if not _is(node, *_RESHAPES):
+            return None
+        node = arguments(node)[0]
+    return None
+
+
+def _as_matrix(term: fx.Node, product: fx.Node, total: fx.Node, graph: fx.Graph, values: Values) -> fx.Node | None:
+    """What is added to the matrix `product` where `term` is added to a reshape of it, of the shape of `total`."""
+    x, matrix = term.meta["val"], product.meta["val"]
+    if x.dtype != matrix.dtype:
+        return None
+    if x.dim() == 1 and x.shape[0] == matrix.shape[1] == total.meta["val"].shape[-1]:
+        return term
+    if x.shape != total.meta["val"].shape or not x.is_contiguous():
+        return None
+    source = arguments(term)[0] if _is(term, *_RESHAPES) else term
+    if _same_layout(source, product):
+        return source
+    return term if _same_layout(term, product) else _made(total, graph, values, aten.view.default, (term, [*matrix.shape]))
+
+
 _REWRITES: dict[Any, Rewrite] = {
     aten.pow.Tensor_Scalar: _power_of_one,
     aten.t.default: _transpose_twice,
@@ -210,4 +257,4 @@ _REWRITES: dict[Any, Rewrite] = {
     aten.mul.Tensor: _number_on_the_smaller,
     aten.add.Tensor: _add,
 }
-_REWRITABLE = frozenset({*_REWRITES, aten.mul.Scalar, aten.expand.default, aten.slice_backward.default})
+_REWRITABLE = frozenset({*_REWRITES, aten.mm.default, aten.mul.Scalar, aten.expand.default, aten.slice_backward.default})

@@ -25,6 +25,7 @@ from .direct import OpOverload, direct_namespaces, op_path
 from .errors import GRAPH_MARK, ShardwrightError
 from .homes import product_into
 from .program import GraphSpec, RankProgram, TensorSpec
+from .reuse import IN_PLACE, reused
 
 GraphFunction = Callable[[list[Any]], tuple[Any, ...]]
 
@@ -72,13 +73,15 @@ def graph_text(
     device: str = "cpu",
     namespaces: Mapping[str, str] | None = None,
     products: frozenset[int] = frozenset(),
+    in_place: bool = False,
 ) -> str:
     """One graph as a Python module with the function `forward`. See `compile_graph` for what it raises.
 
-    `namespaces` renames op namespaces, for a saved program whose copies of the ops must not clash with the installed ones.
+    namespaces  renames op namespaces, for a saved program whose copies of the ops must not clash with the installed ones
+    in_place    with results written over operands that nothing reads any more (`reuse.py`)
     """
     header = _header([spec], device, namespaces or {})
-    return "\n".join([*header, f"{GRAPH_MARK} = {name!r}", "", "", *_function(spec, "forward", products)]) + "\n"
+    return "\n".join([*header, f"{GRAPH_MARK} = {name!r}", "", "", *_function(spec, "forward", products, in_place)]) + "\n"
 
 
 def program_text(program: RankProgram) -> str:
@@ -107,15 +110,15 @@ def program_text(program: RankProgram) -> str:
 def compile_graph(
     spec: GraphSpec, name: str = "graph", device: torch.device | str = "cpu", products: frozenset[int] = frozenset()
 ) -> GraphFunction:
-    """The function that `graph_text` prints, with each op called directly (`direct.py`). It takes the values of `spec.inputs` in a
-    list, which it empties.
+    """The function that `graph_text` prints, with each op called directly (`direct.py`) and in place where it can be (`reuse.py`).
+    It takes the values of `spec.inputs` in a list, which it empties.
 
     products    outputs, matrix products all, for which the caller gives memory: the list then begins with a list of `homes.Place`
                 for every output
 
     Raises ShardwrightError for a graph that is not plain ops over placeholders and attributes, naming the node.
     """
-    code = _code(graph_text(spec, name, str(device), products=products), name)
+    code = _code(graph_text(spec, name, str(device), products=products, in_place=True), name)
     scope: dict[str, Any] = {"__name__": f"shardwright_graph_{identifier(name)}", "product_into": product_into}
     exec(code, scope)  # noqa: S102  (text of our own, made from a graph that was checked node by node)
     scope.update(direct_namespaces(spec.graph.graph.nodes))
@@ -245,12 +248,13 @@ def _last_uses(nodes: list[Node]) -> dict[Node, list[Node]]:
     return dying
 
 
-def _function(spec: GraphSpec, function: str, products: frozenset[int] = frozenset()) -> list[str]:
+def _function(spec: GraphSpec, function: str, products: frozenset[int] = frozenset(), in_place: bool = False) -> list[str]:
     nodes = list(spec.graph.graph.nodes)
     placed = {nodes[-1].args[0][i]: i for i in products}
     used_namespaces = {op_path(n.target)[0] for n in nodes if isinstance(n.target, OpOverload)}
     names = _names(nodes, _RESERVED | used_namespaces)
     dying = _last_uses(nodes)
+    over = reused(nodes) if in_place else {}
     keys = iter(spec.inputs)
     lines = [f"def {function}(args: list) -> tuple:", "    args.reverse()", *(["    into = args.pop()"] if placed else [])]
     module = source = None
@@ -274,7 +278,7 @@ def _function(spec: GraphSpec, function: str, products: frozenset[int] = frozens
         if where[1] and where[1] != source:
             source = where[1]
             lines.append(f"    # {' '.join(str(source).split())}")
-        lines.append(f"    {_statement(node, names, dying[node], placed.get(node))}")
+        lines.append(f"    {_statement(node, names, dying[node], placed.get(node), over.get(node))}")
     if next(keys, None) is not None:
         raise ShardwrightError(f"the graph has fewer placeholders than the {len(spec.inputs)} inputs it is given keys for")
     return lines
@@ -288,7 +292,8 @@ def _returned(node: Node, names: Mapping[Node, str], spec: GraphSpec) -> str:
     return _literal(tuple(values), names) + keys
 
 
-def _statement(node: Node, names: Mapping[Node, str], dying: list[Node], place: int | None = None) -> str:
+def _statement(node: Node, names: Mapping[Node, str], dying: list[Node], place: int | None = None, over: int | None = None) -> str:
+    """The line of a node. place: where among `into` its memory stands; over: position of the operand that it is written over."""
     if node.op == "get_attr":
         right = f"constants[{str(node.target)!r}]"
     elif node.op != "call_function":
@@ -304,6 +309,9 @@ def _statement(node: Node, names: Mapping[Node, str], dying: list[Node], place: 
         right = f"{_callee(node)}({', '.join(arguments)})"
         if place is not None:
             right = f"product_into({', '.join(arguments)}, into[{place}])"
+        elif over is not None:
+            how = IN_PLACE[node.target]
+            right = f"{how.callee}({', '.join(arguments)}, {how.keyword}={arguments[over]})"
     text = f"{names[node]} = {right}" if node.users else right
     if dying:
         text += f"; del {', '.join(names[value] for value in dying)}"

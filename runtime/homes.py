@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, dtype
 from torch.fx import GraphModule, Node
 
+from .reuse import is_view
+
 if TYPE_CHECKING:
     from .steps import Step, Write
 
@@ -89,16 +91,9 @@ def _fact(node: Node | None) -> Fact | None:
     return (tuple(map(int, value.shape)), value.dtype) if isinstance(value, Tensor) else None
 
 
-_SILENT_VIEWS = ("aten::_unsafe_view", "aten::_reshape_alias")
-"""Views whose schemas do not say so."""
-
-
 def _is_fresh(node: Node) -> bool:
     source = node.args[0] if node.target is operator.getitem else node
-    if not isinstance(source, Node) or any(user.op != "output" for user in node.users):
-        return False
-    schema = getattr(source.target, "_schema", None)
-    return schema is not None and schema.name not in _SILENT_VIEWS and all(r.alias_info is None for r in schema.returns)
+    return isinstance(source, Node) and not is_view(source.target) and all(user.op == "output" for user in node.users)
 
 
 def with_homes(steps: Sequence[Step], facts: Mapping[int, Fact], slots: int) -> tuple[list[Step], int]:

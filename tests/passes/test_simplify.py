@@ -51,7 +51,8 @@ def check(function: Callable[..., Any], inputs: tuple[Tensor, ...], expected: li
 
 
 X, Y, ROWS = (torch.randn(s, dtype=torch.float64) for s in ((4, 6), (4, 6), (4, 1)))
-T, V, R, MM = aten.t.default, aten.view.default, aten.reshape.default, aten.mm.default
+W, BIAS, CUBE = (torch.randn(s, dtype=torch.float64) for s in ((6, 6), (6,), (2, 2, 6)))
+T, V, R, MM, ADDMM = aten.t.default, aten.view.default, aten.reshape.default, aten.mm.default, aten.addmm.default
 
 REWRITTEN: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], list[Any]]] = {
     "power of one": (lambda x: aten.sin(aten.pow.Tensor_Scalar(x, 1.0)), (X,), [aten.sin.default]),
@@ -70,6 +71,15 @@ REWRITTEN: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], list[Any]]] =
     ),
     "product added": (lambda x, y, r: x + y * r, (X, Y, ROWS), [aten.addcmul.default]),
     "added to a product": (lambda x, y, r: y * r + x, (X, Y, ROWS), [aten.addcmul.default]),
+    "matrix product added": (lambda x, y, w: x + y @ w, (X, Y, W), [ADDMM]),
+    "added to a matrix product": (lambda x, y, w: y @ w + x, (X, Y, W), [ADDMM]),
+    "matrix product of another shape added": (lambda c, y, w: c + (y @ w).view(2, 2, 6), (CUBE, Y, W), [V, ADDMM, V]),
+    "bias": (lambda y, w, b: (y @ w).view(2, 2, 6) + b, (Y, W, BIAS), [ADDMM, V]),
+    "matrix products": (
+        lambda x, y, w: (x @ w).view(2, 2, 6) + (y @ w).view(2, 2, 6) + (y @ w.t()).view(2, 2, 6),
+        (X, Y, W),
+        [MM, ADDMM, T, ADDMM, V],
+    ),
     "halves": (
         lambda x, y: (
             aten.slice_backward(y[:, :2].sin(), [4, 6], 1, 4, 6, 1) + aten.slice_backward(x[:, :4].sin(), [4, 6], 1, 0, 4, 1)
@@ -99,6 +109,14 @@ LEFT: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "another power": (lambda x: aten.pow.Tensor_Scalar(x, 2.0), (X,)),
     "t of another transpose": (lambda x: x.view(2, 2, 6).transpose(0, 2).transpose(0, 1).sin(), (X,)),
     "a product used twice": (lambda x, y: (lambda p: (x + p, p))(x * y), (X, Y)),
+    "a matrix product used twice": (lambda x, y, w: (lambda p: (x + p, p))(y @ w), (X, Y, W)),
+    "a matrix product added to itself": (lambda y, w: (lambda p: p + p)(y @ w), (Y, W)),
+    "a matrix product repeated": (lambda c, y, w: c + y @ w, (torch.randn(3, 4, 6, dtype=torch.float64), Y, W)),
+    "a bias along another dim": (lambda y, w, b: (y @ w).view(2, 6, 2) + b, (Y, W, torch.randn(2, dtype=torch.float64))),
+    "a column added": (lambda r, y, w: r + y @ w, (ROWS, Y, W)),
+    "a matrix product made before what it is added to": (lambda x, y, w: (lambda p: p + x.sin())(y @ w), (X, Y, W)),
+    "a matrix product in another type": (lambda x, y, w: x + y.float() @ w.float(), (X, Y, W)),
+    "a scaled matrix product": (lambda x, y, w: torch.add(x, y @ w, alpha=2), (X, Y, W)),
     "sum in another type": (lambda x, y: x + y.float() * y.float(), (X, Y)),
     "a scaled sum": (lambda x, y: torch.add(x, y * y, alpha=2), (X, Y)),
     "slices of a scaled sum": (
