@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import linecache
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,8 @@ from ..runtime.heap import trim
 def give_back() -> None:
     """Collect what planning left, and return it to the system: graphs refer to each other in cycles, are as large as small models,
     and leave the heap full of holes that training's tensors do not fit."""
+    for name in [name for name, entry in linecache.cache.items() if len(entry) == 1 or entry[1] is not None]:
+        del linecache.cache[name]  # torch.export reads the sources of all that it goes through; those of graphs are in no file
     gc.collect()
     trim()
 

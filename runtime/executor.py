@@ -1,6 +1,6 @@
 """Run a rank's program: one step of its schedule over local tensors.
 
-What the schedule means is resolved once, by `plan_steps`; graphs run as the very Python that `emit_python` prints.
+What the schedule means is resolved once, by `plan_steps`; graphs run as the Python that `emit_python` prints, line by line.
 """
 
 from __future__ import annotations

@@ -1,0 +1,18 @@
+"""What planning leaves behind."""
+
+from __future__ import annotations
+
+import linecache
+
+from shardwright.compiler import collector
+
+
+def test_sources_of_graphs_stay_known() -> None:
+    """Tracebacks show their lines; of files, the lines are read again when they are wanted."""
+    graph = "<shardwright forward 0>"
+    linecache.cache[graph] = (4, None, ["x = 1\n"], graph)
+    assert linecache.getline(__file__, 1).startswith('"""What')
+    collector.give_back()
+    assert linecache.getline(graph, 1) == "x = 1\n" and __file__ not in linecache.cache
+    assert linecache.getline(__file__, 1).startswith('"""What')
+    del linecache.cache[graph]
