@@ -13,8 +13,9 @@ from ..runtime.heap import trim
 def give_back() -> None:
     """Collect what planning left, and return it to the system: graphs refer to each other in cycles, are as large as small models,
     and leave the heap full of holes that training's tensors do not fit."""
-    for name in [name for name, entry in linecache.cache.items() if len(entry) == 1 or entry[1] is not None]:
-        del linecache.cache[name]  # torch.export reads the sources of all that it goes through; those of graphs are in no file
+    for name, entry in list(linecache.cache.items()):
+        if len(entry) > 1 and entry[1] is not None:  # torch.export reads every file that it goes through; graphs are in none
+            linecache.cache.pop(name, None)
     gc.collect()
     trim()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from ..runtime.program import Cut, Instruction, Key, RankProgram, TensorSpec
-from ..runtime.reuse import owner, reused
+from ..runtime.reuse import donated, owner, placeholders_at, reused
 
 STEPWISE = ("param.", "buffer.", "const.", "prologue.", "grad.param.", "out.")
 MICROBATCH = "mb"
@@ -113,7 +113,10 @@ def memory_over_time(program: RankProgram) -> list[Usage]:
     for i, (reads, _) in enumerate(keys):
         last.update((key, i) for key in reads)
     inputs = sum(_cut_bytes(program, s.shape, s.dtype, s.cuts) for s in program.inputs)
-    temporaries = {name: temporary_bytes(spec.graph) for name, spec in program.graphs.items()}
+    given = donated(program)
+    temporaries = {
+        name: temporary_bytes(spec.graph, placeholders_at(spec, given.get(name, ()))) for name, spec in program.graphs.items()
+    }
     held: dict[tuple[Key, int], float] = {}
     gradients: dict[Key, float] = {}
     found = []
@@ -192,13 +195,14 @@ def _cut_bytes(program: RankProgram, shape: tuple[int, ...], dtype: torch.dtype,
     return float(torch.Size(left).numel() * dtype.itemsize)
 
 
-def temporary_bytes(gm: fx.GraphModule) -> float:
+def temporary_bytes(gm: fx.GraphModule, given: Collection[fx.Node] = ()) -> float:
     """The largest sum of intermediate values alive at once while a graph runs, its inputs and outputs left out.
 
-    Memory is held from the node that takes it to the last use of a value that lies in it.
+    Memory is held from the node that takes it to the last use of a value that lies in it. `given`: placeholders that the graph may
+    write over.
     """
     nodes = list(gm.graph.nodes)
-    over = reused(nodes)
+    over = reused(nodes, given)
     memory: dict[fx.Node, fx.Node] = {}
     for node in nodes:
         source = node.args[over[node]] if node in over else owner(node)

@@ -216,7 +216,9 @@ def _add_of_matrix_product(node: fx.Node, graph: fx.Graph, values: Values) -> fx
         with graph.inserting_before(chain if term < chain else node):
             term = _as_matrix(term, chain, node, graph, values)
             made = term and _made(node, graph, values, aten.addmm.default, (term, *arguments(chain)))
-        if made is None or chain is product:
+        if made is None:
+            continue
+        if chain is product:
             return made
         return _made(node, graph, values, aten.view.default, (made, [*node.meta["val"].shape]))
     return None

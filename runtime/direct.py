@@ -2,7 +2,8 @@
 
 A call of an op by its overload passes through boxed values: about a microsecond more than the public function of torch does, of
 which a step of a small model has a thousand. The printed graphs name overloads, which say exactly what is meant; run, they call
-what stands here. Of the project's own ops it is the kernel: a program runs without gradients or modes, so nothing lies between.
+what stands here. Of the project's own ops it is the kernel: a program runs without gradients, so nothing lies between but the
+user's function modes. A kernel therefore says on which device it makes a tensor.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from .direct import OpOverload, direct_namespaces, op_path
 from .errors import GRAPH_MARK, ShardwrightError
 from .homes import product_into
 from .program import GraphSpec, RankProgram, TensorSpec
-from .reuse import IN_PLACE, reused
+from .reuse import IN_PLACE, placeholders_at, reused
 
 GraphFunction = Callable[[list[Any]], tuple[Any, ...]]
 
@@ -73,15 +73,15 @@ def graph_text(
     device: str = "cpu",
     namespaces: Mapping[str, str] | None = None,
     products: frozenset[int] = frozenset(),
-    in_place: bool = False,
+    donated: frozenset[int] | None = None,
 ) -> str:
     """One graph as a Python module with the function `forward`. See `compile_graph` for what it raises.
 
     namespaces  renames op namespaces, for a saved program whose copies of the ops must not clash with the installed ones
-    in_place    with results written over operands that nothing reads any more (`reuse.py`)
+    donated     with results written over operands that nothing reads any more (`reuse.py`), these inputs among them
     """
     header = _header([spec], device, namespaces or {})
-    return "\n".join([*header, f"{GRAPH_MARK} = {name!r}", "", "", *_function(spec, "forward", products, in_place)]) + "\n"
+    return "\n".join([*header, f"{GRAPH_MARK} = {name!r}", "", "", *_function(spec, "forward", products, donated)]) + "\n"
 
 
 def program_text(program: RankProgram) -> str:
@@ -108,17 +108,22 @@ def program_text(program: RankProgram) -> str:
 
 
 def compile_graph(
-    spec: GraphSpec, name: str = "graph", device: torch.device | str = "cpu", products: frozenset[int] = frozenset()
+    spec: GraphSpec,
+    name: str = "graph",
+    device: torch.device | str = "cpu",
+    products: frozenset[int] = frozenset(),
+    donated: frozenset[int] = frozenset(),
 ) -> GraphFunction:
     """The function that `graph_text` prints, with each op called directly (`direct.py`) and in place where it can be (`reuse.py`).
     It takes the values of `spec.inputs` in a list, which it empties.
 
     products    outputs, matrix products all, for which the caller gives memory: the list then begins with a list of `homes.Place`
                 for every output
+    donated     inputs that it may write over
 
     Raises ShardwrightError for a graph that is not plain ops over placeholders and attributes, naming the node.
     """
-    code = _code(graph_text(spec, name, str(device), products=products, in_place=True), name)
+    code = _code(graph_text(spec, name, str(device), products=products, donated=donated), name)
     scope: dict[str, Any] = {"__name__": f"shardwright_graph_{identifier(name)}", "product_into": product_into}
     exec(code, scope)  # noqa: S102  (text of our own, made from a graph that was checked node by node)
     scope.update(direct_namespaces(spec.graph.graph.nodes))
@@ -248,13 +253,15 @@ def _last_uses(nodes: list[Node]) -> dict[Node, list[Node]]:
     return dying
 
 
-def _function(spec: GraphSpec, function: str, products: frozenset[int] = frozenset(), in_place: bool = False) -> list[str]:
+def _function(
+    spec: GraphSpec, function: str, products: frozenset[int] = frozenset(), donated: frozenset[int] | None = None
+) -> list[str]:
     nodes = list(spec.graph.graph.nodes)
     placed = {nodes[-1].args[0][i]: i for i in products}
     used_namespaces = {op_path(n.target)[0] for n in nodes if isinstance(n.target, OpOverload)}
     names = _names(nodes, _RESERVED | used_namespaces)
     dying = _last_uses(nodes)
-    over = reused(nodes) if in_place else {}
+    over = reused(nodes, placeholders_at(spec, donated)) if donated is not None else {}
     keys = iter(spec.inputs)
     lines = [f"def {function}(args: list) -> tuple:", "    args.reverse()", *(["    into = args.pop()"] if placed else [])]
     module = source = None

@@ -61,8 +61,9 @@ class Executor:
         self.plan = plan_steps(program)
         self._constants = {key: value.to(self.device) for key, value in program.constants.items()}
         self._products = self.plan.products if functions is None else {}
+        none: frozenset[int] = frozenset()
         self._functions = functions or {
-            name: compile_graph(spec, name, self.device, self._products.get(name, frozenset()))
+            name: compile_graph(spec, name, self.device, self._products.get(name, none), self.plan.donated.get(name, none))
             for name, spec in program.graphs.items()
         }
         self._unsettled: list[tuple[frozenset[int], Callable[[], None]]] = []

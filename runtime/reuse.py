@@ -1,14 +1,23 @@
-"""Which ops may write their result over an operand: less memory to hold, and to bring into the cache."""
+"""Which ops may write their result over an operand: less memory to hold, and to bring into the cache.
+
+The operand is a value that nothing reads any more, in memory that an op of the graph has made, or that the forward made for this
+backward alone (`donated`). What an op of a user's has seen is left alone.
+"""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.fx import Node
+
+from ..passes.ops import losses  # noqa: F401  (defines ops of the table)
+from ..passes.ops.collectives import NAMESPACE, ops
+from .program import GraphSpec, Key, RankProgram
 
 aten = torch.ops.aten
 
@@ -39,6 +48,8 @@ def _rows() -> Iterable[tuple[object, InPlace]]:
     yield aten.addmm.default, InPlace("torch.addmm", (0,))
     for name in ("gelu_backward", "sigmoid_backward", "silu_backward", "tanh_backward"):
         yield getattr(aten, name).default, InPlace(f"torch.ops.aten.{name}.grad_input", keyword="grad_input")
+    for name, operand in (("logsumexp_backward", 1), ("softmax_minus_onehot", 0), ("softmax_minus_onehot_shard", 0)):
+        yield getattr(ops, name).default, InPlace(f"{NAMESPACE}.{name}.default", (operand,))  # called directly: our kernels take it
 
 
 IN_PLACE: Mapping[object, InPlace] = dict(_rows())
@@ -49,9 +60,14 @@ _SILENT_VIEWS = frozenset({aten._unsafe_view.default})
 
 
 def is_view(target: object) -> bool:
-    """Whether an op's result may show the memory of its operands."""
+    """Whether an op says that its result may show the memory of its operands."""
     schema = getattr(target, "_schema", None)
     return schema is None or target in _SILENT_VIEWS or any(r.alias_info is not None for r in schema.returns)
+
+
+def _is_foreign(target: object) -> bool:
+    """Ops of users may give what they were given, whatever their schemas say: torch does not check all of them."""
+    return target is not operator.getitem and getattr(target, "namespace", "") not in ("aten", NAMESPACE)
 
 
 def owner(node: Node) -> Node:
@@ -61,10 +77,15 @@ def owner(node: Node) -> Node:
     return node
 
 
-def reused(nodes: Iterable[Node]) -> dict[Node, int]:
+def _makes_memory(node: Node) -> bool:
+    return node.op == "call_function" and not _is_foreign(node.target) and not is_view(node.target)
+
+
+def reused(nodes: Iterable[Node], given: Collection[Node] = ()) -> dict[Node, int]:
     """The position of the operand over which a node of a graph may write its result, for those that may.
 
-    The operand is the last that anyone sees of its memory, which an op of the graph has made, and it lies as the result would.
+    The operand is the last that anyone sees of its memory, which an op of the graph has made, or which is that of a placeholder in
+    `given`; and it lies as the result would.
     """
     nodes = list(nodes)
     owners = {node: owner(node) for node in nodes}
@@ -72,6 +93,7 @@ def reused(nodes: Iterable[Node]) -> dict[Node, int]:
     for node in nodes:
         for operand in node.all_input_nodes:
             last[owners[operand]] = node
+    lent = _lent(nodes)
     found: dict[Node, int] = {}
     for node in nodes:
         how = IN_PLACE.get(node.target)
@@ -82,14 +104,60 @@ def reused(nodes: Iterable[Node]) -> dict[Node, int]:
                 continue
             memory = owners[operand]
             alone = all(x is None or k == i or owners[x] is not memory for k, x in enumerate(operands))
-            if alone and last[memory] is node and memory.op == "call_function" and not is_view(memory.target):
+            free = memory not in lent and (memory in given or _makes_memory(memory))
+            if free and alone and last[memory] is node:
                 found[node] = i
                 break
     return found
+
+
+def _lent(nodes: Iterable[Node]) -> set[Node]:
+    """Owners of memory that ops of users have seen."""
+    foreign = (n for n in nodes if n.op == "call_function" and _is_foreign(n.target))
+    return {owner(operand) for node in foreign for operand in node.all_input_nodes}
 
 
 def _lie_alike(operand: Node, result: Node) -> bool:
     a, b = operand.meta.get("val"), result.meta.get("val")
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return False
-    return a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+    marks = a.is_conj() == b.is_conj() and a.is_neg() == b.is_neg()
+    return marks and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+
+
+def donated(program: RankProgram) -> dict[str, frozenset[int]]:
+    """By graph, the positions of the inputs over which it may write: values that one graph saves for it alone, in memory of their
+    own, once for each micro-batch."""
+    runs = Counter((i.graph, i.microbatch) for i in program.schedule if i.kind == "run")
+    readers: Counter[Key] = Counter(key for spec in program.graphs.values() for key in spec.inputs)
+    readers.update(key for i in program.schedule for key in i.keys)
+    owned = Counter(key for spec in program.graphs.values() for key in _own_outputs(spec))
+    made = Counter(key for spec in program.graphs.values() for key in spec.outputs)
+    repeated = {graph for (graph, _), count in runs.items() if count > 1}
+
+    def free(key: Key) -> bool:
+        return key.startswith("saved.") and owned[key] == made[key] == readers[key] == 1
+
+    found = {name: frozenset(i for i, key in enumerate(spec.inputs) if free(key)) for name, spec in program.graphs.items()}
+    return {name: places for name, places in found.items() if places and name not in repeated}
+
+
+def _own_outputs(spec: GraphSpec) -> list[Key]:
+    """Those that lie in memory that the graph has made and that no other output shows."""
+    results = next((n.args[0] for n in spec.graph.graph.nodes if n.op == "output"), ())
+    owners = [owner(n) if isinstance(n, Node) else None for n in results]  # type: ignore[union-attr]
+    shown = Counter(owners)
+    lent = {
+        owner(x) for n in spec.graph.graph.nodes if n.op == "call_function" and _is_foreign(n.target) for x in n.all_input_nodes
+    }
+    return [
+        key
+        for key, memory in zip(spec.outputs, owners, strict=False)
+        if memory is not None and shown[memory] == 1 and memory not in lent and _makes_memory(memory)
+    ]
+
+
+def placeholders_at(spec: GraphSpec, places: Collection[int]) -> set[Node]:
+    """The placeholders at these positions among a graph's inputs."""
+    nodes = (n for n in spec.graph.graph.nodes if n.op == "placeholder")
+    return {node for i, node in enumerate(nodes) if i in places}

@@ -15,6 +15,7 @@ from .buckets import ScatterLayout
 from .errors import MismatchError
 from .homes import Fact, Home, Outputs, read_outputs, with_homes
 from .program import Cut, Instruction, Key, OutputSpec, RankProgram, TensorSpec
+from .reuse import donated
 
 Shape = tuple[int, ...]
 MICROBATCH = "mb"
@@ -92,6 +93,8 @@ class Plan:
     buffers: tuple[tuple[Key, int], ...]
     products: Mapping[str, frozenset[int]]
     """By graph, the positions of gradients that it can be told to write somewhere."""
+    donated: Mapping[str, frozenset[int]]
+    """By graph, the positions of inputs over which it may write."""
 
 
 def plan_steps(program: RankProgram) -> Plan:
@@ -173,6 +176,7 @@ class _Planner:
             raw_gradients=tuple((k, self.raw.get(k, s)) for k, s in kept["grad.param."].items() if self.raw.get(k, s) >= 0),
             buffers=tuple(kept["buffer."].items()),
             products=self._products(),
+            donated=donated(self.program),
         )
 
     def _new(self) -> int:

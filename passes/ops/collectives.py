@@ -26,8 +26,13 @@ library = torch.library.Library(NAMESPACE, "DEF")
 
 
 class Communicator(Protocol):
-    """What the collective ops need of their surroundings. Results are new tensors; inputs are contiguous."""
+    """What the collective ops need of their surroundings. Results are new tensors; inputs are contiguous.
 
+    device      where ops make tensors that they are given none like
+    """
+
+    @property
+    def device(self) -> torch.device: ...
     def size(self, axis: str) -> int: ...
     def index(self, axis: str) -> int: ...
     def all_reduce(self, x: Tensor, axis: str, op: str) -> Tensor: ...
@@ -55,6 +60,7 @@ class StaticCommunicator:
 
     sizes: dict[str, int]
     indices: dict[str, int]
+    device: torch.device = torch.device("cpu")
 
     def size(self, axis: str) -> int:
         return self.sizes[axis]
@@ -230,7 +236,7 @@ def _shard_index(axis: str, sizes: Sequence[int]) -> Tensor:
     comm = communicator()
     n, index = comm.size(axis), comm.index(axis)
     sections = unflatten_sections(sizes, n)
-    return take_shard(torch.arange(sum(map(sum, sections))), 0, sections, index).clone()
+    return take_shard(torch.arange(sum(map(sum, sections)), device=comm.device), 0, sections, index).clone()
 
 
 def _cuts(
@@ -377,7 +383,8 @@ def _fake_all_to_all(
 
 def _fake_shard_index(axis: str, sizes: Sequence[int]) -> Tensor:
     comm = communicator()
-    return torch.empty(_lengths(unflatten_sections(sizes, comm.size(axis)))[comm.index(axis)], dtype=torch.int64)
+    length = _lengths(unflatten_sections(sizes, comm.size(axis)))[comm.index(axis)]
+    return torch.empty(length, dtype=torch.int64, device=comm.device)
 
 
 def _fake_bucket(fake: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .collectives import ops
+from .collectives import communicator, ops
 from .define import define
 from .positions import axis_ranges, locate, range_lengths, range_positions
 
@@ -40,14 +40,14 @@ def _embedding_shard_backward(grad: Tensor, ids: Tensor, rows: int, padding_idx:
 
 
 def _arange_shard(start: float, step: float, axis: str, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
-    positions = range_positions(axis_ranges(axis, sizes))
+    positions = range_positions(axis_ranges(axis, sizes), communicator().device)
     if dtype.is_floating_point:
         positions = positions.to(torch.float64)
     return positions.mul_(step).add_(start).to(dtype)
 
 
 def _fake_arange(start: float, step: float, axis: str, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return torch.empty(range_lengths([axis_ranges(axis, sizes)]), dtype=dtype)
+    return torch.empty(range_lengths([axis_ranges(axis, sizes)]), dtype=dtype, device=communicator().device)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -58,10 +58,16 @@ def _logsumexp(x: Tensor) -> Tensor:
 
 
 def _scaled_softmax(
-    x: Tensor, lse: Tensor, grad_lse: Tensor, local: Tensor | None = None, grad_pick: Tensor | None = None
+    x: Tensor,
+    lse: Tensor,
+    grad_lse: Tensor,
+    local: Tensor | None = None,
+    grad_pick: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """exp(x - lse) * grad_lse, and grad_pick added at the positions `local` (those outside [0, V) left out)."""
-    result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    """exp(x - lse) * grad_lse, and grad_pick added at the positions `local` (those outside [0, V) left out). `out`: memory for it,
+    which may be that of x."""
+    result = out if out is not None and out.is_contiguous() else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not x.numel():
         return result
     size, wide = x.shape[-1], _wide(x.dtype)
@@ -91,19 +97,29 @@ def _scaled_softmax(
     return result
 
 
-def _logsumexp_backward(grad: Tensor, x: Tensor, lse: Tensor) -> Tensor:
-    return _scaled_softmax(x, lse, grad)
+def _logsumexp_backward(grad: Tensor, x: Tensor, lse: Tensor, *, out: Tensor | None = None) -> Tensor:
+    return _scaled_softmax(x, lse, grad, out=out)
 
 
-def _softmax_minus_onehot(x: Tensor, lse: Tensor, index: Tensor, grad_lse: Tensor, grad_pick: Tensor) -> Tensor:
-    return _scaled_softmax(x, lse, grad_lse, index, grad_pick)
+def _softmax_minus_onehot(
+    x: Tensor, lse: Tensor, index: Tensor, grad_lse: Tensor, grad_pick: Tensor, *, out: Tensor | None = None
+) -> Tensor:
+    return _scaled_softmax(x, lse, grad_lse, index, grad_pick, out)
 
 
 def _softmax_minus_onehot_shard(
-    x: Tensor, lse: Tensor, index: Tensor, grad_lse: Tensor, grad_pick: Tensor, axis: str, sizes: Sequence[int]
+    x: Tensor,
+    lse: Tensor,
+    index: Tensor,
+    grad_lse: Tensor,
+    grad_pick: Tensor,
+    axis: str,
+    sizes: Sequence[int],
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     local = locate(index, axis_ranges(axis, sizes, x.shape[-1]))
-    return _scaled_softmax(x, lse, grad_lse, local, grad_pick)
+    return _scaled_softmax(x, lse, grad_lse, local, grad_pick, out)
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def range_lengths(held: Sequence[Ranges]) -> list[int]:
     return [sum(length for _, length in ranges) for ranges in held]
 
 
-def range_positions(ranges: Ranges, device: torch.device | None = None) -> Tensor:
+def range_positions(ranges: Ranges, device: torch.device) -> Tensor:
     """The global positions of `ranges`, int64 [local length]."""
     pieces = [torch.arange(start, start + length, device=device) for start, length in ranges]
     if not pieces:

@@ -138,7 +138,7 @@ def dropped(x: Tensor, seed: Tensor, p: float, site: int, shape: Sequence[int], 
     result = torch.empty_like(source)
     threshold = round(p * (1 << 32)) - (1 << 31)
     scale = 1.0 / (1.0 - p)
-    scale_bits = int(torch.tensor(scale, dtype=torch.float32).view(torch.int32))
+    scale_bits = int(torch.tensor(scale, dtype=torch.float32, device="cpu").view(torch.int32))
     for chunk in counters.chunks():
         keep = counters.draw(*chunk).ge_(min(threshold, (1 << 31) - 1))
         if x.dtype == torch.float32:

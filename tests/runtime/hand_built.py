@@ -30,6 +30,19 @@ def graph(inputs: Sequence[str], outputs: Sequence[str], body: Callable[..., Seq
     return GraphSpec(GraphModule(torch.nn.Module(), g), tuple(inputs), tuple(outputs))
 
 
+def one_rank(graphs: dict, schedule: list[tuple[str, int]], microbatches: int = 1, **parts) -> RankProgram:
+    """A program without peers: `schedule` names (graph, micro-batch)."""
+    facts = {"parameters": (), "buffers": (), "inputs": (), "outputs": (), **parts}
+    return RankProgram(
+        rank=0,
+        mesh=Mesh((), ()),
+        microbatches=microbatches,
+        graphs=graphs,
+        schedule=tuple(Instruction("run", graph=name, microbatch=m) for name, m in schedule),
+        **facts,
+    )
+
+
 def sections(*lengths: int) -> tuple[tuple[int, ...], ...]:
     return (tuple(lengths),)
 

@@ -16,7 +16,7 @@ pytest.importorskip("expecttest", reason="torch's own samples of its ops need it
 
 from torch.testing._internal.common_methods_invocations import op_db
 
-from shardwright.passes.ops.collectives import KERNELS, ops
+from shardwright.passes.ops.collectives import KERNELS, StaticCommunicator, ops, use_communicator
 from shardwright.runtime.direct import _FUNCTIONS, direct, op_path
 
 SAMPLES = 12
@@ -78,10 +78,10 @@ def test_public_functions_do_what_their_ops_do() -> None:
 @pytest.mark.parametrize("name", sorted(KERNELS))
 def test_kernels_take_what_their_schemas_say(name: str) -> None:
     wanted = [(arg.name, arg.default_value) for arg in getattr(ops, name).default._schema.arguments]
-    parameters = inspect.signature(KERNELS[name]).parameters.values()
+    parameters = [p for p in inspect.signature(KERNELS[name]).parameters.values() if p.kind is not p.KEYWORD_ONLY]
     given = [(p.name, None if p.default is p.empty else p.default) for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     if len(given) < len(parameters):
-        assert next(reversed(parameters)).kind is inspect.Parameter.VAR_POSITIONAL
+        assert parameters[-1].kind is inspect.Parameter.VAR_POSITIONAL
         wanted = wanted[: len(given)]
     assert given == wanted
 
@@ -90,3 +90,14 @@ def test_ops_of_users_stay_as_they_are() -> None:
     assert direct(torch.ops.aten._softmax.default) is torch.ops.aten._softmax.default
     assert direct(torch.ops.aten.add.out) is torch.ops.aten.add.out
     assert direct(torch.ops.prims.mul.default) is torch.ops.prims.mul.default
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_kernels_do_not_follow_the_users_default_device(device: str) -> None:
+    x, seed = torch.randn(4, 6), torch.tensor(3)
+    calls = [("shard_index", "tp", [3, 2]), ("arange_shard", 0, 2, "tp", [4, 4], torch.int64), ("dropout", x, seed, 0.5, 1)]
+    with use_communicator(StaticCommunicator({"tp": 2}, {"tp": 1})):
+        for name, *args in calls:
+            expected = getattr(ops, name).default(*args)
+            with torch.device(device):
+                assert torch.equal(KERNELS[name](*args), expected)

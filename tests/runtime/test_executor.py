@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hand_built import aten, graph, pipeline, reference, sections, tensor_parallel, weights, zero
+from hand_built import aten, graph, one_rank, pipeline, reference, sections, tensor_parallel, weights, zero
 from torch.overrides import TorchFunctionMode
 
 from shardwright.passes.ops.collectives import take_shard
@@ -141,18 +141,6 @@ def test_a_gradient_that_a_stage_has_no_part_in_is_zero_in_the_sum() -> None:
 
     for result in run_ranks(3, body):
         assert torch.equal(result.gradients["grad.param.w"], 2 * w * w)
-
-
-def one_rank(graphs: dict, schedule: list[tuple[str, int]], microbatches: int = 1, **parts) -> RankProgram:
-    facts = {"parameters": (), "buffers": (), "inputs": (), "outputs": (), **parts}
-    return RankProgram(
-        rank=0,
-        mesh=Mesh((), ()),
-        microbatches=microbatches,
-        graphs=graphs,
-        schedule=tuple(Instruction("run", graph=name, microbatch=m) for name, m in schedule),
-        **facts,
-    )
 
 
 def test_a_micro_batch_keeps_the_buffer_it_saw_first() -> None:

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from hand_built import graph, one_rank
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
+from shardwright.passes.ops.collectives import StaticCommunicator, ops, use_communicator
+from shardwright.runtime.direct import direct
 from shardwright.runtime.emit_python import compile_graph, graph_text
-from shardwright.runtime.program import GraphSpec
-from shardwright.runtime.reuse import IN_PLACE, reused
+from shardwright.runtime.program import GraphSpec, InputSpec, OutputSpec, RankProgram
+from shardwright.runtime.reuse import IN_PLACE, donated, reused
 
 aten = torch.ops.aten
 SHAPE = (4, 6)
+
+
+library = torch.library.Library("reuse_test", "DEF")
+library.define("mark(Tensor x) -> Tensor")
+library.impl("mark", lambda x: x, "CompositeExplicitAutograd")
 
 
 class Builder:
@@ -169,9 +178,24 @@ def cases() -> dict[str, tuple[Builder, Node, tuple[Node, ...]]]:
     def another_type(b: Builder, x: Node, y: Node, w: Node) -> list[Node]:
         return [b.call(aten.mul.Tensor, b.call(aten.gt.Tensor, x, y), y)]
 
+    def seen_by_a_users_op(b: Builder, x: Node, y: Node, w: Node) -> list[Node]:
+        made = b.call(aten.mul.Tensor, x, y)
+        seen = b.call(torch.ops.reuse_test.mark.default, made)
+        result = b.call(aten.neg.default, made)
+        return [result, result, b.call(aten.sum.default, seen)]
+
+    def made_by_a_users_op(b: Builder, x: Node, y: Node, w: Node) -> list[Node]:
+        return [b.call(aten.neg.default, b.call(torch.ops.reuse_test.mark.default, x))]
+
+    def conjugate(b: Builder, x: Node, y: Node, w: Node) -> list[Node]:
+        z = b.call(aten.view_as_complex.default, b.call(aten.view.default, b.call(aten.exp.default, x), [4, 3, 2]))
+        other = b.call(aten.view_as_complex.default, b.call(aten.view.default, y, [4, 3, 2]))
+        product = b.call(aten.mul.Tensor, b.call(aten._conj.default, z), other)
+        return [product, b.call(aten.view_as_real.default, product)]
+
     for body in (
         read_later, view_read_later, view_given, part_of_a_split, transposed_with_itself, factor, itself_a_factor, broadcast,
-        expanded, an_input, a_view_of_an_input, another_type,
+        expanded, an_input, a_view_of_an_input, another_type, seen_by_a_users_op, made_by_a_users_op, conjugate,
     ):  # fmt: skip
         make(body.__name__, body)
     return found
@@ -189,10 +213,10 @@ def test_the_printed_graph_says_what_not_where() -> None:
     twice = built.call(aten.neg.default, built.call(aten.neg.default, built.nodes[0]))
     spec = built.spec(twice)
     assert "out=" not in graph_text(spec, "g")
-    assert "neg_default_1 = torch.neg(neg_default, out=neg_default); del neg_default" in graph_text(spec, "g", in_place=True)
+    assert "neg_default_1 = torch.neg(neg_default, out=neg_default); del neg_default" in graph_text(spec, "g", donated=frozenset())
 
 
-@pytest.mark.parametrize("op", IN_PLACE, ids=str)
+@pytest.mark.parametrize("op", [op for op in IN_PLACE if op.namespace == "aten"], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
 def test_every_op_takes_its_own_operands_memory(op: Any, dtype: torch.dtype) -> None:
     """Each row of the table, over each operand."""
@@ -217,3 +241,55 @@ def test_every_op_takes_its_own_operands_memory(op: Any, dtype: torch.dtype) -> 
         found = function(*args, **{how.keyword: target})
         assert found.data_ptr() == target.data_ptr()
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["logsumexp_backward", "softmax_minus_onehot", "softmax_minus_onehot_shard"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_gradient_of_logits_takes_their_memory(name: str, dtype: torch.dtype) -> None:
+    """Over several chunks."""
+    rows, size = 5, 1 << 16
+    x, lse, index = random(rows, size).to(dtype), random(rows).float() + 12, torch.arange(rows)
+    grads = (random(rows).float(), random(rows).float())
+    args: tuple[Any, ...] = (x, lse, index, *grads) if name != "logsumexp_backward" else (grads[0], x, lse)
+    args = (*args, "tp", []) if name.endswith("shard") else args
+    op = getattr(ops, name).default
+    with use_communicator(StaticCommunicator({"tp": 2}, {"tp": 0})):
+        expected = op(*args)
+        found = direct(op)(*args, **{IN_PLACE[op].keyword: args[IN_PLACE[op].operands[0]]})
+    assert found.data_ptr() == x.data_ptr() and torch.equal(found, expected)
+
+
+def saving(second_reader: bool = False, shown: bool = False, view: bool = False) -> RankProgram:
+    """exp(x) saved for the backward, and what may stand against its reuse."""
+
+    def forward(call: Any, x: Node) -> list[Node]:
+        made = call(aten.exp.default, x)
+        return [call(aten.sum.default, made), call(aten.view.default, x, [6]) if view else made, made if shown else x]
+
+    def backward(call: Any, made: Node) -> list[Node]:
+        return [call(aten.neg.default, made)]
+
+    graphs = {
+        "forward": graph(["input.x"], ["out.y", "saved.made", "out.z" if shown else "saved.x"], forward),
+        "backward": graph(["saved.made"], ["grad.param.a"], backward),
+    }
+    if second_reader:
+        graphs["more"] = graph(["saved.made"], ["grad.param.b"], backward)
+    return one_rank(
+        graphs,
+        [("forward", 0), ("backward", 0), *([("more", 0)] if second_reader else [])],
+        inputs=(InputSpec("input.x", (6,), torch.float64),),
+        outputs=(OutputSpec("out.y", (), torch.float64),),
+    )
+
+
+def test_what_is_saved_for_one_graph_is_its_own() -> None:
+    assert donated(saving()) == {"backward": frozenset({0})}
+    for forbidden in ({"second_reader": True}, {"shown": True}, {"view": True}):
+        assert donated(saving(**forbidden)) == {}
+
+
+def test_a_graph_that_runs_twice_keeps_what_it_reads() -> None:
+    program = saving()
+    again = replace(program, schedule=(*program.schedule, program.schedule[-1]))
+    assert donated(again) == {}
