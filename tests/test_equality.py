@@ -126,7 +126,7 @@ def test_a_frozen_parameter_before_the_micro_batches(zero: int) -> None:
     check(case, Plan(mesh(dp_shard=2), zero=zero, microbatches=2))
 
 
-@pytest.mark.parametrize("strategy", ["hsdp", "sp4", "zero3tp2", "dp2tp2pp2"])
+@pytest.mark.parametrize("strategy", ["sp4", "zero3tp2", "dp2tp2pp2"])
 @pytest.mark.parametrize("model", [m for m in MODELS if m not in COUPLED])
 def test_equals_one_device_with_dropout(model: str, strategy: str) -> None:
     """Four layers: repeated ones share every decision, and no number that they draw."""
