@@ -14,7 +14,7 @@ from torch import fx
 
 from ..passes.graph_tools import Calls, is_getitem, is_parameter
 from ..passes.partition import CHEAP
-from ..passes.rules.base import Axis
+from ..passes.rules.base import Axis, OpCall, TensorMeta
 from ..passes.types import I, Type
 from .cost import FREE, op_name, size_of
 from .needs import NEEDS_RESULT, is_view, needs_value
@@ -76,7 +76,7 @@ def kept_bytes(calls: Calls, kept: Keeping, placement: Placement | None, axis: A
 
 
 def kept_values(calls: Calls, kept: Keeping, placement: Placement | None, axis: Axis) -> Iterator[tuple[fx.Node, float]]:
-    """(node, bytes that a rank keeps of a result of it)."""
+    """(node, bytes that a rank keeps of a result of it): for the backward, and of what is returned."""
     for (node, k), uses in kept.uses.items():
         call, _ = calls[node]
         made = placement.choice[node.name].outs[k] if placement else I
@@ -88,23 +88,52 @@ def kept_values(calls: Calls, kept: Keeping, placement: Placement | None, axis: 
             shares.discard(own)
             total = 0.0 if (node, k) in kept.rebuilt else size * own
         yield node, total + size * sum(shares)
+    for node, k in _returned(calls) - (kept.uses.keys() - kept.rebuilt):
+        if node in calls:
+            made = placement.choice[node.name].outs[k] if placement else I
+            yield node, size_of(calls[node][0].results[k]) * held(made, axis)
+
+
+def _returned(calls: Calls) -> set[tuple[fx.Node, int]]:
+    """What the model returns: there until the step ends."""
+    outputs = [node for node in next(iter(calls)).graph.nodes if node.op == "output"] if calls else []
+    return {_held_by(n) for output in outputs for n in output.all_input_nodes}
 
 
 def largest_backward_bytes(calls: Calls, placement: Placement | None, axis: Axis) -> float:
     """Bytes that the backward of the largest op holds beside what is kept: the gradients of its results and of its operands."""
-    largest = 0.0
+    largest, over = 0.0, _written_over(calls)
     for node, (call, sources) in calls.items():
         if not any(o.grad for o in call.operands) or op_name(call.target) in FREE:
             continue
         strategy = placement.choice[node.name] if placement else None
         outs = strategy.outs if strategy else (I,) * len(call.results)
         ins = strategy.ins if strategy else (I,) * len(call.operands)
-        total = sum(size_of(m) * held(t, axis) for m, t in zip(call.results, outs, strict=True) if m.grad)
+        results = enumerate(zip(call.results, outs, strict=True))
+        total = sum(size_of(m) * held(t, axis) for k, (m, t) in results if m.grad and (node, k) not in over)
         for meta, type_, source in zip(call.operands, ins, sources, strict=True):
-            if meta.grad and _held_by(source)[0].op == "call_function":
+            value = _held_by(source)
+            if meta.grad and value[0].op == "call_function" and value not in over and not _passes_on(call, meta):
                 total += size_of(meta) * held(type_, axis)
         largest = max(largest, total)
     return largest
+
+
+def _passes_on(call: OpCall, operand: TensorMeta) -> bool:
+    """Whether an operand's gradient is that of the result itself."""
+    return op_name(call.target) == "add" and operand.shape == call.results[0].shape
+
+
+def _written_over(calls: Calls) -> set[tuple[fx.Node, int]]:
+    """Values that their gradient is written over (runtime/reuse.py): logits that a loss alone reads, and what they are a sum of."""
+    found: set[tuple[fx.Node, int]] = set()
+    others = _returned(calls)
+    for node in reversed(list(calls)):
+        call, sources = calls[node]
+        for meta, source in zip(call.operands, sources, strict=True):
+            over = op_name(call.target) in ("logsumexp", "pick") or (_passes_on(call, meta) and (node, 0) in found - others)
+            (found if over else others).add(_held_by(source))
+    return found - others
 
 
 def _type_at(use: Use, placement: Placement | None) -> Type:

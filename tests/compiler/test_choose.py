@@ -96,6 +96,33 @@ def test_the_peak_with_parameters_larger_than_a_bucket(tied: bool, zero: Any) ->
     assert 0.95 * counted <= made.plan.predicted.peak_bytes <= 1.2 * counted
 
 
+class LongLoss(nn.Module):
+    """Logits that are larger than all else, as numbers of another type or as they are; returned beside the loss, or not."""
+
+    def __init__(self, wide: bool, shown: bool) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(64, 32), nn.Linear(32, 4096)
+        self.wide, self.shown = wide, shown
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        logits = self.head(self.table(x))
+        loss = nn.functional.cross_entropy(logits.float() if self.wide else logits, y)
+        return (loss, logits) if self.shown else loss
+
+
+@pytest.mark.parametrize("shown", [False, True])
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_peak_where_the_loss_is_largest(wide: bool, shown: bool) -> None:
+    """Its gradient is written over the logits, unless someone sees them."""
+    with torch.device("meta"):
+        model = LongLoss(wide, shown).to(torch.bfloat16 if wide else torch.float32)
+    example = {name: torch.zeros(512, dtype=torch.int64) for name in ("x", "y")}
+    topology = Topology.preset("h100", devices=2)
+    made = plan(model, topology, example_inputs=example, strategy=Strategy(dp=2, tp=1, pp=1, zero=0), device="cpu")
+    counted = program_memory(emit(made, 0)).peak
+    assert 0.95 * counted <= made.plan.predicted.peak_bytes <= 1.1 * counted
+
+
 def test_the_peak_where_the_backward_is_not_cut() -> None:
     """Ranks of other batches run other graphs: one sum at the end."""
     even, uneven = (language_model(False, Strategy(dp=4, tp=1, pp=1, zero=2), rows, batch="global") for rows in (8, 6))
