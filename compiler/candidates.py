@@ -263,10 +263,9 @@ class Search:
         # Under ZeRO-3 the backward of a block holds its parameters whole, and their gradients until they are scattered; the first
         # gradient of a parameter that is used twice waits for the second, which is added where it lies.
         waiting = self.shared * trained if plan.zero else 0.0
-        gathered = 2 * cost.gathered + waiting
         if plan.zero == 3:
-            blocks = max(2 * whole.largest * cost.parameters, waiting + 2 * whole.alone * cost.parameters, 2 * waiting)
-            gathered = 2 * cost.gathered + blocks
+            waiting = max(2 * whole.largest * cost.parameters, waiting + 2 * whole.alone * cost.parameters, 2 * waiting)
+        gathered = 2 * cost.gathered + waiting
         if plan.zero in (1, 2) or plan.whole:
             gathered += self.unscattered_bytes(plan, trained, trained * (whole.trained if plan.zero == 3 else 1.0))
         peak = state + activations + gathered

@@ -8,7 +8,7 @@ so kept saves time and costs memory, in proportion to its bytes; so they are tak
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import fx
 
@@ -119,24 +119,18 @@ def kept_whole(groups: Sequence[Group], stages: int = 1) -> list[Whole]:
     again = [g.again > 0.5 * g.held for g in groups]
     turns = _turns(groups, stages)
     order = sorted(range(len(groups)), key=lambda i: (not again[i], groups[i].held, turns[i], -i))
-    found = [Whole()]
-    for i in order:
-        g, last = groups[i], found[-1]
+    found = []
+    for k in range(len(order) + 1):
+        kept, rest = [groups[i] for i in order[:k]], [groups[i] for i in order[k:]]
         found.append(
             Whole(
-                names=(*last.names, *g.names),
-                held=last.held + g.held,
-                trained=last.trained + g.trained,
-                again=last.again + g.again,
+                names=tuple(name for g in kept for name in g.names),
+                held=sum(g.held for g in kept),
+                trained=sum(g.trained for g in kept),
+                again=sum(g.again for g in kept),
+                left=len(rest),
+                largest=max((g.together for g in rest), default=0.0),
+                alone=max((g.alone for g in rest), default=0.0),
             )
         )
-    left = [[groups[i] for i in order[k:]] for k in range(len(found))]
-    return [
-        replace(
-            whole,
-            left=len(rest),
-            largest=max((g.together for g in rest), default=0.0),
-            alone=max((g.alone for g in rest), default=0.0),
-        )
-        for whole, rest in zip(found, left, strict=True)
-    ]
+    return found

@@ -28,10 +28,13 @@ Use = tuple[fx.Node, int]
 @dataclass(frozen=True)
 class Keeping:
     """uses: of each value that some backward needs, by node and number of the result, the operands that need it; () where it is an
-    op's own result. rebuilt: values that need not be kept as they are made."""
+    op's own result. rebuilt: values that need not be kept as they are made. returned: by the model, there until the step ends.
+    written_over: values that their gradient is written over."""
 
     uses: Mapping[tuple[fx.Node, int], tuple[Use, ...]]
     rebuilt: frozenset[tuple[fx.Node, int]]
+    returned: frozenset[tuple[fx.Node, int]]
+    written_over: frozenset[tuple[fx.Node, int]]
 
 
 def keeping(calls: Calls) -> Keeping:
@@ -54,7 +57,26 @@ def keeping(calls: Calls) -> Keeping:
             below = [_held_by(source) for source in calls[node][1]]
             if all(v[0].op == "placeholder" or v in uses for v in below):
                 rebuilt.add(value)
-    return Keeping({value: tuple(found) for value, found in uses.items()}, frozenset(rebuilt))
+    returned = _returned(calls)
+    kept = {value: tuple(found) for value, found in uses.items()}
+    return Keeping(kept, frozenset(rebuilt), returned, _written_over(calls, returned))
+
+
+def _returned(calls: Calls) -> frozenset[tuple[fx.Node, int]]:
+    outputs = [node for node in next(iter(calls)).graph.nodes if node.op == "output"] if calls else []
+    return frozenset(_held_by(n) for output in outputs for n in output.all_input_nodes)
+
+
+def _written_over(calls: Calls, returned: frozenset[tuple[fx.Node, int]]) -> frozenset[tuple[fx.Node, int]]:
+    """Logits that a loss alone reads (runtime/reuse.py), and what they are a sum of."""
+    found: set[tuple[fx.Node, int]] = set()
+    others = set(returned)
+    for node in reversed(list(calls)):
+        call, sources = calls[node]
+        for meta, source in zip(call.operands, sources, strict=True):
+            over = op_name(call.target) in ("logsumexp", "pick") or (_passes_on(call, meta) and (node, 0) in found - others)
+            (found if over else others).add(_held_by(source))
+    return frozenset(found - others)
 
 
 def _held_by(node: fx.Node) -> tuple[fx.Node, int]:
@@ -88,21 +110,15 @@ def kept_values(calls: Calls, kept: Keeping, placement: Placement | None, axis: 
             shares.discard(own)
             total = 0.0 if (node, k) in kept.rebuilt else size * own
         yield node, total + size * sum(shares)
-    for node, k in _returned(calls) - (kept.uses.keys() - kept.rebuilt):
+    for node, k in kept.returned - (kept.uses.keys() - kept.rebuilt):
         if node in calls:
             made = placement.choice[node.name].outs[k] if placement else I
             yield node, size_of(calls[node][0].results[k]) * held(made, axis)
 
 
-def _returned(calls: Calls) -> set[tuple[fx.Node, int]]:
-    """What the model returns: there until the step ends."""
-    outputs = [node for node in next(iter(calls)).graph.nodes if node.op == "output"] if calls else []
-    return {_held_by(n) for output in outputs for n in output.all_input_nodes}
-
-
-def largest_backward_bytes(calls: Calls, placement: Placement | None, axis: Axis) -> float:
+def largest_backward_bytes(calls: Calls, kept: Keeping, placement: Placement | None, axis: Axis) -> float:
     """Bytes that the backward of the largest op holds beside what is kept: the gradients of its results and of its operands."""
-    largest, over = 0.0, _written_over(calls)
+    largest, over = 0.0, kept.written_over
     for node, (call, sources) in calls.items():
         if not any(o.grad for o in call.operands) or op_name(call.target) in FREE:
             continue
@@ -122,18 +138,6 @@ def largest_backward_bytes(calls: Calls, placement: Placement | None, axis: Axis
 def _passes_on(call: OpCall, operand: TensorMeta) -> bool:
     """Whether an operand's gradient is that of the result itself."""
     return op_name(call.target) == "add" and operand.shape == call.results[0].shape
-
-
-def _written_over(calls: Calls) -> set[tuple[fx.Node, int]]:
-    """Values that their gradient is written over (runtime/reuse.py): logits that a loss alone reads, and what they are a sum of."""
-    found: set[tuple[fx.Node, int]] = set()
-    others = _returned(calls)
-    for node in reversed(list(calls)):
-        call, sources = calls[node]
-        for meta, source in zip(call.operands, sources, strict=True):
-            over = op_name(call.target) in ("logsumexp", "pick") or (_passes_on(call, meta) and (node, 0) in found - others)
-            (found if over else others).add(_held_by(source))
-    return found - others
 
 
 def _type_at(use: Use, placement: Placement | None) -> Type:

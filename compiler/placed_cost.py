@@ -81,6 +81,7 @@ def placed_cost(
             timing = seconds.node_timing(call, strategy)
             known[key] = Timing(timing.once, 0.0) if is_parameter(node) else timing
         compute, launches = compute + known[key].work, launches + known[key].fixed
+    kept = kept or keeping(calls)
     parameters = trainable = again = sums = received_once = 0.0
     for node in gm.graph.nodes:
         if node.op == "placeholder" and node.meta["key"].startswith("param."):
@@ -96,8 +97,8 @@ def placed_cost(
         compute=compute,
         launches=launches,
         sums=sums,
-        activations=kept_bytes(calls, kept or keeping(calls), placement, axis),
-        temporaries=largest_backward_bytes(calls, placement, axis),
+        activations=kept_bytes(calls, kept, placement, axis),
+        temporaries=largest_backward_bytes(calls, kept, placement, axis),
         parameters=parameters,
         trainable=trainable,
         read_again=again,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, dtype
 from torch.fx import GraphModule, Node
 
-from .reuse import is_view
+from .reuse import makes_memory, result_nodes
 
 if TYPE_CHECKING:
     from .steps import Step, Write
@@ -78,8 +78,7 @@ class Outputs:
 
 def read_outputs(gm: GraphModule) -> Outputs:
     """Of a saved program, which has its graphs as functions, nothing is known."""
-    results = next((n.args[0] for n in gm.graph.nodes if n.op == "output"), ())
-    nodes = [n if isinstance(n, Node) else None for n in results]  # type: ignore[union-attr]
+    nodes = result_nodes(gm)
     given = Counter(nodes)
     fresh = frozenset(i for i, n in enumerate(nodes) if n is not None and given[n] == 1 and _is_fresh(n))
     products = frozenset(i for i in fresh if getattr(nodes[i], "target", None) is torch.ops.aten.mm.default)
@@ -93,7 +92,7 @@ def _fact(node: Node | None) -> Fact | None:
 
 def _is_fresh(node: Node) -> bool:
     source = node.args[0] if node.target is operator.getitem else node
-    return isinstance(source, Node) and not is_view(source.target) and all(user.op == "output" for user in node.users)
+    return isinstance(source, Node) and makes_memory(source) and all(user.op == "output" for user in node.users)
 
 
 def with_homes(steps: Sequence[Step], facts: Mapping[int, Fact], slots: int) -> tuple[list[Step], int]:

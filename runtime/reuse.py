@@ -10,10 +10,11 @@ import operator
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from ..passes.ops import losses  # noqa: F401  (defines ops of the table)
 from ..passes.ops.collectives import NAMESPACE, ops
@@ -77,7 +78,8 @@ def owner(node: Node) -> Node:
     return node
 
 
-def _makes_memory(node: Node) -> bool:
+def makes_memory(node: Node) -> bool:
+    """Whether what a node gives lies in memory of its own."""
     return node.op == "call_function" and not _is_foreign(node.target) and not is_view(node.target)
 
 
@@ -104,7 +106,7 @@ def reused(nodes: Iterable[Node], given: Collection[Node] = ()) -> dict[Node, in
                 continue
             memory = owners[operand]
             alone = all(x is None or k == i or owners[x] is not memory for k, x in enumerate(operands))
-            free = memory not in lent and (memory in given or _makes_memory(memory))
+            free = memory not in lent and (memory in given or makes_memory(memory))
             if free and alone and last[memory] is node:
                 found[node] = i
                 break
@@ -144,17 +146,19 @@ def donated(program: RankProgram) -> dict[str, frozenset[int]]:
 
 def _own_outputs(spec: GraphSpec) -> list[Key]:
     """Those that lie in memory that the graph has made and that no other output shows."""
-    results = next((n.args[0] for n in spec.graph.graph.nodes if n.op == "output"), ())
-    owners = [owner(n) if isinstance(n, Node) else None for n in results]  # type: ignore[union-attr]
-    shown = Counter(owners)
-    lent = {
-        owner(x) for n in spec.graph.graph.nodes if n.op == "call_function" and _is_foreign(n.target) for x in n.all_input_nodes
-    }
+    owners = [owner(n) if n is not None else None for n in result_nodes(spec.graph)]
+    shown, lent = Counter(owners), _lent(spec.graph.graph.nodes)
     return [
         key
         for key, memory in zip(spec.outputs, owners, strict=False)
-        if memory is not None and shown[memory] == 1 and memory not in lent and _makes_memory(memory)
+        if memory is not None and shown[memory] == 1 and memory not in lent and makes_memory(memory)
     ]
+
+
+def result_nodes(gm: GraphModule) -> list[Node | None]:
+    """What a graph returns, None for what is no value of it. Of a saved program, which has its graphs as functions: nothing."""
+    results: Any = next((n.args[0] for n in gm.graph.nodes if n.op == "output"), ())
+    return [n if isinstance(n, Node) else None for n in results]
 
 
 def placeholders_at(spec: GraphSpec, places: Collection[int]) -> set[Node]:
