@@ -47,10 +47,6 @@ FILLED = 0.9
 other buffers, an error of some percent."""
 
 
-NEARLY = 1.5
-"""Where layouts by time would fit in so many times the memory, sequence parallelism is tried: it keeps the fewest activations."""
-
-
 @dataclass(frozen=True)
 class Candidate:
     plan: Plan
@@ -97,19 +93,49 @@ class Search:
             batch=self.rows if self.batch == "global" else None,
             hybrid=pins.zero != 3,  # who asks for ZeRO-3 wants it over all data ranks
         )
+        best = math.inf  # seconds a sample, of what fits
+        fastest: list[Candidate] = []
         for mesh in self.request.meshes(limits):
-            found = [*self.over(mesh, pins)]
-            yield from found
-            least = min(c.predicted.peak_bytes for c in found)
-            if found[0].plan.byte_price is not None and pins.layouts is None and self.limit < least < NEARLY * self.limit:
-                yield from self.over(mesh, replace(pins, sequence_parallel=True))
+            for plan in self.variants(mesh, pins):
+                first = self.price(plan)
+                if plan.byte_price == 0.0 and first.predicted.peak_bytes > self.limit:
+                    fastest.append(first)
+                for candidate in self.like(first):
+                    best = min(best, self.rank(candidate))
+                    yield candidate
+        for first in sorted(fastest, key=lambda c: c.per_sample):
+            if first.per_sample >= best:  # no layouts are faster on its mesh
+                break
+            for plan in self.sparing(first):
+                for candidate in self.like(self.price(plan)):
+                    best = min(best, self.rank(candidate))
+                    yield candidate
 
-    def over(self, mesh: Mesh, pins: Strategy) -> Iterator[Candidate]:
-        for plan in self.variants(mesh, pins):
-            for candidate in self.accumulating(self.price(plan)):
-                yield candidate
-                if pins.zero is None:
-                    yield from self.filled(candidate)
+    def rank(self, candidate: Candidate) -> float:
+        """Seconds a sample, if it fits."""
+        return candidate.per_sample if candidate.predicted.peak_bytes <= self.limit else math.inf
+
+    def like(self, first: Candidate) -> Iterator[Candidate]:
+        """It, and what else may be done with its mesh and its layouts."""
+        for candidate in self.accumulating(first):
+            yield candidate
+            if self.request.strategy.zero is None:
+                yield from self.filled(candidate)
+
+    def sparing(self, fastest: Candidate) -> Iterator[Plan]:
+        """With layouts that might fit where the fastest do not: those of the front on which what is kept for the backward has its
+        price, a byte of the peak the same whatever it is of; and sequence parallelism."""
+        plan, parts = fastest.plan, fastest.predicted.parts
+        size, load = plan.mesh.size("tp"), Load(self.share(plan.mesh), plan.microbatches)
+        state = parts["state bytes"] / self.tensor.cost(size, Layouts.of(plan), load).parameters
+        kept = self.flying(plan) / plan.microbatches / plan.stages
+        runs = self.local_rows(plan.mesh) if plan.stages == 1 and self.microbatches is None else plan.microbatches
+        least = state * self.tensor.parameters / size + parts["activation bytes"] / size * plan.microbatches / max(1, runs)
+        if least <= self.limit:
+            for layouts in self.tensor.front(size, load, kept / state)[1:]:
+                yield replace(plan, byte_price=layouts.byte_price, kept_price=layouts.kept_price)
+            if self.request.strategy.layouts is None:  # Megatron's, which gather no parameters for an op
+                yield replace(plan, byte_price=None, sequence_parallel=True)
 
     def accumulating(self, first: Candidate) -> Iterator[Candidate]:
         """It, and while it does not fit, the same with twice the micro-batches, whose activations are not held together."""
@@ -175,6 +201,7 @@ class Search:
                         zero=int(zero if shard else 0),
                         sequence_parallel=layouts.sequence,
                         byte_price=layouts.byte_price,
+                        kept_price=layouts.kept_price,
                         schedule=pins.schedule or "1f1b",
                         microbatches=count,
                     )
@@ -212,7 +239,7 @@ class Search:
             return [Layouts()]
         megatron = pins.tp is not None or pins.sequence_parallel is not None
         if pins.layouts == "any" or (pins.layouts is None and not megatron):
-            return self.tensor.fastest(n, Load(self.share(mesh), microbatches))
+            return self.tensor.front(n, Load(self.share(mesh), microbatches))
         sequence = [False, True] if pins.sequence_parallel is None else [pins.sequence_parallel]
         return [Layouts(sequence=s) for s in sequence]
 
@@ -228,6 +255,11 @@ class Search:
     def with_layout(self, plan: Plan) -> Plan:
         """The plan with where its parameters lie over tp and pp: a rank, or a call, of other shapes would find other places."""
         return with_places(plan, self.problem.graph, self.placement(plan))
+
+    @staticmethod
+    def flying(plan: Plan) -> int:
+        """Micro-batches whose activations the first stage holds at once."""
+        return min(plan.stages, plan.microbatches) if plan.schedule == "1f1b" else plan.microbatches
 
     def heaviest_stage(self, stages: int) -> float:
         """The least share of all parameters' bytes that the heaviest stage can have: an even one, or the largest parameter's."""
@@ -258,8 +290,7 @@ class Search:
         state = state_bytes(plan, trained * (1 - whole.trained), frozen * (1 - whole.held))
         if plan.whole:
             state += state_bytes(replace(plan, zero=2), trained * whole.trained, frozen * whole.held)
-        flying = min(stages, m) if plan.schedule == "1f1b" else m
-        activations = cost.activations * share / stages * flying / m + cost.temporaries * share / m
+        activations = cost.activations * share / stages * self.flying(plan) / m + cost.temporaries * share / m
         # Under ZeRO-3 the backward of a block holds its parameters whole, and their gradients until they are scattered; the first
         # gradient of a parameter that is used twice waits for the second, which is added where it lies.
         waiting = self.shared * trained if plan.zero else 0.0

@@ -46,6 +46,7 @@ from ..runtime.program import (
 )
 from .collector import without_collection
 from .cost import Seconds
+from .keeping import keeping, kept_at
 from .place import Placement, Policy, place
 from .plan import Plan
 from .prices import Prices, Volume
@@ -143,7 +144,8 @@ def lower(problem: Problem, plan: Plan, coordinates: Mapping[str, int], values: 
         steps.append((Axis("tp", plan.mesh.size("tp")), coordinates["tp"], policy, prices))
     for axis, index, policy, prices in steps:
         calls = op_calls(gm)
-        placement = place(gm, axis, policy, prices, calls, like=decided.get(axis.name))
+        kept = kept_at(calls, keeping(calls)) if policy.kept_price else ()
+        placement = place(gm, axis, policy, prices, calls, like=decided.get(axis.name), kept=kept)
         ways = seconds.ways(axis) if seconds is not None and axis.name != TIME else None
         gm = shard(gm, axis, index, placement.choice, placement.placeholders, placement.outputs, values, calls, ways)
         check(gm, axis, index, placement.placeholders)

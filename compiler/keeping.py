@@ -18,7 +18,7 @@ from ..passes.rules.base import Axis, OpCall, TensorMeta
 from ..passes.types import I, Type
 from .cost import FREE, op_name, size_of
 from .needs import NEEDS_RESULT, is_view, needs_value
-from .place import Placement
+from .place import KeptAt, Placement
 from .prices import held
 
 Use = tuple[fx.Node, int]
@@ -114,6 +114,22 @@ def kept_values(calls: Calls, kept: Keeping, placement: Placement | None, axis: 
         if node in calls:
             made = placement.choice[node.name].outs[k] if placement else I
             yield node, size_of(calls[node][0].results[k]) * held(made, axis)
+
+
+def kept_at(calls: Calls, kept: Keeping) -> list[KeptAt]:
+    """The same by where the types are chosen in which values are kept."""
+    found = []
+    for (node, k), uses in kept.uses.items():
+        size = float(size_of(calls[node][0].results[k]))
+        found.append(KeptAt(size, uses or (_result(calls, node, k),), (node, k) in kept.rebuilt))
+    for node, k in kept.returned - (kept.uses.keys() - kept.rebuilt):
+        if node in calls:
+            found.append(KeptAt(float(size_of(calls[node][0].results[k])), (_result(calls, node, k),)))
+    return found
+
+
+def _result(calls: Calls, node: fx.Node, k: int) -> tuple[fx.Node, int]:
+    return node, len(calls[node][0].operands) + k
 
 
 def largest_backward_bytes(calls: Calls, kept: Keeping, placement: Placement | None, axis: Axis) -> float:

@@ -45,6 +45,7 @@ class Policy:
     loss            key of the loss, which may leave as P
     scatter         tensor axis: activations may be reduce-scattered (sequence parallelism)
     byte_price      tensor axis: None for Megatron's layouts; any, where it is what a byte of a parameter costs that a rank holds
+    kept_price      with it: what a byte costs that is kept for the backward
     slices          time axis: the one way each batch input may be sliced
     """
 
@@ -53,6 +54,7 @@ class Policy:
     loss: str | None = None
     scatter: bool = False
     byte_price: float | None = None
+    kept_price: float = 0.0
     slices: Mapping[str, Type] = field(default_factory=dict)
 
 
@@ -77,6 +79,16 @@ Barred = Mapping[str, Sequence[tuple[Type, ...]]]
 """By node name: types, of all its results, that it must not give."""
 
 
+@dataclass(frozen=True)
+class KeptAt:
+    """A value that is kept for the backward, of so many bytes in whole, in the types in which nodes take it or give it: each node,
+    and the position among its operands and, after these, its results. What is rebuilt is so from shards: whole it is kept."""
+
+    size: float
+    places: tuple[tuple[fx.Node, int], ...]
+    rebuilt: bool = False
+
+
 def place(
     gm: fx.GraphModule,
     axis: Axis,
@@ -85,14 +97,16 @@ def place(
     calls: Calls | None = None,
     barred: Barred | None = None,
     like: Placement | None = None,
+    kept: Sequence[KeptAt] = (),
 ) -> Placement:
     """The cheapest placement of `gm` along `axis`. Raises ShardingError naming the node where none exists.
 
     calls     `op_calls(gm)`, where the caller has it
     barred    what is left out of the search (for a node of a repeated block, in all of its repetitions)
     like      a placement of the same graph in other shapes: this one shards the same dims
+    kept      what the policy's `kept_price` is paid for (compiler/keeping.py)
     """
-    builder = _Builder(gm, axis, policy, prices, op_calls(gm) if calls is None else calls)
+    builder = _Builder(gm, axis, policy, prices, op_calls(gm) if calls is None else calls, kept)
     builder.read()
     for name, left_out in (barred or {}).items():
         builder.bar(name, left_out)
@@ -145,8 +159,10 @@ class _Decision:
 
 
 class _Builder:
-    def __init__(self, gm: fx.GraphModule, axis: Axis, policy: Policy, prices: Prices, calls: Calls) -> None:
-        self.gm, self.axis, self.policy, self.prices, self.calls = gm, axis, policy, prices, calls
+    def __init__(
+        self, gm: fx.GraphModule, axis: Axis, policy: Policy, prices: Prices, calls: Calls, kept: Sequence[KeptAt]
+    ) -> None:
+        self.gm, self.axis, self.policy, self.prices, self.calls, self.kept = gm, axis, policy, prices, calls, kept
         self.decisions: dict[str, _Decision] = {}
         self.meta: dict[Value, TensorMeta] = {}
         self.twins: Mapping[str, str] = gm.meta.get("twins", {})  # node name -> name of the first node at its place
@@ -265,7 +281,29 @@ class _Builder:
             self._assign_value(value, count, [(node, self._needed(value, node, k)) for node, k in uses])
             for (value, uses), count in self._uses().items()
         ]
+        if self.policy.kept_price:
+            self._price_kept(costs, values)
         return Problem(tuple(costs), tuple(values))
+
+    def _price_kept(self, costs: list[np.ndarray], values: list[AssignValue]) -> None:
+        """What is kept costs its largest share among the types in which it is taken. Where several nodes choose them, that share is
+        a choice of its own, from which each node may take as much or less."""
+        sizes: dict[tuple[tuple[tuple[int, int], ...], bool], float] = {}
+        for kept in self.kept:
+            key = tuple(dict.fromkeys((self.index[self.first(n)], k) for n, k in kept.places)), kept.rebuilt
+            sizes[key] = sizes.get(key, 0.0) + kept.size
+        for (places, rebuilt), size in sizes.items():
+            shares = [[held((*s.ins, *s.outs)[k], self.axis) for s in self.order[i].options] for i, k in places]
+            levels = sorted({share for each in shares for share in each})
+            prices = self.policy.kept_price * size * np.array([0.0, *levels[1:]] if rebuilt else levels)
+            chosen = [tuple(map(levels.index, each)) for each in shares]
+            if len(places) == 1:
+                costs[places[0][0]] += prices[list(chosen[0])]
+                continue
+            takes = np.where(np.tri(len(levels), dtype=bool), 0.0, np.inf)
+            uses = [Use(i, each) for (i, _), each in zip(places, chosen, strict=True)]
+            values.append(AssignValue(len(costs), tuple(range(len(levels))), takes, tuple(uses)))
+            costs.append(prices)
 
     def _uses(self) -> Counter[tuple[Value, _Uses]]:
         """How many nodes at a value's place give it to the same uses. A block's last repetition may serve others than the first

@@ -67,6 +67,7 @@ class Plan:
     microbatches     micro-batches of one data rank's batch
     byte_price       None: over tp values lie in Megatron's layouts. Else in whatever take the least time on `topology`, with this
                      price, in seconds, for each byte of parameters held
+    kept_price       with a byte_price: seconds, of a micro-batch's, for each byte that it keeps for its backward
     topology         the machine it was made for: how values change their types depends on it; None where no machine is known
     """
 
@@ -75,6 +76,7 @@ class Plan:
     whole: tuple[str, ...] = ()
     sequence_parallel: bool = False
     byte_price: float | None = None
+    kept_price: float = 0.0
     schedule: str = "1f1b"
     microbatches: int = 1
     layout: Mapping[str, Type] = field(default_factory=dict)
@@ -151,6 +153,7 @@ class Plan:
             whole=tuple(data.get("whole", ())),
             sequence_parallel=data["sequence_parallel"],
             byte_price=data.get("byte_price"),
+            kept_price=data.get("kept_price", 0.0),
             schedule=data["schedule"],
             microbatches=data["microbatches"],
             layout={k: decode_type(t) for k, t in data["layout"].items()},

@@ -4,24 +4,26 @@ Megatron's layouts (Shoeybi et al. 2019; Korthikanti et al. 2022) shard products
 activations between them whole or cut by their tokens. They need no machine, are known to whoever reads the program, and are what a
 pinned tp means. Any layouts are what the search finds where it prices seconds alone: heads exchanged for tokens by an all-to-all,
 small parameters kept whole, samples cut. What they gain in time they may pay in bytes of parameters; so a byte has a price, and the
-placements at several prices are a Pareto front of time and memory, of which the search for a plan takes what fits.
+placements at several prices are a Pareto front of time and memory, of which the search for a plan takes what fits. Where the
+fastest does not fit, what is kept for the backward has its price too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import fx
 
-from ..passes.graph_tools import Calls, metas
+from ..passes.graph_tools import Calls, metas, op_calls
 from ..passes.rules.base import Axis
 from ..passes.types import Type
 from ..runtime.program import Mesh
 from .cost import Seconds, size_of
-from .keeping import Keeping
-from .place import Barred, Placement, Policy, place
+from .keeping import Keeping, keeping, kept_at, kept_bytes
+from .place import Barred, KeptAt, Placement, Policy, place
 from .placed_cost import PlacedCost, placed_cost
 from .plan import Plan
 from .prices import Prices, megatron_prices
@@ -32,19 +34,22 @@ from .topology import Topology
 class Layouts:
     """sequence      Megatron's: activations between sharded products are cut by their tokens
     byte_price    any layouts: seconds that a byte of parameters costs which a rank holds. None: Megatron's
+    kept_price    any layouts: seconds, of a micro-batch's, that a byte costs which it keeps for its backward
     """
 
     sequence: bool = False
     byte_price: float | None = None
+    kept_price: float = 0.0
 
     @classmethod
     def of(cls, plan: Plan) -> Layouts:
-        return cls(plan.sequence_parallel, plan.byte_price)
+        return cls(plan.sequence_parallel, plan.byte_price, plan.kept_price)
 
-    def policy(self, loss: str | None, pinned: Mapping[str, Type]) -> Policy:
-        """`pinned`: types of parameters, by name."""
+    def policy(self, loss: str | None, pinned: Mapping[str, Type], share: float = 1.0) -> Policy:
+        """For a graph of which a step runs so large a share. `pinned`: types of parameters, by name."""
         keys = {f"param.{name}": type_ for name, type_ in pinned.items()}
-        return Policy("tensor", keys, loss, scatter=self.sequence, byte_price=self.byte_price)
+        kept = self.kept_price * share
+        return Policy("tensor", keys, loss, scatter=self.sequence, byte_price=self.byte_price, kept_price=kept)
 
     def prices(self, seconds: Seconds | None) -> Prices:
         """Raises ValueError for layouts by time on an unknown machine."""
@@ -64,30 +69,36 @@ def tensor_placement(
     calls: Calls | None = None,
     barred: Barred | None = None,
     pinned: Mapping[str, Type] | None = None,
+    kept: Sequence[KeptAt] = (),
 ) -> Placement:
     """The placement over an axis tp of `size` ranks.
 
     seconds    of a mesh with that axis; None is enough for Megatron's layouts
     barred, calls      as `place` takes them       pinned    types of parameters, by name
+    kept       `kept_at(...)`, where the caller has it and the layouts' `kept_price` needs it
     """
-    return place(gm, Axis("tp", size), layouts.policy(loss, pinned or {}), layouts.prices(seconds), calls, barred)
+    policy = layouts.policy(loss, pinned or {}, seconds.share if seconds is not None else 1.0)
+    if policy.kept_price and not kept:
+        calls = op_calls(gm) if calls is None else calls
+        kept = kept_at(calls, keeping(calls))
+    return place(gm, Axis("tp", size), policy, layouts.prices(seconds), calls, barred, kept=kept)
 
 
 DEAR = 10.0
-"""The highest price of a byte: at it all parameters, held whole, cost so many times the step."""
+"""The highest price of a byte: at it all that has one, held whole, costs so many times the step."""
 
 APART = 0.01
-"""Placements whose parameters differ by a smaller share of their bytes are not worth telling apart."""
+"""Placements that differ by a smaller share of their bytes are not worth telling apart."""
 
 
-def byte_prices(point: Callable[[float], tuple[float, float]], parameters: float) -> list[float]:
-    """Prices at which the lower hull of (seconds, bytes of parameters held) has its corners: at most three, from 0 upwards.
+def byte_prices(point: Callable[[float], tuple[float, float]], whole: float) -> list[float]:
+    """Prices at which the lower hull of (seconds, bytes held) has its corners: at most three, from 0 upwards.
 
-    point         what the placement at a price takes
-    parameters    bytes of all parameters
+    point    what the placement at a price takes
+    whole    bytes of everything that has the price
     """
     fastest = point(0.0)
-    dear = DEAR * fastest[0] / max(parameters, 1.0)
+    dear = DEAR * fastest[0] / max(whole, 1.0)
     smallest = point(dear)
     if fastest[1] - smallest[1] <= APART * fastest[1]:
         return [0.0]
@@ -111,7 +122,11 @@ class Load:
     @property
     def rounded(self) -> Load:
         """To powers of eight: where loads are nearly alike, the fastest placements hardly differ."""
-        return Load(8.0 ** round(math.log(self.share, 8)), 8 ** round(math.log(self.runs, 8)))
+        return Load(_power_of_eight(self.share), int(_power_of_eight(self.runs)))
+
+
+def _power_of_eight(x: float) -> float:
+    return 8.0 ** round(math.log(x, 8))
 
 
 class TensorAxis:
@@ -128,18 +143,28 @@ class TensorAxis:
         self._seconds: dict[tuple[int, Load], Seconds] = {}
         self._placements: dict[tuple[int, Layouts, Load], Placement] = {}
         self._costs: dict[tuple[int, Layouts, Load], PlacedCost] = {}
-        self._fronts: dict[tuple[int, Load], list[Layouts]] = {}
+        self._fronts: dict[tuple[int, Load, float], list[Layouts]] = {}
+        self._kept_at = kept_at(calls, kept)
 
-    def fastest(self, size: int, load: Load) -> list[Layouts]:
-        """Any layouts: the corners of the Pareto front of time and bytes of parameters."""
-        key = size, load.rounded
+    def front(self, size: int, load: Load, kept: float = 0.0) -> list[Layouts]:
+        """Any layouts: the corners of the Pareto front of time and bytes, the fastest first.
+
+        kept    what a byte costs that a micro-batch keeps for its backward, as a part of what a byte of parameters costs
+        """
+        kept = _power_of_eight(kept) if kept else 0.0
+        share, runs = load.rounded.share, load.rounded.runs
+        key = size, load.rounded, kept
         if key not in self._fronts:
 
-            def point(byte_price: float) -> tuple[float, float]:
-                cost = self.cost(size, Layouts(byte_price=byte_price), load)
-                return cost.seconds(key[1].share, key[1].runs), cost.parameters
+            def layouts(price: float) -> Layouts:
+                return Layouts(byte_price=price, kept_price=price * kept)
 
-            self._fronts[key] = [Layouts(byte_price=price) for price in byte_prices(point, self.parameters)]
+            def point(price: float) -> tuple[float, float]:
+                cost = self.cost(size, layouts(price), load)
+                return cost.seconds(share, runs), cost.parameters + kept * share * cost.activations
+
+            whole = self.parameters + kept * share * self.whole_activations
+            self._fronts[key] = [layouts(price) for price in byte_prices(point, whole)]
         return self._fronts[key]
 
     def cost(self, size: int, layouts: Layouts, load: Load) -> PlacedCost:
@@ -155,8 +180,13 @@ class TensorAxis:
         key = self._key(size, layouts, load)
         if size > 1 and key not in self._placements:
             seconds = self._seconds_of(size, key[2])
-            self._placements[key] = tensor_placement(self.gm, self.loss, size, layouts, seconds, self.calls)
+            self._placements[key] = tensor_placement(self.gm, self.loss, size, layouts, seconds, self.calls, kept=self._kept_at)
         return self._placements.get(key)
+
+    @cached_property
+    def whole_activations(self) -> float:
+        """Bytes that the captured batch keeps with no tensor axis."""
+        return kept_bytes(self.calls, self.kept, None, Axis("tp", 1))
 
     @staticmethod
     def _key(size: int, layouts: Layouts, load: Load) -> tuple[int, Layouts, Load]:

@@ -94,17 +94,20 @@ def test_equals_one_device_with_blocks_kept_whole(model: str, strategy: str) -> 
     compare(case, programs, run(case, programs))
 
 
-BY_TIME = [("tp4", NEAR, 0.0), ("zero3tp2", NEAR, 1e-6), ("tp2pp2", FAR, 0.0)]
+BY_TIME = [("tp4", NEAR, 0.0, 0.0), ("zero3tp2", NEAR, 1e-6, 0.0), ("tp2pp2", FAR, 0.0, 1e-7)]
 
 
-@pytest.mark.parametrize(("strategy", "topology", "byte_price"), BY_TIME, ids=[strategy for strategy, _, _ in BY_TIME])
+@pytest.mark.parametrize(("strategy", "topology", "byte_price", "kept_price"), BY_TIME, ids=[row[0] for row in BY_TIME])
 @pytest.mark.parametrize("model", MODELS)
-def test_equals_one_device_in_any_layouts(model: str, strategy: str, topology: Topology, byte_price: float) -> None:
-    """Placed by time: by what is near or far, and by the price of a parameter's bytes, values lie in most ways there are."""
+def test_equals_one_device_in_any_layouts(
+    model: str, strategy: str, topology: Topology, byte_price: float, kept_price: float
+) -> None:
+    """Placed by time: by what is near or far, and by the prices of bytes, values lie in most ways there are."""
     axes, options = STRATEGIES[strategy]
     if model in COUPLED and "microbatches" in options:
         options = {**options, "microbatches": 1}
-    check(case_of(model), Plan(mesh(**axes), byte_price=byte_price, topology=topology, **options))
+    prices: dict[str, Any] = {"byte_price": byte_price, "kept_price": kept_price, "topology": topology}
+    check(case_of(model), Plan(mesh(**axes), **prices, **options))
 
 
 class FrozenScale(nn.Module):

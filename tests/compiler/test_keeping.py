@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from programs import case
 
 from shardwright import Strategy, Topology, emit, plan
+from shardwright.compiler.keeping import keeping, kept_at, kept_bytes
 from shardwright.compiler.memory import program_memory
+from shardwright.passes.graph_tools import op_calls
+from shardwright.passes.rules.base import Axis
 
 STRATEGIES = {
     "zero3": Strategy(dp=8, tp=1, pp=1, zero=3),
@@ -34,6 +38,15 @@ def bert() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
         model = transformers.BertForMaskedLM(config)
         tokens = torch.empty(2, 512, dtype=torch.long)
     return model, {"input_ids": tokens, "labels": torch.empty_like(tokens)}
+
+
+@pytest.mark.parametrize("model", ["gpt", "llama", "gpt2", "bert", "t5", "vit", "mixtral", "resnet"])
+def test_what_is_kept_and_where_its_type_is_chosen(model: str) -> None:
+    """Whole on every rank, all of it is what is kept."""
+    graph = case(model).graph
+    calls = op_calls(graph)
+    kept = keeping(calls)
+    assert sum(k.size for k in kept_at(calls, kept) if not k.rebuilt) == pytest.approx(kept_bytes(calls, kept, None, Axis("tp", 1)))
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 
@@ -26,6 +26,7 @@ from shardwright.compiler import emit as emission
 from shardwright.compiler.assign import Solution
 from shardwright.compiler.cost import Seconds
 from shardwright.compiler.emit import coordinates_of, lower
+from shardwright.compiler.keeping import keeping, kept_at
 from shardwright.compiler.needs import gathered_again
 from shardwright.compiler.place import Placement, Policy, _Builder, place
 from shardwright.compiler.plan import Plan
@@ -69,8 +70,11 @@ class Walk:
 
     def __init__(self, gm: fx.GraphModule, axis: Axis, policy: Policy, prices: Prices) -> None:
         self.gm, self.axis, self.prices, self.calls = gm, axis, prices, op_calls(gm)
-        self.byte_price = policy.byte_price or 0.0
-        self.rules = _Builder(gm, axis, policy, prices, self.calls)  # of which it takes what may be chosen, not what that costs
+        self.byte_price, self.kept_price = policy.byte_price or 0.0, policy.kept_price
+        self.keeping = kept_at(self.calls, keeping(self.calls))
+        self.rules = _Builder(
+            gm, axis, policy, prices, self.calls, self.keeping
+        )  # of which it takes what may be chosen, not what that costs
         self.rules.read()
         self.nodes = [n for n in gm.graph.nodes if n.op != "output" and not is_getitem(n)]
         self.known: dict[object, float] = {}
@@ -120,7 +124,7 @@ class Walk:
     def cost(self, placement: Placement) -> float:
         types: dict[fx.Node, tuple[Type, ...]] = {}
         made: set = set()
-        total = 0.0
+        total = self.kept(placement.choice)
         for k, node in enumerate(self.nodes):
             if node.op == "placeholder":
                 type_ = placement.placeholders[node.meta["key"]]
@@ -130,6 +134,19 @@ class Walk:
             total += self.own(node, strategy) + self.converted(self.uses(k, strategy), types, made)
             types[node] = strategy.outs
         return total + self.converted(iter([(n, placement.outputs[k]) for k, n in enumerate(self.results)]), types, made)
+
+    def kept(self, choice: Mapping[str, NodeStrategy]) -> float:
+        """The price of what is kept: of each value the largest share in which it is taken."""
+
+        def share(strategy: NodeStrategy, position: int) -> float:
+            return held((*strategy.ins, *strategy.outs)[position], self.axis)
+
+        total = 0.0
+        for value in self.keeping if self.kept_price else ():
+            largest = max(share(choice[node.name], k) for node, k in value.places)
+            least = min(share(s, k) for node, k in value.places for s in self.options(node))
+            total += 0.0 if value.rebuilt and largest == least else self.kept_price * value.size * largest
+        return total
 
     def cheaper_than(self, limit: float) -> float:
         """The least cost of all choices, or `limit` where none is below it: every choice is looked at but those that cost as much
@@ -141,7 +158,8 @@ class Walk:
             if spent + self.rest[k] >= best:
                 return
             if k == len(self.nodes):
-                best = min(best, spent + self.leave(0, types, set(made)))
+                chosen = {n.name: self.options(n)[number] for n, number in taken.items()}
+                best = min(best, spent + self.leave(0, types, set(made)) + self.kept(chosen))
                 return
             node = self.nodes[k]
             twin = self.first[self.rules.first(node)]
@@ -181,6 +199,7 @@ def policies(graph: fx.GraphModule, n: int) -> dict[str, tuple[Policy, Prices]]:
         "data": (Policy("data", pinned, LOSS), Volume()),
         "dice": (Policy("tensor", {}, LOSS, scatter=True), Dice(rows)),
         "time": (Policy("tensor", {}, LOSS, byte_price=1e-13), Seconds(MACHINE, Mesh(("x",), (n,)), share=0.5)),
+        "kept": (Policy("tensor", {}, LOSS, byte_price=1e-13, kept_price=2e-10), Seconds(MACHINE, Mesh(("x",), (n,)))),
     }
 
 
@@ -189,7 +208,7 @@ def check_exact(graph: fx.GraphModule, n: int, how: str) -> None:
     policy, prices = policies(graph, n)[how]
     walk = Walk(graph, axis, policy, prices)
     try:
-        found = place(graph, axis, policy, prices)
+        found = place(graph, axis, policy, prices, walk.calls, kept=walk.keeping)
     except ShardingError:
         assert walk.cheaper_than(math.inf) == math.inf
         return
@@ -199,7 +218,7 @@ def check_exact(graph: fx.GraphModule, n: int, how: str) -> None:
     assert walk.cheaper_than(limit) == limit
 
 
-HOW = st.sampled_from(("tensor", "sequence", "data", "dice", "time"))
+HOW = st.sampled_from(("tensor", "sequence", "data", "dice", "time", "kept"))
 
 
 @given(recipes(most=4), st.sampled_from((2, 3)), HOW)

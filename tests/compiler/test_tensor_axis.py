@@ -45,7 +45,7 @@ def test_by_time_never_slower_than_megatron(model: str, topology: Topology) -> N
     free = tensor.cost(4, Layouts(byte_price=0.0), Load())
     megatron = [tensor.cost(4, Layouts(sequence=s), Load()) for s in (False, True)]
     assert free.seconds(1.0) <= min(m.seconds(1.0) for m in megatron) * (1 + 1e-9)
-    front = [tensor.cost(4, layouts, Load()) for layouts in tensor.fastest(4, Load())]
+    front = [tensor.cost(4, layouts, Load()) for layouts in tensor.front(4, Load())]
     assert [c.parameters for c in front] == sorted((c.parameters for c in front), reverse=True)
     assert [c.seconds(1.0) for c in front] == sorted(c.seconds(1.0) for c in front)
 
@@ -113,6 +113,33 @@ def test_less_memory_takes_a_dearer_price() -> None:
     assert tight.byte_price > free.byte_price
     assert tight.predicted.parts["state bytes"] < 0.9 * free.predicted.parts["state bytes"]
     assert tight.predicted.step_seconds > free.predicted.step_seconds
+
+
+@pytest.mark.parametrize("topology", [machine(1e9), FAR], ids=["one node", "far"])
+@pytest.mark.parametrize("model", ["gpt2", "t5", "mixtral"])
+def test_what_is_kept_has_its_price(model: str, topology: Topology) -> None:
+    """The dearer a kept byte, the fewer; and what has no price is kept where that is fastest."""
+    tensor = tensor_axis(model, topology)
+    costs = [tensor.cost(4, Layouts(byte_price=0.0, kept_price=price), Load()) for price in (0.0, 1e-9, 1e-7, 1e-5)]
+    kept, seconds = [c.activations for c in costs], [c.seconds(1.0) for c in costs]
+    assert kept == sorted(kept, reverse=True) and kept[-1] < 0.8 * kept[0]
+    assert seconds == pytest.approx(sorted(seconds))
+    assert kept[-1] < 0.8 * tensor.cost(4, Layouts(sequence=True), Load()).activations, "fewer than sequence parallelism"
+
+
+def test_where_the_fastest_do_not_fit_fewer_activations_are_kept() -> None:
+    model, batch = zoo.MODELS["gpt2"]()
+
+    def found(limit: float | None) -> Plan:
+        pins = Strategy(dp=1, pp=1, microbatches=1)
+        return plan(model, machine(1e9), example_inputs=batch, strategy=pins, batch="global", memory_limit=limit).plan
+
+    free = found(None)
+    assert free.predicted is not None and free.kept_price == 0.0
+    tight = found(0.8 * free.predicted.peak_bytes)
+    assert tight.predicted is not None and tight.kept_price > 0.0
+    assert tight.predicted.step_seconds < 1.05 * free.predicted.step_seconds
+    assert Plan.from_json(tight.to_json()) == tight and replace(tight, kept_price=0.0).hash != tight.hash
 
 
 def gathers(gm: fx.GraphModule) -> list[fx.Node]:
