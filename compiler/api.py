@@ -28,7 +28,7 @@ from .certify import Certificate, certify
 from .choose import choose
 from .engine import ModelEngine, Options
 from .explain_node import explain_node
-from .guess import likely_data_size, spread
+from .guess import likely_plan, spread
 from .plan import Plan
 from .reduce import Capture
 from .strategy import Strategy, resolve
@@ -235,8 +235,9 @@ def plan(
         return bind(model, args, kwargs, batches, keys, loss_fn=loss_fn, training=model.training, precision=precision).problem
 
     facts = {"rows": rows, "memory_limit": memory_limit, "batch": batch, "microbatches": count}
-    problem = captured(spread(rows, likely_data_size(model, request, topology, captured, **facts), batch))
-    chosen = replace(choose(problem, request, topology, **facts), device=device)
+    guess = likely_plan(model, request, topology, captured, **facts)
+    problem = captured(spread(rows, guess.data_size, batch))
+    chosen = replace(choose(problem, request, topology, **facts, known=guess.known), device=device)
     batches = spread(rows, chosen.data_size, batch)
     if batches != problem.local_batches:
         problem = replace(problem, local_batches=batches) if sum(batches) == sum(problem.local_batches) else captured(batches)

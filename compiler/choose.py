@@ -6,12 +6,14 @@ Data-parallel candidates with a local batch differ in the samples they train on:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isclose
 
 from torch import fx
 
-from ..passes.graph_tools import Calls, where
+from ..passes.graph_tools import Calls, metas, where
 from ..passes.rules.base import Axis, find_rule
 from .candidates import Candidate, Search
 from .collector import without_collection
@@ -27,6 +29,26 @@ class DoesNotFit(ValueError):
     """No plan fits the memory limit: says by how much the smallest misses, and what would fit."""
 
 
+@dataclass(frozen=True)
+class Known:
+    """A plan, and what was in the graph that it was chosen for."""
+
+    plan: Plan
+    contents: Mapping[object, int]
+
+
+ALIKE = 1e-3
+"""Costs of one plan on graphs of the same contents may differ so much: they are scaled from other batches."""
+
+
+def contents(gm: fx.GraphModule) -> Mapping[object, int]:
+    """How often each op is called, and how many parameters have each shape: alike for all batches."""
+    parameters = (n for n in gm.graph.find_nodes(op="placeholder") if n.meta["key"].startswith("param."))
+    found: Counter[object] = Counter(metas(n)[0] for n in parameters)
+    found.update(n.target for n in gm.graph.nodes if n.op == "call_function")
+    return found
+
+
 @without_collection()
 def choose(
     problem: Problem,
@@ -37,17 +59,22 @@ def choose(
     memory_limit: float | None,
     batch: str,
     microbatches: int | None = None,
+    known: Known | None = None,
 ) -> Plan:
     """The cheapest plan that fits.
 
     rows            samples: of each data rank (batch="local"), or of the whole batch ("global"); `problem` may be captured at
                     another number, which costs are scaled from
     memory_limit    bytes per rank; the device's memory when None
+    known           what was chosen for another graph: taken where this one has the same in it and the plan costs the same
     Raises StrategyError for a request that no mesh meets, DoesNotFit where every plan needs more memory.
     """
     limit = topology.device.memory if memory_limit is None else float(memory_limit)
     search = Search(problem, request, topology, rows, batch, microbatches, limit)
     _warn_of_unruled(search.calls)
+    again = _again(search, known) if known is not None else None
+    if again is not None:
+        return again
     candidates = sorted(search.candidates(), key=lambda c: (c.per_sample, c.predicted.peak_bytes, c.plan.mesh.axes))
     fitting = [c for c in candidates if c.predicted.peak_bytes <= limit]
     if not fitting:
@@ -61,6 +88,20 @@ def choose(
         alternatives=tuple(others[:12]),
         reasons=_reasons(best, fitting, candidates),
     )
+
+
+def _again(search: Search, known: Known) -> Plan | None:
+    """The known plan for this graph, if choosing would find it again. One that names parameters is not compared."""
+    plan = known.plan
+    if plan.predicted is None or plan.whole or contents(search.problem.graph) != known.contents:
+        return None
+    bare = replace(plan, layout={}, stage_of={}, topology=None, predicted=None, alternatives=(), reasons=())
+    found, before = search.price(bare).predicted, plan.predicted
+    pairs = (found.step_seconds, before.step_seconds), (found.peak_bytes, before.peak_bytes)
+    if found.peak_bytes > search.limit or not all(isclose(*pair, rel_tol=ALIKE) for pair in pairs):
+        return None
+    facts = {"topology": plan.topology, "alternatives": plan.alternatives, "reasons": plan.reasons}
+    return replace(search.with_layout(bare), predicted=found, **facts)
 
 
 def _warn_of_unruled(calls: Calls) -> None:

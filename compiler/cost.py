@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -37,6 +38,7 @@ ATTENTION_BACKWARD = 2.5
 """FLOP of fused attention's backward per FLOP of its forward: five products for two (Dao 2023, FlashAttention-2, section 4.1)."""
 
 
+@cache
 def op_name(target: object) -> str:
     """`linear` for aten.linear.default; the plain name of a function."""
     name = getattr(target, "name", None)  # a method of torch's overloads

@@ -26,7 +26,7 @@ from .choose import choose
 from .collector import give_back
 from .emit import Problem, emit
 from .fidelity import check_capture
-from .guess import likely_data_size, spread
+from .guess import likely_plan, spread
 from .plan import Plan
 from .ragged import check_ragged, same_lengths
 from .strategy import Request
@@ -158,9 +158,9 @@ class ModelEngine:
         def captured(batches: Sequence[int]) -> Bound:
             return self._bind(args, kwargs, batches, shapes, self.model.training, True)
 
-        guess = likely_data_size(self.model, options.request, topology, lambda batches: captured(batches).problem, **facts)
-        probe = captured(spread(rows, guess, options.batch))
-        found = choose(probe.problem, options.request, topology, **facts)
+        guess = likely_plan(self.model, options.request, topology, lambda batches: captured(batches).problem, **facts)
+        probe = captured(spread(rows, guess.data_size, options.batch))
+        found = choose(probe.problem, options.request, topology, **facts, known=guess.known)
         self._captured = probe
         return replace(found, device=self.device.type).to_json()
 

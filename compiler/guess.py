@@ -1,7 +1,8 @@
 """How many data ranks a plan will have, guessed before the model is captured at the batch of so many.
 
 Of a deep model a few layers are captured, which gives what the whole costs: a hundred layers take torch.export longer than planning
-takes. The plan itself is chosen on the whole model; where the guess was wrong, it is captured again.
+takes. The plan that is best by these costs is priced on the whole model: where it costs the same, it is best there too. Where the
+number of data ranks was wrong, the model is captured again.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
@@ -17,7 +18,7 @@ from ..passes.blocks import Run, find_blocks
 from ..passes.graph_tools import copy_call, extract, named_results
 from ..passes.types import balanced_sizes
 from .bind import BatchMode
-from .choose import choose, data_ranks
+from .choose import Known, choose, contents, data_ranks
 from .emit import Problem
 from .prepare import mark_twins
 from .strategy import Request
@@ -30,7 +31,15 @@ CAPTURED = 4
 """Layers of a list that are captured: a first that may differ, two that repeat, and a last that may differ."""
 
 
-def likely_data_size(
+@dataclass(frozen=True)
+class Guess:
+    """known: of a deep model, the plan that was found to be the best."""
+
+    data_size: int
+    known: Known | None = None
+
+
+def likely_plan(
     model: nn.Module,
     request: Request,
     topology: Topology,
@@ -40,7 +49,7 @@ def likely_data_size(
     memory_limit: float | None,
     batch: BatchMode,
     microbatches: int | None,
-) -> int:
+) -> Guess:
     """The data ranks of the plan that will be best: the most that the request allows, or for a deep model what its costs say.
 
     capture    the problem of one call at other local batches; the other arguments as of `choose`
@@ -48,16 +57,16 @@ def likely_data_size(
     fewest, most = data_ranks(request, rows, batch)
     with shallow(model) as left_out, warnings.catch_warnings():
         if not left_out or most == fewest:
-            return most
+            return Guess(most)
         warnings.simplefilter("ignore")  # the model itself is captured next, and warns then
         try:
             problem = deepened(capture(spread(rows, most, batch)), left_out)
             if problem is None:
-                return most
+                return Guess(most)
             plan = choose(problem, request, topology, rows=rows, memory_limit=memory_limit, batch=batch, microbatches=microbatches)
-            return plan.data_size
+            return Guess(plan.data_size, Known(plan, contents(problem.graph)))
         except Exception:  # whatever a model says without its layers: what is wrong with it whole is said later
-            return most
+            return Guess(most)
 
 
 def spread(rows: int, data_size: int, batch: BatchMode) -> tuple[int, ...]:

@@ -29,12 +29,12 @@ Use = tuple[fx.Node, int]
 class Keeping:
     """uses: of each value that some backward needs, by node and number of the result, the operands that need it; () where it is an
     op's own result. rebuilt: values that need not be kept as they are made. returned: by the model, there until the step ends.
-    written_over: values that their gradient is written over."""
+    gradients: `_gradients`, of the backwards."""
 
     uses: Mapping[tuple[fx.Node, int], tuple[Use, ...]]
     rebuilt: frozenset[tuple[fx.Node, int]]
     returned: frozenset[tuple[fx.Node, int]]
-    written_over: frozenset[tuple[fx.Node, int]]
+    gradients: Mapping[fx.Node, tuple[bool, ...]]
 
 
 def keeping(calls: Calls) -> Keeping:
@@ -59,7 +59,7 @@ def keeping(calls: Calls) -> Keeping:
                 rebuilt.add(value)
     returned = _returned(calls)
     kept = {value: tuple(found) for value, found in uses.items()}
-    return Keeping(kept, frozenset(rebuilt), returned, _written_over(calls, returned))
+    return Keeping(kept, frozenset(rebuilt), returned, _gradients(calls, _written_over(calls, returned)))
 
 
 def _returned(calls: Calls) -> frozenset[tuple[fx.Node, int]]:
@@ -68,7 +68,7 @@ def _returned(calls: Calls) -> frozenset[tuple[fx.Node, int]]:
 
 
 def _written_over(calls: Calls, returned: frozenset[tuple[fx.Node, int]]) -> frozenset[tuple[fx.Node, int]]:
-    """Logits that a loss alone reads (runtime/reuse.py), and what they are a sum of."""
+    """Values that their gradient is written over: logits that a loss alone reads (runtime/reuse.py), and what they are a sum of."""
     found: set[tuple[fx.Node, int]] = set()
     others = set(returned)
     for node in reversed(list(calls)):
@@ -134,21 +134,31 @@ def _result(calls: Calls, node: fx.Node, k: int) -> tuple[fx.Node, int]:
 
 def largest_backward_bytes(calls: Calls, kept: Keeping, placement: Placement | None, axis: Axis) -> float:
     """Bytes that the backward of the largest op holds beside what is kept: the gradients of its results and of its operands."""
-    largest, over = 0.0, kept.written_over
+    known: dict[tuple[int, int, tuple[bool, ...]], float] = {}
+    for node, made in kept.gradients.items():
+        call, strategy = calls[node][0], placement.choice[node.name] if placement else None
+        key = id(call), id(strategy), made  # identical blocks share the objects
+        if key not in known:
+            types = (*strategy.ins, *strategy.outs) if strategy else (I,) * len(made)
+            values = zip((*call.operands, *call.results), types, made, strict=True)
+            known[key] = sum(size_of(meta) * held(type_, axis) for meta, type_, counted in values if counted)
+    return max(known.values(), default=0.0)
+
+
+def _gradients(calls: Calls, written_over: frozenset[tuple[fx.Node, int]]) -> dict[fx.Node, tuple[bool, ...]]:
+    """Of each op with a backward, of which of its operands and results this holds gradients in memory of their own."""
+    found = {}
     for node, (call, sources) in calls.items():
         if not any(o.grad for o in call.operands) or op_name(call.target) in FREE:
             continue
-        strategy = placement.choice[node.name] if placement else None
-        outs = strategy.outs if strategy else (I,) * len(call.results)
-        ins = strategy.ins if strategy else (I,) * len(call.operands)
-        results = enumerate(zip(call.results, outs, strict=True))
-        total = sum(size_of(m) * held(t, axis) for k, (m, t) in results if m.grad and (node, k) not in over)
-        for meta, type_, source in zip(call.operands, ins, sources, strict=True):
+        made = []
+        for meta, source in zip(call.operands, sources, strict=True):
             value = _held_by(source)
-            if meta.grad and value[0].op == "call_function" and value not in over and not _passes_on(call, meta):
-                total += size_of(meta) * held(type_, axis)
-        largest = max(largest, total)
-    return largest
+            own = value[0].op == "call_function" and value not in written_over and not _passes_on(call, meta)
+            made.append(meta.grad and own)
+        made += [meta.grad and (node, k) not in written_over for k, meta in enumerate(call.results)]
+        found[node] = tuple(made)
+    return found
 
 
 def _passes_on(call: OpCall, operand: TensorMeta) -> bool:

@@ -44,8 +44,6 @@ def bucket(gm: fx.GraphModule, values: Values) -> fx.GraphModule:
 
 def _merge(graph: fx.Graph, nodes: list[fx.Node], merged: object, values: Values) -> None:
     gather = merged is ops.all_gather_bucket.default
-    position = {n: i for i, n in enumerate(graph.nodes)}
-    nodes = sorted(nodes, key=position.__getitem__)
     axis = nodes[0].args[1]
     dims = [n.args[2] for n in nodes]
     counts = [len(n.args[3]) for n in nodes]  # type: ignore[arg-type]
@@ -53,7 +51,7 @@ def _merge(graph: fx.Graph, nodes: list[fx.Node], merged: object, values: Values
     sources: Any = [n.args[0] for n in nodes]
     place = graph.inserting_before(nodes[0]) if gather else graph.inserting_after(nodes[-1])
     if gather:
-        _hoist(sources, nodes[0], position)
+        _hoist(sources, nodes[0])
     with place:
         made = call(graph, values, merged, (sources, axis, dims, counts, sizes))
     made.meta.update({k: v for k, v in nodes[0].meta.items() if k != "val"})
@@ -73,16 +71,16 @@ def _merge(graph: fx.Graph, nodes: list[fx.Node], merged: object, values: Values
         _sink(graph, made, after, users)
 
 
-def _hoist(sources: list[fx.Node], first: fx.Node, position: dict[fx.Node, int]) -> None:
+def _hoist(sources: list[fx.Node], first: fx.Node) -> None:
     """What is made of parameters' shards after the first gather moves before it: casts, and gathers over another axis."""
     late: dict[fx.Node, None] = {}
     stack = list(sources)
     while stack:
         node = stack.pop()
-        if node.op == "call_function" and position[node] > position[first] and node not in late:
+        if node.op == "call_function" and node > first and node not in late:
             late[node] = None
             stack += node.all_input_nodes
-    for node in sorted(late, key=position.__getitem__):
+    for node in sorted(late):
         if node.target not in _OF_PARAMETERS:
             raise RuntimeError(f"{node.name} is gathered as a parameter, and is made of other values")
         first.prepend(node)
@@ -90,9 +88,8 @@ def _hoist(sources: list[fx.Node], first: fx.Node, position: dict[fx.Node, int])
 
 def _sink(graph: fx.Graph, made: fx.Node, last: fx.Node, moved: set[fx.Node]) -> None:
     """Uses of a reduced gradient that stood before the merged reduction move behind it."""
-    position = {n: i for i, n in enumerate(graph.nodes)}
-    stack = [u for item in made.users for u in item.users if u.op != "output" and position[u] < position[last]]
-    for user in sorted(stack, key=position.__getitem__):
+    stack = [u for item in made.users for u in item.users if u.op != "output" and u < last]
+    for user in sorted(stack):
         if user not in moved:
             moved.add(user)
             last.append(user)

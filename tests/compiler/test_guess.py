@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from shardwright import Topology, plan
 from shardwright.compiler import api, guess
 from shardwright.compiler.bind import bind
+from shardwright.compiler.candidates import Search
 from shardwright.compiler.choose import choose
 from shardwright.compiler.emit import Problem
 from shardwright.compiler.strategy import resolve
@@ -64,6 +66,25 @@ def test_a_few_layers_give_the_costs_of_all() -> None:
     plans = [choose(p, resolve((8,), "auto"), topology, **facts) for p in (whole, deep)]
     assert plans[0].predicted == plans[1].predicted
     assert plans[0].mesh == plans[1].mesh and [a.name for a in plans[0].alternatives] == [a.name for a in plans[1].alternatives]
+
+
+def test_a_plan_that_costs_the_same_is_not_searched_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the places of the model's own parameters. Layers that do other things are found out."""
+    searched: list[Search] = []
+    honest = Search.candidates
+    monkeypatch.setattr(Search, "candidates", lambda self: searched.append(self) or honest(self))
+    strategy, topology = api.Strategy(tp=2), Topology.preset("h100", devices=8)
+    with torch.device("meta"):
+        model, other = Deep(), Deep()
+    other.layers[LAYERS // 2].forward = lambda x: x + other.layers[0].down(torch.relu(other.layers[0].up(x)))  # type: ignore[method-assign]
+    found = plan(model, topology, example_inputs=EXAMPLE, strategy=strategy)
+    assert len(searched) == 1
+    whole = choose(found.problem, resolve((8,), strategy), topology, rows=ROWS, memory_limit=None, batch="local")
+    assert replace(found.plan, device="cpu", predicted=None) == replace(whole, predicted=None)
+    assert whole.layout.keys() == dict(model.named_parameters()).keys()
+    searched.clear()
+    plan(other, topology, example_inputs=EXAMPLE, strategy=strategy)
+    assert len(searched) == 2
 
 
 def test_the_model_is_captured_once_at_the_chosen_size(monkeypatch: pytest.MonkeyPatch) -> None:
