@@ -177,7 +177,8 @@ def _conversions(gm: fx.GraphModule, calls: Calls, placement: Placement) -> Iter
             have, k = produced(source, placement)
             if have is needed or (source, k, needed) in made:
                 continue
-            (meta,) = metas(source)
+            maker = source.args[0] if is_getitem(source) else source
+            meta = calls[maker][0].results[k] if maker in calls else metas(source)[0]  # type: ignore[index]
             if is_free(have, needed, meta.grad):
                 continue
             made.add((source, k, needed))

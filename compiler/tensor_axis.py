@@ -122,11 +122,12 @@ class Load:
     @property
     def rounded(self) -> Load:
         """To powers of eight: where loads are nearly alike, the fastest placements hardly differ."""
-        return Load(_power_of_eight(self.share), int(_power_of_eight(self.runs)))
+        return Load(_to_a_power(self.share, 8), int(_to_a_power(self.runs, 8)))
 
 
-def _power_of_eight(x: float) -> float:
-    return 8.0 ** round(math.log(x, 8))
+def _to_a_power(x: float, base: int) -> float:
+    """Of the base, the nearest."""
+    return float(base) ** round(math.log(x, base))
 
 
 class TensorAxis:
@@ -149,9 +150,10 @@ class TensorAxis:
     def front(self, size: int, load: Load, kept: float = 0.0) -> list[Layouts]:
         """Any layouts: the corners of the Pareto front of time and bytes, the fastest first.
 
-        kept    what a byte costs that a micro-batch keeps for its backward, as a part of what a byte of parameters costs
+        kept    what a byte costs that a micro-batch keeps for its backward, as a part of what a byte of parameters costs; rounded,
+                for where on the front a plan lies matters more than which front it is
         """
-        kept = _power_of_eight(kept) if kept else 0.0
+        kept = _to_a_power(kept, 64) if kept else 0.0
         share, runs = load.rounded.share, load.rounded.runs
         key = size, load.rounded, kept
         if key not in self._fronts:
