@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from benchmarks._families import FAMILIES
@@ -13,6 +15,9 @@ NAMES = ("mamba", "bloom", "llava", "fnet")
 
 @pytest.mark.parametrize("name", NAMES)
 def test_family(name: str) -> None:
-    finding = sweep(next(f for f in FAMILIES if f.name == name), quick=True)
+    family = next(f for f in FAMILIES if f.name == name)
+    if name == "mamba":  # each of its layers is a loop over tokens, a thousand nodes long
+        family = replace(family, sizes={**family.sizes, "num_hidden_layers": 1})
+    finding = sweep(family, quick=True)
     assert finding.captured == finding.planned == finding.equal == "", notes_on(finding)
     assert not finding.replicated_ops, notes_on(finding)
