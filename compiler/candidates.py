@@ -95,25 +95,30 @@ class Search:
         )
         best = math.inf  # seconds a sample, of what fits
         fastest: list[Candidate] = []
+        least: dict[Mesh, float] = {}  # seconds a sample: no layouts are faster, at no level of ZeRO
         for mesh in self.request.meshes(limits):
             for plan in self.variants(mesh, pins):
                 first = self.price(plan)
-                if plan.byte_price == 0.0 and first.predicted.peak_bytes > self.limit:
+                if plan.byte_price == 0.0:
                     fastest.append(first)
+                    least[mesh] = min(first.per_sample, least.get(mesh, math.inf))
                 for candidate in self.like(first):
-                    best = min(best, self.rank(candidate))
+                    best = min(best, candidate.per_sample if self.fits(candidate) else math.inf)
                     yield candidate
-        for first in sorted(fastest, key=lambda c: c.per_sample):
-            if first.per_sample >= best:  # no layouts are faster on its mesh
-                break
-            for plan in self.sparing(first):
-                for candidate in self.like(self.price(plan)):
-                    best = min(best, self.rank(candidate))
-                    yield candidate
+        for first in sorted(fastest, key=lambda c: least[c.plan.mesh]):
+            if self.worth_sparing(least[first.plan.mesh], best) and not self.fits(first):
+                for plan in self.sparing(first):
+                    for candidate in self.like(self.price(plan)):
+                        best = min(best, candidate.per_sample if self.fits(candidate) else math.inf)
+                        yield candidate
 
-    def rank(self, candidate: Candidate) -> float:
-        """Seconds a sample, if it fits."""
-        return candidate.per_sample if candidate.predicted.peak_bytes <= self.limit else math.inf
+    @staticmethod
+    def worth_sparing(least: float, best: float) -> bool:
+        """Whether layouts of a mesh, on which a sample takes `least` seconds or more, may be faster than the best that fits."""
+        return least < best
+
+    def fits(self, candidate: Candidate) -> bool:
+        return candidate.predicted.peak_bytes <= self.limit
 
     def like(self, first: Candidate) -> Iterator[Candidate]:
         """It, and what else may be done with its mesh and its layouts."""
@@ -127,7 +132,7 @@ class Search:
         price, a byte of the peak the same whatever it is of; and sequence parallelism."""
         plan, parts = fastest.plan, fastest.predicted.parts
         size, load = plan.mesh.size("tp"), Load(self.share(plan.mesh), plan.microbatches)
-        state = parts["state bytes"] / self.tensor.cost(size, Layouts.of(plan), load).parameters
+        state = max(parts["state bytes"], 1.0) / max(self.tensor.cost(size, Layouts.of(plan), load).parameters, 1.0)
         kept = self.flying(plan) / plan.microbatches / plan.stages
         runs = self.local_rows(plan.mesh) if plan.stages == 1 and self.microbatches is None else plan.microbatches
         least = state * self.tensor.parameters / size + parts["activation bytes"] / size * plan.microbatches / max(1, runs)
