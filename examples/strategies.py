@@ -19,7 +19,7 @@ STRATEGIES = {
     "impossible": Strategy(tp=3),
 }
 
-config = LlamaConfig(vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=4, num_attention_heads=8)
+config = LlamaConfig(vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=2, num_attention_heads=8)
 with torch.device("meta"):
     model = LlamaForCausalLM(config)
 batch = {name: torch.empty(8, 512, dtype=torch.int64, device="meta") for name in ("input_ids", "labels")}

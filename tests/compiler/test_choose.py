@@ -13,6 +13,7 @@ from shardwright import Strategy, Topology, emit, plan
 from shardwright.compiler.choose import DoesNotFit
 from shardwright.compiler.memory import program_memory
 from shardwright.compiler.plan import Plan
+from shardwright.passes.segment import PARTS
 
 
 class Tables(nn.Module):
@@ -253,7 +254,7 @@ def test_sums_beside_the_backward_take_no_time_of_their_own(zero: int) -> None:
     half, _ = data_seconds(0.5, zero)
     least, _ = data_seconds(1.0, zero)
     assert exposed - half == pytest.approx(half - least)
-    assert 0 < exposed - least <= min(exposed, compute * 2 / 3) * 5 / 6 * 1.001
+    assert 0 < exposed - least <= min(exposed, compute * 2 / 3) * (PARTS - 1) / PARTS * 1.001
 
 
 def test_what_zero_3_scatters_in_its_graphs_is_waited_for() -> None:
