@@ -96,21 +96,25 @@ class Search:
         best = math.inf  # seconds a sample, of what fits
         fastest: list[Candidate] = []
         least: dict[Mesh, float] = {}  # seconds a sample: no layouts are faster, at no level of ZeRO
+
+        def like(first: Candidate) -> Iterator[Candidate]:
+            nonlocal best
+            for candidate in self.like(first):
+                if self.fits(candidate):
+                    best = min(best, candidate.per_sample)
+                yield candidate
+
         for mesh in self.request.meshes(limits):
             for plan in self.variants(mesh, pins):
                 first = self.price(plan)
                 if plan.byte_price == 0.0:
                     fastest.append(first)
                     least[mesh] = min(first.per_sample, least.get(mesh, math.inf))
-                for candidate in self.like(first):
-                    best = min(best, candidate.per_sample if self.fits(candidate) else math.inf)
-                    yield candidate
+                yield from like(first)
         for first in sorted(fastest, key=lambda c: least[c.plan.mesh]):
             if self.worth_sparing(least[first.plan.mesh], best) and not self.fits(first):
                 for plan in self.sparing(first):
-                    for candidate in self.like(self.price(plan)):
-                        best = min(best, candidate.per_sample if self.fits(candidate) else math.inf)
-                        yield candidate
+                    yield from like(self.price(plan))
 
     @staticmethod
     def worth_sparing(least: float, best: float) -> bool:

@@ -76,7 +76,7 @@ def choose(
     if again is not None:
         return again
     candidates = sorted(search.candidates(), key=lambda c: (c.per_sample, c.predicted.peak_bytes, c.plan.mesh.axes))
-    fitting = [c for c in candidates if c.predicted.peak_bytes <= limit]
+    fitting = [c for c in candidates if search.fits(c)]
     if not fitting:
         raise DoesNotFit(why_nothing_fits(search, candidates, limit))
     best = fitting[0]

@@ -28,8 +28,8 @@ Use = tuple[fx.Node, int]
 @dataclass(frozen=True)
 class Keeping:
     """uses: of each value that some backward needs, by node and number of the result, the operands that need it; () where it is an
-    op's own result. rebuilt: values that need not be kept as they are made. returned: by the model, there until the step ends.
-    gradients: `_gradients`, of the backwards."""
+    op's own result. rebuilt: values that need not be kept as they are made. returned: what else is there until the step ends, for
+    the model returns it. gradients: `_gradients`, of the backwards."""
 
     uses: Mapping[tuple[fx.Node, int], tuple[Use, ...]]
     rebuilt: frozenset[tuple[fx.Node, int]]
@@ -59,7 +59,8 @@ def keeping(calls: Calls) -> Keeping:
                 rebuilt.add(value)
     returned = _returned(calls)
     kept = {value: tuple(found) for value, found in uses.items()}
-    return Keeping(kept, frozenset(rebuilt), returned, _gradients(calls, _written_over(calls, returned)))
+    others = frozenset(value for value in returned - (kept.keys() - rebuilt) if value[0] in calls)
+    return Keeping(kept, frozenset(rebuilt), others, _gradients(calls, _written_over(calls, returned)))
 
 
 def _returned(calls: Calls) -> frozenset[tuple[fx.Node, int]]:
@@ -110,10 +111,9 @@ def kept_values(calls: Calls, kept: Keeping, placement: Placement | None, axis: 
             shares.discard(own)
             total = 0.0 if (node, k) in kept.rebuilt else size * own
         yield node, total + size * sum(shares)
-    for node, k in kept.returned - (kept.uses.keys() - kept.rebuilt):
-        if node in calls:
-            made = placement.choice[node.name].outs[k] if placement else I
-            yield node, size_of(calls[node][0].results[k]) * held(made, axis)
+    for node, k in kept.returned:
+        made = placement.choice[node.name].outs[k] if placement else I
+        yield node, size_of(calls[node][0].results[k]) * held(made, axis)
 
 
 def kept_at(calls: Calls, kept: Keeping) -> list[KeptAt]:
@@ -122,9 +122,8 @@ def kept_at(calls: Calls, kept: Keeping) -> list[KeptAt]:
     for (node, k), uses in kept.uses.items():
         size = float(size_of(calls[node][0].results[k]))
         found.append(KeptAt(size, uses or (_result(calls, node, k),), (node, k) in kept.rebuilt))
-    for node, k in kept.returned - (kept.uses.keys() - kept.rebuilt):
-        if node in calls:
-            found.append(KeptAt(float(size_of(calls[node][0].results[k])), (_result(calls, node, k),)))
+    for node, k in kept.returned:
+        found.append(KeptAt(float(size_of(calls[node][0].results[k])), (_result(calls, node, k),)))
     return found
 
 

@@ -145,7 +145,6 @@ class TensorAxis:
         self._placements: dict[tuple[int, Layouts, Load], Placement] = {}
         self._costs: dict[tuple[int, Layouts, Load], PlacedCost] = {}
         self._fronts: dict[tuple[int, Load, float], list[Layouts]] = {}
-        self._kept_at = kept_at(calls, kept)
 
     def front(self, size: int, load: Load, kept: float = 0.0) -> list[Layouts]:
         """Any layouts: the corners of the Pareto front of time and bytes, the fastest first.
@@ -182,8 +181,13 @@ class TensorAxis:
         key = self._key(size, layouts, load)
         if size > 1 and key not in self._placements:
             seconds = self._seconds_of(size, key[2])
-            self._placements[key] = tensor_placement(self.gm, self.loss, size, layouts, seconds, self.calls, kept=self._kept_at)
+            kept = self._kept_at if layouts.kept_price else ()
+            self._placements[key] = tensor_placement(self.gm, self.loss, size, layouts, seconds, self.calls, kept=kept)
         return self._placements.get(key)
+
+    @cached_property
+    def _kept_at(self) -> list[KeptAt]:
+        return kept_at(self.calls, self.kept)
 
     @cached_property
     def whole_activations(self) -> float:
