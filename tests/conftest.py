@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -19,6 +20,16 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--ops", action="store_true", help="sharding rules over all of PyTorch's samples, not a tenth of them")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one model run in one process, which captures it once and differentiates its blocks once."""
+    for item in items:
+        call: Any = getattr(item, "callspec", None)
+        model = call.params.get("model") if call is not None else None
+        if isinstance(model, str):
+            item.add_marker(pytest.mark.xdist_group(model))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

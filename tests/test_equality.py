@@ -50,8 +50,8 @@ TEMPLATES = Templates(Values())
 
 
 @cache
-def case_of(model: str) -> Case:
-    return prepare(*zoo.MODELS[model]())
+def case_of(model: str, **options: Any) -> Case:
+    return prepare(*zoo.MODELS[model](**options))
 
 
 def check(case: Case, plan: Plan) -> None:
@@ -139,7 +139,7 @@ MIXES = ["sp4", "zero3tp2", "dp2tp2pp2"]
 def test_equals_one_device_with_dropout(model: str, strategy: str) -> None:
     """Four layers: repeated ones share every decision, and no number that they draw. Two mixes for each model."""
     axes, options = STRATEGIES[strategy]
-    check(prepare(*zoo.MODELS[model](layers=4, dropout=0.2)), Plan(mesh(**axes), **options))
+    check(case_of(model, layers=4, dropout=0.2), Plan(mesh(**axes), **options))
 
 
 @pytest.mark.parametrize("model", MODELS)

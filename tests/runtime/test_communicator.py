@@ -20,6 +20,8 @@ from shardwright.runtime.transports import reduce_rows
 
 HERE = Path(__file__).parent
 
+over_processes = pytest.mark.xdist_group("communicator over processes")  # all in one, which starts them
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str, str]]:
@@ -42,16 +44,19 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str, str]
     return [(process.returncode, *text) for process, text in zip(processes, texts, strict=True)]
 
 
+@over_processes
 def test_collectives_and_transfers(ranks: list[tuple[int, str, str]]) -> None:
     for _, out, err in ranks:
         assert "collectives are right" in out, err
 
 
+@over_processes
 def test_a_program_over_processes(ranks: list[tuple[int, str, str]]) -> None:
     for _, out, err in ranks:
         assert "the program is right" in out, err
 
 
+@over_processes
 def test_a_lost_peer(ranks: list[tuple[int, str, str]]) -> None:
     """The others name the collective, the axis, themselves and the reason, at once, and exit with an error."""
     assert ranks[3][0] == -signal.SIGKILL

@@ -143,6 +143,9 @@ def test_which_layouts_dtensor_can_hold() -> None:
 # --- over processes -------------------------------------------------------------------------------------------------
 
 
+over_processes = pytest.mark.xdist_group("state over processes")  # all in one, which starts them
+
+
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str, str]]:
     """Exit status, standard output and standard error of the four processes of `state_worker`."""
@@ -161,6 +164,7 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str, 
     return [(process.returncode, *text) for process, text in zip(started, texts, strict=True)]
 
 
+@over_processes
 @pytest.mark.parametrize("what", [f"{name} is right" for name in NAMES] + ["ranks that differ are named"])
 def test_over_processes(processes: list[tuple[int, str, str]], what: str) -> None:
     """DTensors under the model's names, saved and loaded by torch.distributed.checkpoint."""
@@ -168,6 +172,7 @@ def test_over_processes(processes: list[tuple[int, str, str]], what: str) -> Non
         assert what in out, err[-3000:]
 
 
+@over_processes
 def test_an_exception_on_one_rank_is_quoted_by_the_others(processes: list[tuple[int, str, str]]) -> None:
     for rank, (status, _, err) in enumerate(processes):
         assert status == 1, err
