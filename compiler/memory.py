@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from ..runtime.program import Cut, Instruction, Key, RankProgram, TensorSpec
-from ..runtime.reuse import donated, owner, placeholders_at, reused
+from ..runtime.reuse import donated, memories, owner, placeholders_at, reused
 
 STEPWISE = ("param.", "buffer.", "const.", "prologue.", "grad.param.", "out.")
 MICROBATCH = "mb"
@@ -203,10 +203,7 @@ def temporary_bytes(gm: fx.GraphModule, given: Collection[fx.Node] = ()) -> floa
     """
     nodes = list(gm.graph.nodes)
     over = reused(nodes, given)
-    memory: dict[fx.Node, fx.Node] = {}
-    for node in nodes:
-        source = node.args[over[node]] if node in over else owner(node)
-        memory[node] = node if source is node else memory[source]  # type: ignore[index]
+    memory = memories(nodes, over)
     kept = {memory[node] for node in next(node for node in nodes if node.op == "output").all_input_nodes}
     position = {node: i for i, node in enumerate(nodes)}
     last = {memory[operand]: i for i, node in enumerate(nodes) for operand in node.all_input_nodes}

@@ -14,6 +14,7 @@ import linecache
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import count
 from types import CodeType
 from typing import Any
 
@@ -25,7 +26,8 @@ from .direct import OpOverload, direct_namespaces, op_path
 from .errors import GRAPH_MARK, ShardwrightError
 from .homes import product_into
 from .program import GraphSpec, RankProgram, TensorSpec
-from .reuse import IN_PLACE, placeholders_at, reused
+from .recycle import INTO, recycled
+from .reuse import placeholders_at, result_nodes, reused
 
 GraphFunction = Callable[[list[Any]], tuple[Any, ...]]
 
@@ -78,10 +80,11 @@ def graph_text(
     """One graph as a Python module with the function `forward`. See `compile_graph` for what it raises.
 
     namespaces  renames op namespaces, for a saved program whose copies of the ops must not clash with the installed ones
-    donated     with results written over operands that nothing reads any more (`reuse.py`), these inputs among them
+    donated     with results written over values that nothing reads any more (`reuse.py`, `recycle.py`), these inputs among them
     """
     header = _header([spec], device, namespaces or {})
-    return "\n".join([*header, f"{GRAPH_MARK} = {name!r}", "", "", *_function(spec, "forward", products, donated)]) + "\n"
+    into = _into(spec, donated, products, device) if donated is not None else {}
+    return "\n".join([*header, f"{GRAPH_MARK} = {name!r}", "", "", *_function(spec, "forward", products, into)]) + "\n"
 
 
 def program_text(program: RankProgram) -> str:
@@ -242,26 +245,39 @@ def _names(nodes: Iterable[Node], taken: set[str]) -> dict[Node, str]:
     return names
 
 
-def _last_uses(nodes: list[Node]) -> dict[Node, list[Node]]:
-    """For each node, the values that it is the last to read. What nobody reads is not listed."""
+def _into(spec: GraphSpec, donated: frozenset[int], products: frozenset[int], device: str) -> dict[Node, Node]:
+    """The values into whose memory nodes write their results."""
+    nodes, given = list(spec.graph.graph.nodes), placeholders_at(spec, donated)
+    over = reused(nodes, given)
+    found: dict[Node, Any] = {node: node.args[i] for node, i in over.items()}
+    if torch.device(device).type == "cpu":
+        results = zip(count(), spec.outputs, result_nodes(spec.graph), strict=False)
+        apart = {node for i, key, node in results if node is not None and (i in products or key.startswith("out."))}
+        found |= recycled(nodes, over, given, apart)
+    return found
+
+
+def _last_uses(nodes: list[Node], into: Mapping[Node, Node]) -> dict[Node, list[Node]]:
+    """For each node, the values that it is the last to read, or to write its result `into`. What nobody reads is not listed."""
     dying: dict[Node, list[Node]] = {}
     seen: set[Node] = set()
     for node in reversed(nodes):
-        fresh = [value for value in node.all_input_nodes if value not in seen]
+        read = [*node.all_input_nodes, *([into[node]] if node in into else [])]
+        fresh = [value for value in dict.fromkeys(read) if value not in seen]
         seen.update(fresh)
         dying[node] = fresh
     return dying
 
 
 def _function(
-    spec: GraphSpec, function: str, products: frozenset[int] = frozenset(), donated: frozenset[int] | None = None
+    spec: GraphSpec, function: str, products: frozenset[int] = frozenset(), into: Mapping[Node, Node] | None = None
 ) -> list[str]:
+    into = into or {}
     nodes = list(spec.graph.graph.nodes)
     placed = {nodes[-1].args[0][i]: i for i in products}
     used_namespaces = {op_path(n.target)[0] for n in nodes if isinstance(n.target, OpOverload)}
     names = _names(nodes, _RESERVED | used_namespaces)
-    dying = _last_uses(nodes)
-    over = reused(nodes, placeholders_at(spec, donated)) if donated is not None else {}
+    dying = _last_uses(nodes, into)
     keys = iter(spec.inputs)
     lines = [f"def {function}(args: list) -> tuple:", "    args.reverse()", *(["    into = args.pop()"] if placed else [])]
     module = source = None
@@ -285,7 +301,7 @@ def _function(
         if where[1] and where[1] != source:
             source = where[1]
             lines.append(f"    # {' '.join(str(source).split())}")
-        lines.append(f"    {_statement(node, names, dying[node], placed.get(node), over.get(node))}")
+        lines.append(f"    {_statement(node, names, dying[node], placed.get(node), into.get(node))}")
     if next(keys, None) is not None:
         raise ShardwrightError(f"the graph has fewer placeholders than the {len(spec.inputs)} inputs it is given keys for")
     return lines
@@ -299,8 +315,9 @@ def _returned(node: Node, names: Mapping[Node, str], spec: GraphSpec) -> str:
     return _literal(tuple(values), names) + keys
 
 
-def _statement(node: Node, names: Mapping[Node, str], dying: list[Node], place: int | None = None, over: int | None = None) -> str:
-    """The line of a node. place: where among `into` its memory stands; over: position of the operand that it is written over."""
+def _statement(node: Node, names: Mapping[Node, str], dying: list[Node], place: int | None = None, into: Node | None = None) -> str:
+    """The line of a node. place: where among the memory that the graph is given that for its result stands; into: the value that it
+    is written over."""
     if node.op == "get_attr":
         right = f"constants[{str(node.target)!r}]"
     elif node.op != "call_function":
@@ -316,9 +333,11 @@ def _statement(node: Node, names: Mapping[Node, str], dying: list[Node], place: 
         right = f"{_callee(node)}({', '.join(arguments)})"
         if place is not None:
             right = f"product_into({', '.join(arguments)}, into[{place}])"
-        elif over is not None:
-            how = IN_PLACE[node.target]
-            right = f"{how.callee}({', '.join(arguments)}, {how.keyword}={arguments[over]})"
+        elif into is not None:
+            how = INTO[node.target]
+            shape, had = (tuple(map(int, n.meta["val"].shape)) for n in (node, into))
+            memory = names[into] if shape == had else f"{names[into]}.view({shape})"
+            right = f"{how.callee}({', '.join(arguments)}, {how.keyword}={memory})"
     text = f"{names[node]} = {right}" if node.users else right
     if dying:
         text += f"; del {', '.join(names[value] for value in dying)}"

@@ -95,7 +95,7 @@ def reused(nodes: Iterable[Node], given: Collection[Node] = ()) -> dict[Node, in
     for node in nodes:
         for operand in node.all_input_nodes:
             last[owners[operand]] = node
-    lent = _lent(nodes)
+    seen = lent(nodes)
     found: dict[Node, int] = {}
     for node in nodes:
         how = IN_PLACE.get(node.target)
@@ -106,14 +106,23 @@ def reused(nodes: Iterable[Node], given: Collection[Node] = ()) -> dict[Node, in
                 continue
             memory = owners[operand]
             alone = all(x is None or k == i or owners[x] is not memory for k, x in enumerate(operands))
-            free = memory not in lent and (memory in given or makes_memory(memory))
+            free = memory not in seen and (memory in given or makes_memory(memory))
             if free and alone and last[memory] is node:
                 found[node] = i
                 break
     return found
 
 
-def _lent(nodes: Iterable[Node]) -> set[Node]:
+def memories(nodes: Iterable[Node], over: Mapping[Node, int]) -> dict[Node, Node]:
+    """By value, the node that took the memory in which it lies, where the nodes in `over` write over operands."""
+    found: dict[Node, Node] = {}
+    for node in nodes:
+        source = node.args[over[node]] if node in over else owner(node)
+        found[node] = node if source is node else found[source]  # type: ignore[index]
+    return found
+
+
+def lent(nodes: Iterable[Node]) -> set[Node]:
     """Owners of memory that ops of users have seen."""
     foreign = (n for n in nodes if n.op == "call_function" and _is_foreign(n.target))
     return {owner(operand) for node in foreign for operand in node.all_input_nodes}
@@ -147,11 +156,11 @@ def donated(program: RankProgram) -> dict[str, frozenset[int]]:
 def _own_outputs(spec: GraphSpec) -> list[Key]:
     """Those that lie in memory that the graph has made and that no other output shows."""
     owners = [owner(n) if n is not None else None for n in result_nodes(spec.graph)]
-    shown, lent = Counter(owners), _lent(spec.graph.graph.nodes)
+    shown, seen = Counter(owners), lent(spec.graph.graph.nodes)
     return [
         key
         for key, memory in zip(spec.outputs, owners, strict=False)
-        if memory is not None and shown[memory] == 1 and memory not in lent and makes_memory(memory)
+        if memory is not None and shown[memory] == 1 and memory not in seen and makes_memory(memory)
     ]
 
 

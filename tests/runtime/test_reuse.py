@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from hand_built import graph, one_rank
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx.node import map_arg
 
 from shardwright.passes.ops.collectives import StaticCommunicator, ops, use_communicator
+from shardwright.runtime import recycle
 from shardwright.runtime.direct import direct
 from shardwright.runtime.emit_python import compile_graph, graph_text
 from shardwright.runtime.program import GraphSpec, InputSpec, OutputSpec, RankProgram
@@ -40,7 +42,7 @@ class Builder:
 
     def call(self, op: Any, *args: Any) -> Node:
         node = self.graph.call_function(op, args)
-        values = [a.meta["val"] if isinstance(a, Node) else a for a in args]
+        values = map_arg(args, lambda n: n.meta["val"])
         node.meta["val"] = op(*values)
         self.nodes.append(node)
         return node
@@ -48,10 +50,19 @@ class Builder:
     def spec(self, *outputs: Node) -> GraphSpec:
         self.graph.output(tuple(outputs))
         inputs = [f"input.x{i}" for i in range(len(self.inputs))]
-        return GraphSpec(GraphModule(torch.nn.Module(), self.graph), tuple(inputs), tuple(f"out.{i}" for i in range(len(outputs))))
+        return GraphSpec(
+            GraphModule(torch.nn.Module(), self.graph), tuple(inputs), tuple(f"saved.{i}" for i in range(len(outputs)))
+        )
 
     def over(self) -> dict[Node, int]:
         return reused(self.graph.nodes)
+
+
+def batches(built: Builder, x: Node, y: Node) -> Node:
+    """[2, 2, 6]: each half of the rows of `x`, times its products with those of `y`."""
+    first, second = (built.call(aten.view.default, built.call(aten.clone.default, n), [2, 2, 6]) for n in (x, y))
+    products = built.call(aten.bmm.default, first, built.call(aten.transpose.int, second, 1, 2))
+    return built.call(aten.bmm.default, products, second)
 
 
 def random(*shape: int) -> Tensor:
@@ -68,11 +79,17 @@ def check(built: Builder, *outputs: Node) -> None:
     assert all(torch.equal(a, b) for a, b in zip(given_, built.inputs, strict=True))
 
 
-KINDS = ("mul", "addcmul", "neg", "pow", "addmm", "tanh_backward", "view", "t", "split", "sum", "clone")
+KINDS = ("mul", "addcmul", "neg", "pow", "addmm", "mm", "bmm", "cat", "silu", "tanh_backward", "view", "t", "split", "sum", "clone")
+
+
+@pytest.fixture
+def smallest_of_a_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recycle, "SMALLEST", 1)
 
 
 @given(st.lists(st.tuples(st.sampled_from(KINDS), *[st.integers(0, 30)] * 3), min_size=3, max_size=14), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.usefixtures("smallest_of_a_byte")
 def test_random_graphs_give_the_same(steps: list[tuple[str, int, int, int]], data: st.DataObject) -> None:
     torch.manual_seed(0)
     built = Builder(random(*SHAPE), random(*SHAPE), random(6, 6))
@@ -84,8 +101,15 @@ def test_random_graphs_give_the_same(steps: list[tuple[str, int, int, int]], dat
                 built.call(getattr(aten, kind).Tensor if kind == "mul" else aten.tanh_backward.default, x, y)
             case "addcmul":
                 built.call(aten.addcmul.default, x, y, z)
-            case "neg":
-                built.call(aten.neg.default, x)
+            case "neg" | "silu":
+                built.call(getattr(aten, kind).default, x)
+            case "mm":
+                built.call(aten.mm.default, x, built.nodes[2])
+            case "bmm":
+                built.call(aten.view.default, batches(built, x, y), [*SHAPE])
+            case "cat":
+                halves = (built.call(aten.slice.Tensor, n, 0, start, start + 2) for n, start in ((x, 0), (y, 2)))
+                built.call(aten.cat.default, [*halves])
             case "pow":
                 built.call(aten.pow.Tensor_Scalar, x, 2)
             case "addmm":
