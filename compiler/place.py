@@ -1,6 +1,6 @@
-"""Choose the strategy of every node along one axis: builds the assignment problem from a graph, and reads the answer.
+"""Choose the strategy of every node along one axis: builds the assignment problem from what is offered, and reads the answer.
 
-Nodes at the same position of identical blocks (meta["blocks"] of the graph) are one decision; costs count them all.
+Costs count all nodes at the same position of identical blocks, which are one decision.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
 
 import numpy as np
 from torch import fx
@@ -18,21 +17,17 @@ from ..passes.graph_tools import Calls, is_getitem, is_parameter, metas, op_call
 from ..passes.prologue import TIME
 from ..passes.rules.base import (
     Axis,
-    OpCall,
     Strategy,
     TensorMeta,
-    find_rule,
-    strategies,
 )
 from ..passes.shard import ShardingError
-from ..passes.splits import Cuts, Site, Value, spread
-from ..passes.types import I, Partial, R, Type, Varying, even_sections
+from ..passes.splits import Value
+from ..passes.types import I, Partial, R, Type, Varying
 from .assign import AssignError, Problem, Solution, Use, relative_gap, solve
 from .assign import Value as AssignValue
 from .needs import gathered_again
+from .offers import Decision, Offers, Role, canonical, offers
 from .prices import Prices, held, size_of
-
-Role = Literal["data", "time", "tensor"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +93,7 @@ def place(
     barred: Barred | None = None,
     like: Placement | None = None,
     kept: Sequence[KeptAt] = (),
+    offered: Offers | None = None,
 ) -> Placement:
     """The cheapest placement of `gm` along `axis`. Raises ShardingError naming the node where none exists.
 
@@ -105,9 +101,11 @@ def place(
     barred    what is left out of the search (for a node of a repeated block, in all of its repetitions)
     like      a placement of the same graph in other shapes: this one shards the same dims
     kept      what the policy's `kept_price` is paid for (compiler/keeping.py)
+    offered   `offers(...)`, where the caller has it
     """
-    builder = _Builder(gm, axis, policy, prices, op_calls(gm) if calls is None else calls, kept)
-    builder.read()
+    calls = op_calls(gm) if calls is None else calls
+    offered = offered or offers(gm, axis, calls, policy.role, policy.pinned, policy.slices)
+    builder = _Builder(gm, axis, policy, prices, calls, offered, kept)
     for name, left_out in (barred or {}).items():
         builder.bar(name, left_out)
     if like is not None:
@@ -134,152 +132,49 @@ def _alike(one: Strategy, other: Strategy | None) -> bool:
     )
 
 
-_Uses = tuple[tuple[int, int], ...]
-"""Those who read a value: indices of decisions (or outputs), and which of their operands it is."""
-
-
-@dataclass
-class _Decision:
-    """One node, standing for all nodes at the same place of identical blocks.
-
-    options     what may be chosen, of all that is offered
-    operands    its own
-    places      how many of the nodes take which operands: later ones have others where one block hands values to the next
-    """
-
-    name: str
-    node: fx.Node
-    options: list[Strategy]
-    values: tuple[Value, ...] = ()
-    operands: tuple[Value, ...] = ()
-    places: Counter[tuple[Value, ...]] = field(default_factory=Counter)
-    call: OpCall | None = None
-    site: Site | None = None
-    offered: Sequence[Strategy] = ()
-
-
 class _Builder:
     def __init__(
-        self, gm: fx.GraphModule, axis: Axis, policy: Policy, prices: Prices, calls: Calls, kept: Sequence[KeptAt]
+        self, gm: fx.GraphModule, axis: Axis, policy: Policy, prices: Prices, calls: Calls, offers: Offers, kept: Sequence[KeptAt]
     ) -> None:
-        self.gm, self.axis, self.policy, self.prices, self.calls, self.kept = gm, axis, policy, prices, calls, kept
-        self.decisions: dict[str, _Decision] = {}
-        self.meta: dict[Value, TensorMeta] = {}
-        self.twins: Mapping[str, str] = gm.meta.get("twins", {})  # node name -> name of the first node at its place
+        self.gm, self.axis, self.policy, self.prices = gm, axis, policy, prices
+        self.calls, self.offers, self.kept = calls, offers, kept
+        self.decisions, self.meta = offers.decisions, offers.meta
+        self.order = list(offers.decisions.values())
+        self.options = [d.offered for d in self.order]
         self.output = next(n for n in gm.graph.nodes if n.op == "output")
         self.followed: Placement | None = None
 
-    def first(self, node: fx.Node) -> str:
-        return self.twins.get(node.name, node.name)
-
-    def value_of(self, node: fx.Node) -> Value:
-        if is_getitem(node):
-            return self.first(node.args[0]), int(node.args[1])  # type: ignore[arg-type]
-        return self.first(node), 0
-
-    def read(self) -> None:
-        """Decisions with their options, from the rules."""
-        given: dict[Value, Varying] = {}
-        sites: list[Site] = []
-        for node in self.gm.graph.nodes:
-            name = self.first(node)
-            if node.op == "output" or is_getitem(node):
-                continue
-            operands = tuple(self.value_of(n) for n in self.calls[node][1]) if node.op != "placeholder" else ()
-            if name in self.decisions:
-                self.decisions[name].places[operands] += 1
-                continue
-            results = {(name, k): m for k, m in enumerate(metas(node))}
-            self.meta.update(results)
-            decision = _Decision(name, node, [], tuple(results), operands, Counter([operands]))
-            self.decisions[name] = decision
-            if node.op == "placeholder":
-                pinned = self.policy.pinned.get(node.meta["key"]) or self.policy.slices.get(node.meta["key"])
-                if isinstance(pinned, Varying):
-                    given[name, 0] = pinned
-                continue
-            decision.call = self.calls[node][0]
-            sites.append(Site(decision.call, find_rule(decision.call, self.axis), operands, decision.values))
-        again = [replace(s, operands=o) for s in sites for o in self.decisions[s.results[0][0]].places if o != s.operands]
-        self.cuts = cuts = spread((*sites, *again), self.axis, Cuts(given))
-        for site in sites:
-            decision = self.decisions[site.results[0][0]]
-            decision.site = site
-            decision.options = self._options(site, cuts)
-        for decision in self.decisions.values():
-            if decision.node.op == "placeholder":
-                decision.options = [Strategy(str(t), (), (t,)) for t in self._placeholder_types(decision, cuts)]
-            decision.offered = tuple(decision.options)
-
     def bar(self, name: str, left_out: Sequence[tuple[Type, ...]]) -> None:
-        decision = self.decisions[self.twins.get(name, name)]
-        decision.options = [s for s in decision.options if s.outs not in left_out]
-        if not decision.options:
+        decision = self.decisions[self.offers.twins.get(name, name)]
+        left = self.options[decision.index] = [s for s in self.options[decision.index] if s.outs not in left_out]
+        if not left:
             raise ShardingError(f"{where(decision.node)} has no other placement over axis {self.axis.name!r}")
 
     def follow(self, like: Placement) -> None:
         """Leave the options that are of the kinds that `like` chose."""
         self.followed = like
-        for decision in self.decisions.values():
-            if decision.node.op == "placeholder":
-                given = _kinds((like.placeholders[decision.node.meta["key"]],))
-                same = [s for s in decision.options if _kinds(s.outs) == given]
+        for d in self.order:
+            options = self.options[d.index]
+            if d.node.op == "placeholder":
+                given = _kinds((like.placeholders[d.node.meta["key"]],))
+                same = [s for s in options if _kinds(s.outs) == given]
             else:
-                chosen = like.choice.get(decision.name)
-                same = [s for s in decision.options if _alike(s, chosen)]
+                chosen = like.choice.get(d.name)
+                same = [s for s in options if _alike(s, chosen)]
                 if not same and chosen is not None:  # by another factor, where a dim of one sample was none
-                    same = [
-                        s for s in decision.options if (_kinds(s.ins), _kinds(s.outs)) == (_kinds(chosen.ins), _kinds(chosen.outs))
-                    ]
+                    same = [s for s in options if (_kinds(s.ins), _kinds(s.outs)) == (_kinds(chosen.ins), _kinds(chosen.outs))]
             # What is exchanged may differ where there is none, and is found out (passes/check_schedules.py).
-            decision.options = same or decision.options
-
-    def _options(self, site: Site, cuts: Cuts) -> list[Strategy]:
-        assert site.call is not None
-        seen: dict[Any, Strategy] = {}
-        for s in strategies(site.call, self.axis, cuts.of(site), site.rule):
-            ins = tuple(self._canonical(t, m.grad) for t, m in zip(s.ins, site.call.operands, strict=True))
-            outs = tuple(self._canonical(t, m.grad) for t, m in zip(s.outs, site.call.results, strict=True))
-            seen.setdefault((ins, outs), s)
-        return list(seen.values())
-
-    @staticmethod
-    def _canonical(type_: Type, grad: bool) -> Type:
-        return I if type_ == R and not grad else type_
-
-    def _placeholder_types(self, decision: _Decision, cuts: Cuts) -> list[Type]:
-        node = decision.node
-        key, meta = node.meta["key"], metas(node)[0]
-        if key in self.policy.pinned:
-            return [self.policy.pinned[key]]
-        if not key.startswith("param."):
-            return [I]
-        whole: Type = R if meta.grad else I
-        if self.policy.role != "tensor":
-            return [whole]
-        types: list[Type] = [I] if whole == I else [I, R]
-        for dim, size in enumerate(meta.shape):
-            if size >= self.axis.size > 1:
-                types.append(Varying(dim, even_sections(size, self.axis.size)))
-            for sections in cuts.known.get(((decision.name, 0), dim), ()):
-                if all(sum(column) for column in zip(*sections, strict=True)):
-                    types.append(Varying(dim, sections))
-        return types
+            self.options[d.index] = same or options
 
     def problem(self) -> Problem:
-        self.order = list(self.decisions.values())
-        self.index = {d.name: i for i, d in enumerate(self.order)}
         costs = [self._option_costs(d) for d in self.order]
-        self.exits: list[tuple[int, Value]] = []
         self.exit_types: dict[int, list[Type]] = {}
-        for k, result in enumerate(self.output.args[0]):  # type: ignore[arg-type]
-            value = self.value_of(result)  # type: ignore[arg-type]
+        for k, value in enumerate(self.offers.exits):
             self.exit_types[len(costs)] = types = self._output_types(k, value)
-            self.exits.append((len(costs), value))
             costs.append(np.zeros(len(types)))
         values = [
             self._assign_value(value, count, [(node, self._needed(value, node, k)) for node, k in uses])
-            for (value, uses), count in self._uses().items()
+            for (value, uses), count in self.offers.uses.items()
         ]
         if self.policy.kept_price:
             self._price_kept(costs, values)
@@ -290,10 +185,10 @@ class _Builder:
         a choice of its own, from which each node may take as much or less."""
         sizes: dict[tuple[tuple[tuple[int, int], ...], bool], float] = {}
         for kept in self.kept:
-            key = tuple(dict.fromkeys((self.index[self.first(n)], k) for n, k in kept.places)), kept.rebuilt
+            key = tuple(dict.fromkeys((self.decisions[self.offers.first(n)].index, k) for n, k in kept.places)), kept.rebuilt
             sizes[key] = sizes.get(key, 0.0) + kept.size
         for (places, rebuilt), size in sizes.items():
-            shares = [[held((*s.ins, *s.outs)[k], self.axis) for s in self.order[i].options] for i, k in places]
+            shares = [[held((*s.ins, *s.outs)[k], self.axis) for s in self.options[i]] for i, k in places]
             levels = sorted({share for each in shares for share in each})
             prices = self.policy.kept_price * size * np.array([0.0, *levels[1:]] if rebuilt else levels)
             chosen = [tuple(map(levels.index, each)) for each in shares]
@@ -305,27 +200,11 @@ class _Builder:
             values.append(AssignValue(len(costs), tuple(range(len(levels))), takes, tuple(uses)))
             costs.append(prices)
 
-    def _uses(self) -> Counter[tuple[Value, _Uses]]:
-        """How many nodes at a value's place give it to the same uses. A block's last repetition may serve others than the first
-        ones do, and pays for the conversions that these need alone."""
-        uses: dict[tuple[fx.Node, int], dict[tuple[int, int], None]] = {}
-        for node in self.calls:
-            reader = self.index[self.first(node)]
-            for k, source in enumerate(self.calls[node][1]):
-                uses.setdefault(self._made_by(source), {})[reader, k] = None
-        for (reader, _), result in zip(self.exits, self.output.args[0], strict=True):  # type: ignore[arg-type]
-            uses.setdefault(self._made_by(result), {})[reader, 0] = None  # type: ignore[arg-type]
-        return Counter(((self.first(maker), k), tuple(found)) for (maker, k), found in uses.items())
-
-    @staticmethod
-    def _made_by(node: fx.Node) -> tuple[fx.Node, int]:
-        return (node.args[0], int(node.args[1])) if is_getitem(node) else (node, 0)  # type: ignore[arg-type,return-value]
-
     def _needed(self, value: Value, reader: int, k: int) -> list[Type]:
         """The types in which a reader needs operand k, which is `value`, under each of its strategies."""
         if reader in self.exit_types:
             return self.exit_types[reader]
-        return [self._canonical(s.ins[k], self.meta[value].grad) for s in self.order[reader].options]
+        return [canonical(s.ins[k], self.meta[value].grad) for s in self.options[reader]]
 
     def _output_types(self, k: int, value: Value) -> list[Type]:
         """How an output may leave: I; V as it was made; P for the loss, which the schedule reduces."""
@@ -349,7 +228,7 @@ class _Builder:
     def _assign_value(self, value: Value, count: int, uses: list[tuple[int, list[Type]]]) -> AssignValue:
         meta = self.meta[value]
         d = self.decisions[value[0]]
-        produced = [self._canonical(s.outs[value[1]], meta.grad) for s in d.options]
+        produced = [canonical(s.outs[value[1]], meta.grad) for s in self.options[d.index]]
         ids: dict[Type, int] = {}
         for t in (*produced, *(t for _, types in uses for t in types)):
             ids.setdefault(t, len(ids))
@@ -366,13 +245,13 @@ class _Builder:
                         price += self.prices.conversion(a, I, replace(meta, grad=False), self.axis, of_parameter)
                     conversion[i, j] = price * count
         return AssignValue(
-            self.index[d.name],
+            d.index,
             tuple(ids[t] for t in produced),
             conversion,
             tuple(Use(node, tuple(ids[t] for t in needed)) for node, needed in uses),
         )
 
-    def _allowed(self, a: Type, b: Type, meta: TensorMeta, d: _Decision) -> bool:
+    def _allowed(self, a: Type, b: Type, meta: TensorMeta, d: Decision) -> bool:
         """Conversions that the axis can make: over time only slices of what is known before the step; over data no other shares."""
         if self.policy.role == "time":
             if d.node.op == "placeholder":
@@ -402,18 +281,19 @@ class _Builder:
             return b == I or scattered
         return True
 
-    def _option_costs(self, d: _Decision) -> np.ndarray:
+    def _option_costs(self, d: Decision) -> np.ndarray:
+        options = self.options[d.index]
         if d.node.op == "placeholder":
             meta = metas(d.node)[0]
-            prices = [self.prices.placeholder(s.outs[0], meta, self.axis) + self._holding(s.outs[0], meta) for s in d.options]
+            prices = [self.prices.placeholder(s.outs[0], meta, self.axis) + self._holding(s.outs[0], meta) for s in options]
             return np.array(prices, dtype=float) * d.places.total()
         assert d.call is not None
         counts: Counter[tuple[bool, ...]] = Counter()
         for operands, count in d.places.items():
             counts[tuple(is_parameter(self.decisions[name].node) for name, _ in operands)] += count
-        total = np.zeros(len(d.options))
+        total = np.zeros(len(options))
         for from_parameters, count in counts.items():
-            total += count * np.array([self.prices.node(d.call, s, self.axis, from_parameters) for s in d.options], dtype=float)
+            total += count * np.array([self.prices.node(d.call, s, self.axis, from_parameters) for s in options], dtype=float)
         return total
 
     def _holding(self, type_: Type, meta: TensorMeta) -> float:
@@ -436,18 +316,18 @@ class _Builder:
         possible: dict[Value, set[Type]] = {}
         samples = {(d.name, 0) for d in self.order if d.node.op == "placeholder" and d.node.meta["key"] in self.policy.slices}
         for d in self.order:
-            feasible = (
-                d.options if d.node.op == "placeholder" else [s for s in d.options if self._reachable(d, s, possible, samples)]
-            )
+            feasible = self.options[d.index]
+            if d.node.op != "placeholder":
+                feasible = [s for s in feasible if self._reachable(d, s, possible, samples)]
             if samples & {*d.operands}:
                 samples |= {*d.values}
             if not feasible:
                 return self._summed_by(d, possible)
             for k, value in enumerate(d.values):
-                possible[value] = {self._canonical(s.outs[k], self.meta[value].grad) for s in feasible}
+                possible[value] = {canonical(s.outs[k], self.meta[value].grad) for s in feasible}
         return None
 
-    def _reachable(self, d: _Decision, s: Strategy, possible: Mapping[Value, set[Type]], samples: set[Value]) -> bool:
+    def _reachable(self, d: Decision, s: Strategy, possible: Mapping[Value, set[Type]], samples: set[Value]) -> bool:
         def reached(value: Value, need: Type) -> bool:
             meta, maker = self.meta[value], self.decisions[value[0]]
             if meta.grad and value in samples and need == R:
@@ -459,26 +339,18 @@ class _Builder:
 
         return all(reached(value, need) for value, need in zip(d.operands, s.ins, strict=True))
 
-    def _summed_by(self, d: _Decision, possible: Mapping[Value, set[Type]]) -> fx.Node:
+    def _summed_by(self, d: Decision, possible: Mapping[Value, set[Type]]) -> fx.Node:
         partial = next((v for v in d.operands if all(isinstance(t, Partial) for t in possible[v])), None)
         return d.node if partial is None else self._summed_by(self.decisions[partial[0]], possible)
 
-    def _own(self, node: fx.Node, strategy: Strategy) -> Strategy:
-        """What the strategy of the first node at its place is for `node`: the same, but where it says what to run and the calls
-        differ, as those of random ops do by their site."""
-        decision, call = self.decisions[self.first(node)], self.calls[node][0]
-        if strategy.target is None or decision.site is None or call == decision.call:
-            return strategy
-        types = strategy.ins, strategy.outs
-        return next(s for s in self._options(replace(decision.site, call=call), self.cuts) if (s.ins, s.outs) == types)
-
     def placement(self, solution: Solution) -> Placement:
-        chosen = {d.name: d.options[solution.choice[i]] for i, d in enumerate(self.order)}
+        first = self.offers.first
+        chosen = {d.name: self.options[d.index][solution.choice[d.index]] for d in self.order}
         choice, placeholders = {}, {}
         for node in self.gm.graph.nodes:
             if node.op == "placeholder":
-                placeholders[node.meta["key"]] = chosen[self.first(node)].outs[0]
+                placeholders[node.meta["key"]] = chosen[first(node)].outs[0]
             elif node.op != "output" and not is_getitem(node):
-                choice[node.name] = self._own(node, chosen[self.first(node)])
-        outputs = {k: self.exit_types[node][solution.choice[node]] for k, (node, _) in enumerate(self.exits)}
+                choice[node.name] = self.offers.own(chosen[first(node)], node, self.calls[node][0])
+        outputs = {k: types[solution.choice[end]] for k, (end, types) in enumerate(self.exit_types.items())}
         return Placement(self.axis, choice, placeholders, outputs, solution.cost, solution.bound)

@@ -23,6 +23,7 @@ from ..passes.types import Type
 from ..runtime.program import Mesh
 from .cost import Seconds, size_of
 from .keeping import Keeping, keeping, kept_at, kept_bytes
+from .offers import Offers, offers
 from .place import Barred, KeptAt, Placement, Policy, place
 from .placed_cost import PlacedCost, placed_cost
 from .plan import Plan
@@ -70,18 +71,20 @@ def tensor_placement(
     barred: Barred | None = None,
     pinned: Mapping[str, Type] | None = None,
     kept: Sequence[KeptAt] = (),
+    offered: Offers | None = None,
 ) -> Placement:
     """The placement over an axis tp of `size` ranks.
 
     seconds    of a mesh with that axis; None is enough for Megatron's layouts
     barred, calls      as `place` takes them       pinned    types of parameters, by name
     kept       `kept_at(...)`, where the caller has it and the layouts' `kept_price` needs it
+    offered    as `place` takes it
     """
     policy = layouts.policy(loss, pinned or {}, seconds.share if seconds is not None else 1.0)
     if policy.kept_price and not kept:
         calls = op_calls(gm) if calls is None else calls
         kept = kept_at(calls, keeping(calls))
-    return place(gm, Axis("tp", size), policy, layouts.prices(seconds), calls, barred, kept=kept)
+    return place(gm, Axis("tp", size), policy, layouts.prices(seconds), calls, barred, kept=kept, offered=offered)
 
 
 DEAR = 10.0
@@ -144,6 +147,7 @@ class TensorAxis:
         self._seconds: dict[tuple[int, Load], Seconds] = {}
         self._placements: dict[tuple[int, Layouts, Load], Placement] = {}
         self._costs: dict[tuple[int, Layouts, Load], PlacedCost] = {}
+        self._offered: dict[int, Offers] = {}
         self._fronts: dict[tuple[int, Load, float], list[Layouts]] = {}
 
     def front(self, size: int, load: Load, kept: float = 0.0) -> list[Layouts]:
@@ -182,8 +186,15 @@ class TensorAxis:
         if size > 1 and key not in self._placements:
             seconds = self._seconds_of(size, key[2])
             kept = self._kept_at if layouts.kept_price else ()
-            self._placements[key] = tensor_placement(self.gm, self.loss, size, layouts, seconds, self.calls, kept=kept)
+            self._placements[key] = tensor_placement(
+                self.gm, self.loss, size, layouts, seconds, self.calls, kept=kept, offered=self._offers(size)
+            )
         return self._placements.get(key)
+
+    def _offers(self, size: int) -> Offers:
+        if size not in self._offered:
+            self._offered[size] = offers(self.gm, Axis("tp", size), self.calls, "tensor")
+        return self._offered[size]
 
     @cached_property
     def _kept_at(self) -> list[KeptAt]:

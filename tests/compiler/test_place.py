@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -28,6 +28,7 @@ from shardwright.compiler.cost import Seconds
 from shardwright.compiler.emit import coordinates_of, lower
 from shardwright.compiler.keeping import keeping, kept_at
 from shardwright.compiler.needs import gathered_again
+from shardwright.compiler.offers import canonical, offers
 from shardwright.compiler.place import Placement, Policy, _Builder, place
 from shardwright.compiler.plan import Plan
 from shardwright.compiler.prepare import mark_twins
@@ -72,10 +73,8 @@ class Walk:
         self.gm, self.axis, self.prices, self.calls = gm, axis, prices, op_calls(gm)
         self.byte_price, self.kept_price = policy.byte_price or 0.0, policy.kept_price
         self.keeping = kept_at(self.calls, keeping(self.calls))
-        self.rules = _Builder(
-            gm, axis, policy, prices, self.calls, self.keeping
-        )  # of which it takes what may be chosen, not what that costs
-        self.rules.read()
+        self.offered = offers(gm, axis, self.calls, policy.role, policy.pinned, policy.slices)
+        self.rules = _Builder(gm, axis, policy, prices, self.calls, self.offered, ())  # of which it takes what is allowed
         self.nodes = [n for n in gm.graph.nodes if n.op != "output" and not is_getitem(n)]
         self.known: dict[object, float] = {}
         self.first = {n.name: n for n in self.nodes}
@@ -84,8 +83,8 @@ class Walk:
         least = [min(found) for found in self.prices_of.values()]
         self.rest = [math.fsum(least[k:]) for k in range(len(least) + 1)]
 
-    def options(self, node: fx.Node) -> list[NodeStrategy]:
-        return self.rules.decisions[self.rules.first(node)].options
+    def options(self, node: fx.Node) -> Sequence[NodeStrategy]:
+        return self.offered.decisions[self.offered.first(node)].offered
 
     def own(self, node: fx.Node, strategy: NodeStrategy) -> float:
         if node.op == "placeholder":
@@ -106,12 +105,12 @@ class Walk:
         for source, needed in uses:
             maker, result = (source.args[0], source.args[1]) if is_getitem(source) else (source, 0)
             (meta,) = metas(source)
-            have, want = (self.rules._canonical(t, meta.grad) for t in (types[maker][result], needed))  # type: ignore[index]
+            have, want = (canonical(t, meta.grad) for t in (types[maker][result], needed))  # type: ignore[index]
             if have == want or (maker, result, want) in made:
                 continue
-            key = self.rules.first(maker), result, have, want  # type: ignore[arg-type]
+            key = self.offered.first(maker), result, have, want  # type: ignore[arg-type]
             if key not in self.known:
-                decision = self.rules.decisions[key[0]]
+                decision = self.offered.decisions[key[0]]
                 possible = exists(have, want, meta.grad) and self.rules._allowed(have, want, meta, decision)
                 parameter = maker.op == "placeholder" and maker.meta["key"].startswith("param.")
                 self.known[key] = self.prices.conversion(have, want, meta, self.axis, parameter) if possible else math.inf
@@ -162,7 +161,7 @@ class Walk:
                 best = min(best, spent + self.leave(0, types, set(made)) + self.kept(chosen))
                 return
             node = self.nodes[k]
-            twin = self.first[self.rules.first(node)]
+            twin = self.first[self.offered.first(node)]
             for number, strategy in enumerate(self.options(node)):
                 if twin is not node and number != taken[twin]:
                     continue  # as at the same place of the first block
@@ -179,7 +178,7 @@ class Walk:
         if k == len(self.results):
             return 0.0
         found = []
-        for type_ in self.rules._output_types(k, self.rules.value_of(self.results[k])):
+        for type_ in self.rules._output_types(k, self.offered.exits[k]):
             now = set(made)
             price = self.converted(iter([(self.results[k], type_)]), types, now)
             found.append(price + self.leave(k + 1, types, now) if price < math.inf else math.inf)
