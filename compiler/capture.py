@@ -264,7 +264,7 @@ def _put_back(module: nn.Module, attributes: dict[str, Any]) -> list[str]:
 
 def _export(traced: _Traced, fakes: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch_compat.lazy_graph_modules():
             warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
             program = torch.export.export(traced, fakes, strict=False)
             fidelity.drop_checks(program.graph_module)

@@ -116,16 +116,19 @@ class Watch(TorchFunctionMode):
         self.functions = custom_functions()
         self.keeping = 0
         self.replaced: AbstractContextManager[None] = nullcontext()
+        self.around: FrameType | None = None  # of whoever entered: what is further out is not of the model
 
     def __enter__(self) -> Watch:
         own = [f for f in self.functions.values() if not f.__module__.startswith("torch.")]
         self.replaced = replaced(own, self._keep)
         self.replaced.__enter__()
+        self.around = sys._getframe(1)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self.replaced.__exit__(*error)
+        self.around = None
 
     def _keep(self, function: type[Function], args: tuple[Any, ...]) -> Any:
         """What a custom function gives, by operations that have its gradient."""
@@ -182,12 +185,13 @@ class Watch(TorchFunctionMode):
     def _check_function(self, func: Any) -> None:
         if self.keeping:
             return
-        caller = sys._getframe(2)
+        frame: FrameType | None = sys._getframe(2)
         # A Function's own frame is that of its `forward`: `apply` has one in some versions of torch only.
-        found = next(((f, self.functions[f.f_code]) for f in frames_from(caller) if f.f_code in self.functions), None)
-        if found is None:
+        while frame is not None and frame is not self.around and frame.f_code not in self.functions:
+            frame = frame.f_back
+        if frame is None or frame is self.around:
             return
-        frame, function = found
+        function = self.functions[frame.f_code]
         user = user_frame(frame.f_back)
         source = line_of(user.f_code.co_filename, user.f_lineno) if user else None
         if getattr(function, "__module__", "") == "torch.utils.checkpoint":

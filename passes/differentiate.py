@@ -20,7 +20,7 @@ from torch import fx
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..compiler.torch_compat import OpOverload
+from ..compiler.torch_compat import OpOverload, lazy_graph_modules
 from .convert import backward_ops, convert, forward_ops
 from .graph_tools import (
     LazyGraphModule,
@@ -111,7 +111,7 @@ class Templates:
                 return outs, [next(found, None) if w and any(tangents) else None for w in wants]
 
         try:
-            with self.values.mode, torch.no_grad():
+            with self.values.mode, torch.no_grad(), lazy_graph_modules():
                 traced = make_fx(run)(inputs, seeds)
                 if any(_writes(n) for n in traced.graph.nodes):
                     traced = make_fx(functionalize(traced, remove="mutations"))(inputs, seeds)
@@ -157,6 +157,7 @@ def _read_template(graph: fx.Graph, inputs: int, seeds: int, results: int) -> Te
     graph.eliminate_dead_code()
     nodes = list(graph.nodes)
     placeholders = [n for n in nodes if n.op == "placeholder"]
+    graph.owning_module = None  # which has a class of its own: torch.fx sets attributes of all modules' classes whenever it traces
     flat = list(nodes[-1].args[0]) if isinstance(nodes[-1].args[0], tuple | list) else [nodes[-1].args[0]]
     outs, grads = flat[:results], flat[results:]
     calls = [n for n in nodes if n.op == "call_function"]
