@@ -27,7 +27,7 @@ from .errors import GRAPH_MARK, ShardwrightError
 from .homes import product_into
 from .program import GraphSpec, RankProgram, TensorSpec
 from .recycle import INTO, recycled
-from .reuse import placeholders_at, result_nodes, reused
+from .reuse import owner, placeholders_at, result_nodes, reused
 
 GraphFunction = Callable[[list[Any]], tuple[Any, ...]]
 
@@ -252,7 +252,7 @@ def _into(spec: GraphSpec, donated: frozenset[int], products: frozenset[int], de
     found: dict[Node, Any] = {node: node.args[i] for node, i in over.items()}
     if torch.device(device).type == "cpu":
         results = zip(count(), spec.outputs, result_nodes(spec.graph), strict=False)
-        apart = {node for i, key, node in results if node is not None and (i in products or key.startswith("out."))}
+        apart = {owner(node) for i, key, node in results if node is not None and (i in products or key.startswith("out."))}
         found |= recycled(nodes, over, given, apart)
     return found
 

@@ -55,14 +55,15 @@ def recycled(
     for i, node in enumerate(nodes):
         key = _block(node) if node.target in INTO and not node.kwargs and node not in over and node not in apart else None
         if key is not None and free[key]:
-            since, dead = free[key][-1]
+            since, dead = free[key].pop()
             size = key[1] * key[0].itemsize
             between = range(since + 1, i)
             if all(held[k] + size <= most for k in between):
-                free[key].pop()
                 found[node] = dead
                 for k in between:
                     held[k] += size
+            else:
+                free[key].clear()  # of those that died before it the same is true, and will be
         for root in dict.fromkeys(memory[x] for x in node.all_input_nodes):
             mine = (root in given or makes_memory(root)) and root not in seen
             named = whole[root].users  # what nothing reads has no name
