@@ -18,7 +18,7 @@ from ..passes.differentiate import Templates
 from ..passes.graph_tools import VIEWS, Values, metas
 from ..passes.normalize.promote import double
 from ..runtime.program import Mesh
-from .emit import Problem, emit
+from .emit import Problem, emit, emit_all
 from .plan import Plan
 from .prepare import in_float64
 from .reduce import Capture, Sample, fewer_blocks, fewer_ranks
@@ -100,8 +100,7 @@ def certify(
             emit(problem, plan, rank, templates)
         types = f"ranks {ends[0]} and {ends[1]} at full size; {_emitted(sample.plan.mesh)} of the reduced plan"
     report("checking the types and schedules of every rank")
-    templates = Templates(Values())
-    programs = [emit(sample.problem, sample.plan, rank, templates) for rank in range(sample.plan.mesh.world_size)]
+    programs = emit_all(sample.problem, sample.plan)
     check_schedules(programs)
     schedules = f"{sum(len(p.schedule) for p in programs)} instructions{_reduced(sample)}"
 
@@ -150,8 +149,7 @@ def compare_sample(sample: Sample, inputs: Mapping[str, Tensor]) -> tuple[int, f
     """
     problem = replace(sample.problem, graph=in_float64(sample.problem.graph, sample.problem.loss))
     assert problem.loss is not None
-    templates = Templates(Values())
-    programs = [emit(problem, sample.plan, rank, templates) for rank in range(sample.plan.mesh.world_size)]
+    programs = emit_all(problem, sample.plan)
     state = random_state(problem.graph, torch.Generator().manual_seed(0))
     state.update({k: v for k, v in problem.buffers.items() if k in state})
     state.update({k: double(v) for k, v in problem.constants.items()})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import fx
@@ -47,6 +48,7 @@ from ..runtime.program import (
 from .collector import without_collection
 from .cost import Seconds
 from .keeping import keeping, kept_at
+from .known_placements import KnownPlacements
 from .place import Placement, Policy, place
 from .plan import Plan
 from .prices import Prices, Volume
@@ -113,7 +115,14 @@ def data_sections(plan: Plan, local_batches: Sequence[int], coordinates: Mapping
     return found
 
 
-def lower(problem: Problem, plan: Plan, coordinates: Mapping[str, int], values: Values, microbatch: int = 0) -> Lowered:
+def lower(
+    problem: Problem,
+    plan: Plan,
+    coordinates: Mapping[str, int],
+    values: Values,
+    microbatch: int = 0,
+    known: KnownPlacements | None = None,
+) -> Lowered:
     """Place, shard and check the graph along every axis of the plan.
 
     All data ranks must make the same collectives in the same order, and all micro-batches give outputs of the same types; so where
@@ -126,7 +135,7 @@ def lower(problem: Problem, plan: Plan, coordinates: Mapping[str, int], values: 
     if (leader, last) != (here, microbatch) and _has_unequal_shapes(problem, plan):
         sizes = coordinates_of(plan, 0).sizes
         with use_communicator(StaticCommunicator(sizes, {**leader, TIME: last})):
-            decided = lower(problem, plan, leader, values, last).placements
+            decided = lower(problem, plan, leader, values, last, known).placements
     cuts = data_sections(plan, problem.local_batches, coordinates)
     seconds = Seconds(plan.topology, plan.mesh) if plan.topology is not None else None
     steps: list[tuple[Axis, int, Policy, Prices]] = []
@@ -146,7 +155,8 @@ def lower(problem: Problem, plan: Plan, coordinates: Mapping[str, int], values: 
     for axis, index, policy, prices in steps:
         calls = op_calls(gm)
         kept = kept_at(calls, keeping(calls)) if policy.kept_price else ()
-        placement = place(gm, axis, policy, prices, calls, like=decided.get(axis.name), kept=kept)
+        find = partial(place, gm, axis, policy, prices, calls, like=decided.get(axis.name), kept=kept)
+        placement = find() if known is None else known.of(gm, axis, policy, calls, axis.name in decided, find)
         ways = seconds.ways(axis) if seconds is not None and axis.name != TIME else None
         gm = shard(gm, axis, index, placement.choice, placement.placeholders, placement.outputs, values, calls, ways)
         check(gm, axis, index, placement.placeholders)
@@ -170,14 +180,30 @@ def _has_unequal_shapes(problem: Problem, plan: Plan) -> bool:
 
 
 @without_collection()
-def emit(problem: Problem, plan: Plan, rank: int, templates: Templates | None = None) -> RankProgram:
-    """The program of `rank`. `templates` may be shared by ranks: what was differentiated for one serves all."""
-    return _Emission(problem, plan, rank, coordinates_of(plan, rank), templates or Templates(Values())).program()
+def emit(
+    problem: Problem, plan: Plan, rank: int, templates: Templates | None = None, known: KnownPlacements | None = None
+) -> RankProgram:
+    """The program of `rank`. Ranks may share `templates` and `known`: what was differentiated or placed for one serves all."""
+    return _Emission(problem, plan, rank, coordinates_of(plan, rank), templates or Templates(Values()), known).program()
+
+
+def emit_all(problem: Problem, plan: Plan, templates: Templates | None = None) -> list[RankProgram]:
+    """The programs of all ranks, in which what they have in common is found once."""
+    templates, known = templates or Templates(Values()), KnownPlacements()
+    return [emit(problem, plan, rank, templates, known) for rank in range(plan.mesh.world_size)]
 
 
 class _Emission:
-    def __init__(self, problem: Problem, plan: Plan, rank: int, communicator: StaticCommunicator, templates: Templates) -> None:
-        self.problem, self.plan, self.rank, self.templates = problem, plan, rank, templates
+    def __init__(
+        self,
+        problem: Problem,
+        plan: Plan,
+        rank: int,
+        communicator: StaticCommunicator,
+        templates: Templates,
+        known: KnownPlacements | None,
+    ) -> None:
+        self.problem, self.plan, self.rank, self.templates, self.known = problem, plan, rank, templates, known
         self.communicator = communicator
         self.coordinates = {k: v for k, v in communicator.indices.items() if k != TIME}
         self.stage = self.coordinates.get("pp", 0)
@@ -235,7 +261,7 @@ class _Emission:
             self._emit_microbatch(microbatch, suffix, sizes, values, first)
 
     def _emit_microbatch(self, microbatch: int, suffix: str, sizes: Sequence[int], values: Values, first: bool) -> None:
-        self.lowered = lower(self.problem, self.plan, self.coordinates, values, microbatch)
+        self.lowered = lower(self.problem, self.plan, self.coordinates, values, microbatch, self.known)
         self.assign_stages(self.lowered.graph)
         stages = split_stages(self.lowered.graph, self.plan.stages)
         if first:

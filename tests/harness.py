@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from shardwright.compiler import emit as emission
 from shardwright.compiler import verify
 from shardwright.compiler.capture import Captured, capture
-from shardwright.compiler.emit import Problem, emit
+from shardwright.compiler.emit import Problem
 from shardwright.compiler.layout import with_layout
 from shardwright.compiler.plan import Plan
 from shardwright.compiler.prepare import prepare as prepare_graph
 from shardwright.passes.differentiate import Templates
-from shardwright.passes.graph_tools import Values
 from shardwright.passes.normalize.promote import double
 from shardwright.passes.ops.collectives import take_shard
 from shardwright.runtime.clip import grad_norm
@@ -90,8 +90,7 @@ def emit_all(case: Case, plan: Plan, local_batches: Sequence[int], templates: Te
     """Every rank's program. `templates` may be shared by plans and models."""
     problem = problem_of(case, local_batches)
     plan = with_layout(problem, plan)
-    templates = templates or Templates(Values())
-    return [emit(problem, plan, rank, templates) for rank in range(plan.mesh.world_size)]
+    return emission.emit_all(problem, plan, templates)
 
 
 def run(case: Case, programs: Sequence[RankProgram]) -> list[Ran]:

@@ -18,8 +18,10 @@ from shardwright.compiler import engine as engines
 from shardwright.compiler.bind import Bound
 from shardwright.compiler.call_structure import flatten_call
 from shardwright.compiler.capture import capture
-from shardwright.compiler.emit import emit
+from shardwright.compiler.emit import Problem, emit
 from shardwright.compiler.engine import ModelEngine, Options
+from shardwright.compiler.known_placements import KnownPlacements
+from shardwright.compiler.plan import Plan
 from shardwright.compiler.prepare import prepare
 from shardwright.compiler.strategy import Strategy, resolve
 from shardwright.compiler.topology import Topology
@@ -28,7 +30,7 @@ from shardwright.passes.graph_tools import Values
 from shardwright.runtime.faults import CommunicatorControl
 from shardwright.runtime.lockstep import World, run_ranks
 from shardwright.runtime.module import ParallelModule
-from shardwright.runtime.program import Mesh
+from shardwright.runtime.program import Mesh, RankProgram
 from shardwright.runtime.sharded import full_tensor
 
 Batch = Mapping[str, Any]
@@ -46,10 +48,14 @@ class _Captures:
 
     def __init__(self, promote: bool) -> None:
         self.found: dict[Any, Bound] = {}
+        self.known: dict[str, KnownPlacements] = {}
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(binding, "prepare", lambda captured: prepare(captured, float64=promote))
         self.patch.setattr(engines, "bind", self.bind)
-        self.patch.setattr(engines, "emit", lambda problem, plan, rank: emit(problem, plan, rank, TEMPLATES))
+        self.patch.setattr(engines, "emit", self.emit)
+
+    def emit(self, problem: Problem, plan: Plan, rank: int) -> RankProgram:
+        return emit(problem, plan, rank, TEMPLATES, self.known.setdefault(repr(plan), KnownPlacements()))
 
     def bind(
         self, model: nn.Module, args: Any, kwargs: Any, batches: Sequence[int], batch_inputs: Sequence[str], **options: Any

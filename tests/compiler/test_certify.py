@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from shardwright import PlannedModel, Strategy, Topology, plan, verify
 from shardwright.compiler import certify as module
+from shardwright.compiler import emit as emission
 from shardwright.compiler.reduce import Sample, fewer_blocks, fewer_ranks
 from shardwright.compiler.verify import VerificationError, random_state, reference
 from shardwright.passes.ops.collectives import take_shard
@@ -135,7 +136,7 @@ def test_data_ranks_compute_different_samples() -> None:
 def test_a_gradient_that_is_not_reduced_is_refused(monkeypatch: pytest.MonkeyPatch, limit: int | None) -> None:
     """Whole and reduced: the schedules still fit together, the numbers do not."""
     made = planned(Strategy(dp=2, tp=1, pp=1, zero=0), devices=2)
-    honest = module.emit
+    honest = emission.emit
 
     def without_reduction(*args: Any) -> RankProgram:
         program = honest(*args)
@@ -143,7 +144,7 @@ def test_a_gradient_that_is_not_reduced_is_refused(monkeypatch: pytest.MonkeyPat
         assert len(kept) < len(program.schedule)
         return replace(program, schedule=kept)
 
-    monkeypatch.setattr(module, "emit", without_reduction)
+    monkeypatch.setattr(emission, "emit", without_reduction)
     size = module.comparison_bytes(made.problem, made.plan)
     with pytest.raises(VerificationError, match="gradient of"):
         verify(made, memory_limit=None if limit is None else size - limit)
