@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from ..passes.check_schedules import check_schedules
-from ..passes.differentiate import Templates
-from ..passes.graph_tools import VIEWS, Values, metas
+from ..passes.graph_tools import VIEWS, metas
 from ..passes.normalize.promote import double
 from ..runtime.program import Mesh
-from .emit import Problem, emit, emit_all
+from .emit import Problem, emit_all
 from .plan import Plan
 from .prepare import in_float64
 from .reduce import Capture, Sample, fewer_blocks, fewer_ranks
@@ -95,9 +94,7 @@ def certify(
         sample = fewer_blocks(fewer_ranks(whole, capture))
         ends = (0, plan.mesh.world_size - 1)
         report("checking the types of the first rank and the last")
-        templates = Templates(Values())
-        for rank in ends:
-            emit(problem, plan, rank, templates)
+        emit_all(problem, plan, ranks=ends)
         types = f"ranks {ends[0]} and {ends[1]} at full size; {_emitted(sample.plan.mesh)} of the reduced plan"
     report("checking the types and schedules of every rank")
     programs = emit_all(sample.problem, sample.plan)

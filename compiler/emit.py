@@ -187,10 +187,12 @@ def emit(
     return _Emission(problem, plan, rank, coordinates_of(plan, rank), templates or Templates(Values()), known).program()
 
 
-def emit_all(problem: Problem, plan: Plan, templates: Templates | None = None) -> list[RankProgram]:
-    """The programs of all ranks, in which what they have in common is found once."""
+def emit_all(
+    problem: Problem, plan: Plan, templates: Templates | None = None, ranks: Iterable[int] | None = None
+) -> list[RankProgram]:
+    """The programs of all ranks, or of `ranks`. What they have in common is found once."""
     templates, known = templates or Templates(Values()), KnownPlacements()
-    return [emit(problem, plan, rank, templates, known) for rank in range(plan.mesh.world_size)]
+    return [emit(problem, plan, rank, templates, known) for rank in (range(plan.mesh.world_size) if ranks is None else ranks)]
 
 
 class _Emission:

@@ -18,6 +18,7 @@ from ..passes.rules.base import Axis, OpCall, TensorMeta
 from ..passes.types import I, Type
 from .cost import FREE, op_name, size_of
 from .needs import NEEDS_RESULT, is_view, needs_value
+from .offers import made_by
 from .place import KeptAt, Placement
 from .prices import held
 
@@ -84,9 +85,7 @@ def _held_by(node: fx.Node) -> tuple[fx.Node, int]:
     """The value that a value is a view of."""
     while node.op == "call_function":
         if is_getitem(node):
-            source, k = node.args
-            assert isinstance(source, fx.Node) and isinstance(k, int)
-            return source, k
+            return made_by(node)
         if not is_view(node):
             break
         node = node.all_input_nodes[0]

@@ -11,8 +11,9 @@ import sympy
 import torch
 from torch import fx
 
+from ..passes.graph_tools import node_bytes
 from ..runtime.program import Cut, Instruction, Key, RankProgram, TensorSpec
-from ..runtime.reuse import donated, memories, owner, placeholders_at, reused
+from ..runtime.reuse import donated, held_bytes, last_reads, memories, owner, placeholders_at, reused
 
 STEPWISE = ("param.", "buffer.", "const.", "prologue.", "grad.param.", "out.")
 MICROBATCH = "mb"
@@ -169,7 +170,7 @@ def _key_sizes(program: RankProgram) -> dict[Key, float]:
         for key, node in results:
             # A value handed through is counted where it was made; storage that several show (a bucket's parts), in equal shares.
             base = owner(node)
-            sizes[key] = 0.0 if id(base) in inputs else max(sizes.get(key, 0.0), _bytes(base) / shown[base])
+            sizes[key] = 0.0 if id(base) in inputs else max(sizes.get(key, 0.0), node_bytes(base) / shown[base])
     return sizes
 
 
@@ -205,21 +206,5 @@ def temporary_bytes(gm: fx.GraphModule, given: Collection[fx.Node] = ()) -> floa
     over = reused(nodes, given)
     memory = memories(nodes, over)
     kept = {memory[node] for node in next(node for node in nodes if node.op == "output").all_input_nodes}
-    position = {node: i for i, node in enumerate(nodes)}
-    last = {memory[operand]: i for i, node in enumerate(nodes) for operand in node.all_input_nodes}
-    change: Counter[int] = Counter()
-    for node in nodes:
-        if node.op == "call_function" and memory[node] is node and node not in kept:
-            change[position[node]] += int(_bytes(node))
-            change[last.get(node, position[node]) + 1] -= int(_bytes(node))
-    most = now = 0
-    for i in range(len(nodes)):
-        now += change[i]
-        most = max(most, now)
-    return float(most)
-
-
-def _bytes(node: fx.Node) -> float:
-    value = node.meta.get("val")
-    items = value if isinstance(value, (list, tuple)) else (value,)
-    return float(sum(t.numel() * t.element_size() for t in items if isinstance(t, torch.Tensor)))
+    made = {node for node in nodes if node.op == "call_function" and memory[node] is node} - kept
+    return float(max(held_bytes(nodes, last_reads(nodes, memory), made), default=0))

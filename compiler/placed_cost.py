@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import fx
 
 from ..passes.convert import is_free, makes_whole
-from ..passes.graph_tools import Calls, is_getitem, is_parameter, metas
+from ..passes.graph_tools import Calls, is_parameter, metas
 from ..passes.reshard import Ways, steps
 from ..passes.rules.base import Axis, TensorMeta
 from ..passes.rules.base import Strategy as NodeStrategy
@@ -18,6 +17,7 @@ from ..passes.types import I, R, Type
 from .cost import Seconds, Timing, conversion_bytes, size_of
 from .keeping import Keeping, keeping, kept_bytes, largest_backward_bytes
 from .needs import gathered_again, read_again
+from .offers import made_by
 from .place import Placement
 from .prices import held
 from .topology import collective_bytes
@@ -177,8 +177,8 @@ def _conversions(gm: fx.GraphModule, calls: Calls, placement: Placement) -> Iter
             have, k = produced(source, placement)
             if have is needed or (source, k, needed) in made:
                 continue
-            maker = source.args[0] if is_getitem(source) else source
-            meta = calls[maker][0].results[k] if maker in calls else metas(source)[0]  # type: ignore[index]
+            maker, _ = made_by(source)
+            meta = calls[maker][0].results[k] if maker in calls else metas(source)[0]
             if is_free(have, needed, meta.grad):
                 continue
             made.add((source, k, needed))
@@ -187,8 +187,7 @@ def _conversions(gm: fx.GraphModule, calls: Calls, placement: Placement) -> Iter
 
 def produced(node: fx.Node, placement: Placement) -> tuple[Type, int]:
     """The type of a value, and which of its node's results it is."""
-    place: Any = node.args if is_getitem(node) else (node, 0)
-    node, k = place
+    node, k = made_by(node)
     if node.op == "placeholder":
         return placement.placeholders[node.meta["key"]], k
     return placement.choice[node.name].outs[k], k

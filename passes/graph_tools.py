@@ -11,6 +11,7 @@ import torch.fx.node
 from torch import fx
 
 from ..compiler.torch_compat import FakeTensor, OpOverload, fake_mode
+from ..runtime.program import value_bytes
 from .convert import convert
 from .ops.collectives import NAMESPACE, StaticCommunicator, current_communicator
 from .rules.base import OpCall, Operand, TensorMeta, has_derivatives
@@ -329,9 +330,7 @@ def extract(gm: fx.GraphModule, results: Sequence[tuple[str, fx.Node]], given: M
 
 def node_bytes(node: fx.Node) -> int:
     """Bytes of what a node gives, 0 for what is no tensor."""
-    value = node.meta.get("val")
-    values = value if isinstance(value, tuple | list) else (value,)
-    return sum(v.numel() * v.element_size() for v in values if isinstance(v, torch.Tensor))
+    return value_bytes(node.meta.get("val"))
 
 
 def output_node(gm: fx.GraphModule) -> fx.Node:

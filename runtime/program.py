@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import dtype
+from torch import Tensor, dtype
 from torch.fx import GraphModule
 
 Key = str
@@ -212,3 +212,9 @@ class RankProgram:
         from .save import save_program
 
         save_program(self, Path(directory))
+
+
+def value_bytes(value: Any) -> int:
+    """Bytes of a value that a graph makes: of a tensor or several; 0 for what is none."""
+    values = value if isinstance(value, tuple | list) else (value,)
+    return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, dtype
 from torch.fx import Node
 
-from .reuse import IN_PLACE, InPlace, lent, makes_memory, memories
+from .program import value_bytes
+from .reuse import IN_PLACE, InPlace, held_bytes, last_reads, lent, makes_memory, memories
 
 aten = torch.ops.aten
 
@@ -45,11 +46,12 @@ def recycled(
     """
     nodes = list(nodes)
     memory = memories(nodes, over)
-    last = {memory[x]: i for i, node in enumerate(nodes) for x in node.all_input_nodes}
+    last = last_reads(nodes, memory)
+    owned = {node for node in nodes if memory[node] is node and (node in given or makes_memory(node))}
     whole = {memory[node]: node for node in nodes if node in over or memory[node] is node}
-    held = _held(nodes, memory, last, given)
+    held = held_bytes(nodes, last, owned)
     most = max(held, default=0)
-    seen = {memory[x] for x in lent(nodes)}
+    free_to_write = owned - {memory[x] for x in lent(nodes)}
     free: dict[tuple[dtype, int], list[tuple[int, Node]]] = defaultdict(list)
     found: dict[Node, Node] = {}
     for i, node in enumerate(nodes):
@@ -65,9 +67,8 @@ def recycled(
             else:
                 free[key].clear()  # of those that died before it the same is true, and will be
         for root in dict.fromkeys(memory[x] for x in node.all_input_nodes):
-            mine = (root in given or makes_memory(root)) and root not in seen
             named = whole[root].users  # what nothing reads has no name
-            if last[root] == i and mine and named and (block := _block(whole[root])):
+            if last[root] == i and root in free_to_write and named and (block := _block(whole[root])):
                 free[block].append((i, whole[root]))
     return found
 
@@ -77,21 +78,4 @@ def _block(node: Node) -> tuple[dtype, int] | None:
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.is_conj() or value.is_neg() or not value.is_contiguous():
         return None
-    return (value.dtype, value.numel()) if value.numel() * value.element_size() >= SMALLEST else None
-
-
-def _held(nodes: list[Node], memory: Mapping[Node, Node], last: Mapping[Node, int], given: Collection[Node]) -> list[int]:
-    """Bytes of the graph's own values that are alive while each node runs."""
-    change = [0] * (len(nodes) + 1)
-    for i, node in enumerate(nodes):
-        value = node.meta.get("val")
-        items = value if isinstance(value, (tuple, list)) else (value,)
-        if memory[node] is node and (node in given or makes_memory(node)):
-            size = sum(x.numel() * x.element_size() for x in items if isinstance(x, Tensor))
-            change[i] += size
-            change[last.get(node, i) + 1] -= size
-    held, now = [], 0
-    for step in change[:-1]:
-        now += step
-        held.append(now)
-    return held
+    return (value.dtype, value.numel()) if value_bytes(value) >= SMALLEST else None

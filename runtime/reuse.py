@@ -10,6 +10,7 @@ import operator
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.fx import GraphModule, Node
 
 from ..passes.ops import losses  # noqa: F401  (defines ops of the table)
 from ..passes.ops.collectives import NAMESPACE, ops
-from .program import GraphSpec, Key, RankProgram
+from .program import GraphSpec, Key, RankProgram, value_bytes
 
 aten = torch.ops.aten
 
@@ -120,6 +121,23 @@ def memories(nodes: Iterable[Node], over: Mapping[Node, int]) -> dict[Node, Node
         source = node.args[over[node]] if node in over else owner(node)
         found[node] = node if source is node else found[source]  # type: ignore[index]
     return found
+
+
+def last_reads(nodes: Iterable[Node], memory: Mapping[Node, Node]) -> dict[Node, int]:
+    """By the node that took it (`memories`), the position of the last node that reads of a memory; none where nobody does."""
+    return {memory[operand]: i for i, node in enumerate(nodes) for operand in node.all_input_nodes}
+
+
+def held_bytes(nodes: Iterable[Node], last: Mapping[Node, int], counted: Collection[Node]) -> list[int]:
+    """Bytes held while each node runs, of the memory that the nodes in `counted` took: from there to its last read."""
+    nodes = list(nodes)
+    change = [0] * (len(nodes) + 1)
+    for i, node in enumerate(nodes):
+        if node in counted:
+            size = value_bytes(node.meta.get("val"))
+            change[i] += size
+            change[last.get(node, i) + 1] -= size
+    return list(accumulate(change[:-1]))
 
 
 def lent(nodes: Iterable[Node]) -> set[Node]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_reuse import Builder, check, random
+from test_reuse import Builder, check, function_of, random
 from torch.fx import Node
 
 from shardwright.runtime import recycle
@@ -164,10 +164,7 @@ def test_every_op_takes_memory(op: Any, dtype: torch.dtype) -> None:
     }
     args = arguments[op]
     expected = op(*args)
-    function: Any = torch
-    for part in INTO[op].callee.split(".")[1:]:
-        function = getattr(function, part)
     memory = torch.full((expected.numel(),), torch.nan, dtype=dtype)
-    result = function(*args, out=memory.view(tuple(expected.shape)))
+    result = function_of(INTO[op])(*args, out=memory.view(tuple(expected.shape)))
     assert result.data_ptr() == memory.data_ptr()
     assert torch.equal(result, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,7 @@ from shardwright.runtime import recycle
 from shardwright.runtime.direct import direct
 from shardwright.runtime.emit_python import compile_graph, graph_text
 from shardwright.runtime.program import GraphSpec, InputSpec, OutputSpec, RankProgram
-from shardwright.runtime.reuse import IN_PLACE, donated, reused
+from shardwright.runtime.reuse import IN_PLACE, InPlace, donated, reused
 
 aten = torch.ops.aten
 SHAPE = (4, 6)
@@ -240,6 +241,11 @@ def test_the_printed_graph_says_what_not_where() -> None:
     assert "neg_default_1 = torch.neg(neg_default, out=neg_default); del neg_default" in graph_text(spec, "g", donated=frozenset())
 
 
+def function_of(how: InPlace) -> Any:
+    """What the code of a graph calls."""
+    return functools.reduce(getattr, how.callee.split(".")[1:], torch)
+
+
 @pytest.mark.parametrize("op", [op for op in IN_PLACE if op.namespace == "aten"], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
 def test_every_op_takes_its_own_operands_memory(op: Any, dtype: torch.dtype) -> None:
@@ -258,11 +264,8 @@ def test_every_op_takes_its_own_operands_memory(op: Any, dtype: torch.dtype) -> 
             return
         if expected.dtype != dtype:
             return  # the size of a complex number
-        function: Any = torch
-        for part in how.callee.split(".")[1:]:
-            function = getattr(function, part)
         target = args[over]
-        found = function(*args, **{how.keyword: target})
+        found = function_of(how)(*args, **{how.keyword: target})
         assert found.data_ptr() == target.data_ptr()
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
