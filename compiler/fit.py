@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 
 from ..passes.rules.base import Axis
 from ..passes.types import I
-from .candidates import Candidate, Search, state_bytes
+from .candidates import Candidate, Search
 from .cost import size_of
 from .keeping import kept_values
 from .prices import held
+from .step_cost import state_bytes
 from .units import bytes_text
 
 

@@ -1,0 +1,225 @@
+"""What a step of a plan takes, from the costs of its graph: seconds, bytes at the peak, and bytes received by axis.
+
+    seconds = (compute + tensor traffic) / stages x (micro-batches + stages - 1) / micro-batches
+              + gradient and parameter traffic over the data axes + stage transfers + optimizer
+
+with compute and traffic summed over the placement that the passes would make. What runs of the sums of gradients beside the last
+backward (passes/segment.py) is left out, as far as the topology's profile says that compute does not suffer from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from ..passes.graph_tools import Calls, metas
+from ..passes.segment import largest_part, parts_of
+from ..runtime.program import Mesh
+from .cost import size_of
+from .emit import SEGMENT_BYTES, Problem
+from .gathers import Whole, gather_groups, kept_whole, shared
+from .memory import state_memory
+from .placed_cost import PlacedCost
+from .plan import Plan, Prediction, data_size
+from .schedules import BUCKET_BYTES
+from .topology import CollectiveKind, Topology, collective_bytes, collective_seconds
+
+BACKWARD_SHARE = 2 / 3
+"""Of a graph's compute: each product of the forward has two in the backward."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """rows        samples: of each data rank (mode "local"), or of the whole batch ("global")
+    captured    samples of the graph that costs are counted on
+    """
+
+    rows: int
+    mode: str
+    captured: int
+
+    def local_rows(self, mesh: Mesh) -> int:
+        """Samples of a data rank."""
+        return self.rows if self.mode == "local" else self.rows // data_size(mesh)
+
+    def share(self, mesh: Mesh) -> float:
+        """Of the captured batch, what a data rank gets."""
+        return (self.rows if self.mode == "local" else max(self.rows / data_size(mesh), 1.0)) / self.captured
+
+    def samples(self, mesh: Mesh) -> int:
+        """Of a step."""
+        return self.rows * data_size(mesh) if self.mode == "local" else self.rows
+
+
+Moved = tuple[str, CollectiveKind, float, int]
+"""(axis, kind, bytes, times a step)"""
+
+
+class StepCost:
+    """Of any plan for one graph, batch and machine. `calls`: `op_calls` of the graph."""
+
+    def __init__(self, problem: Problem, topology: Topology, batch: Batch, calls: Calls) -> None:
+        self.topology, self.batch = topology, batch
+        nodes = problem.graph.graph.find_nodes(op="placeholder")
+        parameters = [metas(n)[0] for n in nodes if n.meta["key"].startswith("param.")]
+        sizes = [float(size_of(meta)) for meta in parameters]
+        self.trained = sum(float(size_of(meta)) for meta in parameters if meta.grad)
+        self.shared = shared(problem.graph)
+        self.largest = max(sizes, default=0.0) / (sum(sizes) or 1.0)
+        self.groups = gather_groups(problem.graph, calls)
+        self._whole: dict[int, list[Whole]] = {}
+
+    def whole(self, stages: int) -> list[Whole]:
+        """What ZeRO-3 may keep whole, of a model in so many stages."""
+        if stages not in self._whole:
+            self._whole[stages] = kept_whole(self.groups, stages)
+        return self._whole[stages]
+
+    def predict(self, plan: Plan, cost: PlacedCost, whole: Whole | None = None) -> Prediction:
+        """cost     of the graph under the plan's placement over tp, with that placement's gap
+        whole    the shares of `plan.whole`
+        """
+        whole = whole or self.whole(plan.stages)[0]
+        moved = [*self._data_traffic(plan, cost, whole)]
+        seconds, size = self._seconds(plan, cost, whole, moved), self._bytes(plan, cost, whole)
+        parts = seconds | {f"{what} bytes": n for what, n in size.items()}
+        traffic = self._received(plan, cost, whole, moved)
+        return Prediction(sum(seconds.values()), sum(size.values()), traffic, parts, cost.gap)
+
+    def _seconds(self, plan: Plan, cost: PlacedCost, whole: Whole, moved: Sequence[Moved]) -> dict[str, float]:
+        mesh, stages, m, share = plan.mesh, plan.stages, plan.microbatches, self.batch.share(plan.mesh)
+        runs = bubble(plan) / stages
+        return {
+            "compute": (cost.compute * share + cost.launches * m) * runs,
+            "tensor": (cost.traffic * share + (cost.latencies + cost.gathers) * m) * runs
+            + cost.sums * summed(plan, whole) / stages,
+            "data": sum(n * collective_seconds(kind, size, self.topology.span(mesh, axis)) for axis, kind, size, n in moved)
+            - self._hidden_seconds(plan, moved, cost.compute * share / stages / m * BACKWARD_SHARE),
+            "pipeline": self._pipeline_seconds(plan, cost, share),
+            "optimizer": self._optimizer_seconds(plan, cost.trainable * self.heaviest_stage(stages)),
+        }
+
+    def _bytes(self, plan: Plan, cost: PlacedCost, whole: Whole) -> dict[str, float]:
+        m, share, heaviest = plan.microbatches, self.batch.share(plan.mesh), self.heaviest_stage(plan.stages)
+        trained, frozen = cost.trainable * heaviest, (cost.parameters - cost.trainable) * heaviest
+        state = state_bytes(plan, trained * (1 - whole.trained), frozen * (1 - whole.held))
+        if plan.whole:
+            state += state_bytes(replace(plan, zero=2), trained * whole.trained, frozen * whole.held)
+        activations = cost.activations * share / plan.stages * flying(plan) / m + cost.temporaries * share / m
+        # Under ZeRO-3 the backward of a block holds its parameters whole, and their gradients until they are scattered; the first
+        # gradient of a parameter that is used twice waits for the second, which is added where it lies.
+        waiting = self.shared * trained if plan.zero else 0.0
+        if plan.zero == 3:
+            waiting = max(2 * whole.largest * cost.parameters, waiting + 2 * whole.alone * cost.parameters, 2 * waiting)
+        gathered = 2 * cost.gathered + waiting
+        if plan.zero in (1, 2) or plan.whole:
+            gathered += self.unscattered_bytes(plan, trained, trained * (whole.trained if plan.zero == 3 else 1.0))
+        return {"state": state, "activation": activations, "gathered": gathered}
+
+    def _received(self, plan: Plan, cost: PlacedCost, whole: Whole, moved: Sequence[Moved]) -> dict[str, float]:
+        mesh, stages, m, share = plan.mesh, plan.stages, plan.microbatches, self.batch.share(plan.mesh)
+        found = {axis: 0.0 for axis in mesh.axes}
+        for axis, kind, size, n in moved:
+            found[axis] += n * collective_bytes(kind, size, mesh.size(axis))
+        if "tp" in found:
+            once = cost.received_once * summed(plan, whole)
+            found["tp"] += (cost.received * share + cost.received_gathers * m + once) / stages
+        if "pp" in found:
+            found["pp"] += 2 * (stages - 1) / stages * self._border(plan, cost, share) * m
+        return found
+
+    def _data_traffic(self, plan: Plan, cost: PlacedCost, whole: Whole) -> Iterator[Moved]:
+        """Gradients summed, and parameters gathered, over the data axes."""
+        held, trainable, again = (x / plan.stages for x in (cost.parameters, cost.trainable, cost.read_again))
+        for axis in plan.data_axes:
+            if axis == "dp_shard" and plan.zero == 3 and whole.left:
+                blocks = math.ceil(whole.left / plan.stages)
+                times = plan.microbatches * blocks
+                yield axis, "all_gather", held * (1 - whole.held) / blocks, times
+                yield axis, "all_gather", again * (1 - whole.again) / blocks, times
+                yield axis, "reduce_scatter", trainable * (1 - whole.trained) / blocks, times
+            if axis == "dp_shard" and (plan.zero in (1, 2) or plan.whole):
+                once = trainable * (whole.trained if plan.whole else 1.0)
+                yield axis, "all_gather", once, 1
+                yield axis, "reduce_scatter", once, 1
+        shards = plan.mesh.size("dp_shard") if plan.zero else 1
+        for axis in plan.data_axes:
+            if axis != "dp_shard" or not plan.zero:
+                yield axis, "all_reduce", trainable / shards, 1
+
+    def unscattered_bytes(self, plan: Plan, trained: float, scattered: float) -> float:
+        """Bytes of gradients that ZeRO-1 and 2 hold whole at their most, of which shards are to be left.
+
+        Where micro-batches add to them all of them, else those of a part of the backward. To be scattered they are packed, a
+        bucket at a time; a parameter larger than a part or a bucket is one by itself.
+
+        trained, scattered    bytes of all gradients of a stage over tp, and of those that are scattered once a step
+        """
+        part, largest = scattered, min(self.largest * trained * plan.stages, scattered)
+        if plan.microbatches == 1 and self.backward_parts(plan) > 1:
+            whole = self.trained / plan.stages
+            part = max(largest, scattered * largest_part(whole, SEGMENT_BYTES) / whole)
+        packed = max(min(part, BUCKET_BYTES), largest)
+        packed -= packed / plan.mesh.size("dp_shard")  # its shards come after it
+        return part + packed
+
+    def backward_parts(self, plan: Plan) -> int:
+        """Parts of a stage's backward, after each of which gradients are summed. It is whole where data ranks run other shapes."""
+        uneven = self.batch.mode == "global" and self.batch.rows % plan.data_size
+        return 1 if uneven or plan.data_size == 1 else parts_of(self.trained / plan.stages, SEGMENT_BYTES)
+
+    def _hidden_seconds(self, plan: Plan, moved: Sequence[Moved], backward: float) -> float:
+        """Seconds of first sums of gradients that the last micro-batch's `backward` hides: all but those of its last part. What
+        ZeRO-3 scatters inside the graphs is waited for."""
+        parts = self.backward_parts(plan)
+        first: CollectiveKind = "reduce_scatter" if plan.zero else "all_reduce"
+        if parts == 1 or (plan.zero == 3 and not plan.whole):
+            return 0.0
+        sums = [(axis, size) for axis, kind, size, n in moved if kind == first]
+        axes = sums[-1:] if plan.whole else sums  # the last: what is scattered once a step
+        seconds = sum(collective_seconds(first, size, self.topology.span(plan.mesh, axis)) for axis, size in axes)
+        return self.topology.overlap.get("data", 0.0) * min(seconds, backward) * (parts - 1) / parts
+
+    def _border(self, plan: Plan, cost: PlacedCost, share: float) -> float:
+        """Bytes that a micro-batch's activations have at a stage border, and their gradients."""
+        return cost.stream * share / plan.microbatches
+
+    def _pipeline_seconds(self, plan: Plan, cost: PlacedCost, share: float) -> float:
+        if plan.stages == 1:
+            return 0.0
+        span = self.topology.span(plan.mesh, "pp")
+        return 2 * (plan.microbatches + plan.stages - 2) * collective_seconds("send", self._border(plan, cost, share), span)
+
+    def _optimizer_seconds(self, plan: Plan, size: float) -> float:
+        """Read parameter, gradient and two moments, write three of them (AdamW)."""
+        shards = plan.mesh.size("dp_shard") if plan.zero else 1
+        device = self.topology.device
+        return 7 * size / max(1, shards) / (device.bandwidth * device.memory_efficiency)
+
+    def heaviest_stage(self, stages: int) -> float:
+        """The least share of all parameters' bytes that the heaviest stage can have: an even one, or the largest parameter's."""
+        return max(1 / stages, self.largest)
+
+
+def state_bytes(plan: Plan, trained: float, frozen: float) -> float:
+    """Bytes that a rank holds all the time of so many bytes of parameters, whole over the data axes; under ZeRO-1 and 2 of their
+    gradients the shards (`Search.unscattered_bytes` says what is whole before)."""
+    shards = max(1, plan.mesh.size("dp_shard"))
+    level = 2 if plan.zero == 1 else plan.zero
+    return state_memory(trained, level, shards).total + frozen / (shards if plan.zero == 3 else 1)
+
+
+def bubble(plan: Plan) -> float:
+    """How much longer a stage's step takes than its micro-batches do."""
+    return (plan.microbatches + plan.stages - 1) / plan.microbatches
+
+
+def flying(plan: Plan) -> int:
+    """Micro-batches whose activations the first stage holds at once."""
+    return min(plan.stages, plan.microbatches) if plan.schedule == "1f1b" else plan.microbatches
+
+
+def summed(plan: Plan, whole: Whole) -> float:
+    """Of gradients that are summed over tp, the share that each rank sums: under ZeRO-3 they are scattered before."""
+    return whole.trained + (1 - whole.trained) / plan.mesh.size("dp_shard") if plan.zero == 3 else 1.0
