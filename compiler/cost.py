@@ -19,7 +19,7 @@ from torch import fx
 from ..passes.convert import convert, exists, is_free, traffic
 from ..passes.graph_tools import map_operands
 from ..passes.ops.collectives import COMMUNICATION
-from ..passes.reshard import Ways, ways_by_price
+from ..passes.reshard import Ways, steps, ways_by_price
 from ..passes.rules.base import Axis, OpCall, Operand, Strategy, TensorMeta, has_derivatives
 from ..passes.types import R, Type, Varying
 from ..runtime.program import Mesh
@@ -213,6 +213,8 @@ class Seconds:
         self.topology, self.mesh, self.share, self.runs = topology, mesh, share, runs
         self._at_once = replace(topology.device, launch=0.0)
         self._conversions: dict[tuple[Type, Type, TensorMeta, str], Timing] = {}
+        self._timings: dict[tuple[Type, Type, TensorMeta, str], Timing] = {}
+        self._ways: dict[Axis, Ways] = {}
 
     def _span(self, axis: Axis) -> Span:
         return self.topology.span(self.mesh, axis.name)
@@ -251,9 +253,21 @@ class Seconds:
         return collective_seconds("all_reduce", size_of(meta), free)
 
     def conversion(self, src: Type, dst: Type, meta: TensorMeta, axis: Axis, of_parameter: bool = False) -> float:
-        return self.conversion_timing(src, dst, meta, axis).of_step(self.runs, self.runs if of_parameter else self.share)
+        """Of the cheapest way. inf where no conversion leads there by itself."""
+        if not (is_free(src, dst, meta.grad) or exists(src, dst, meta.grad)):
+            return math.inf
+        return self.way_timing(src, dst, meta, axis).of_step(self.runs, self.runs if of_parameter else self.share)
+
+    def way_timing(self, src: Type, dst: Type, meta: TensorMeta, axis: Axis) -> Timing:
+        """Of the conversions on the cheapest way."""
+        key = (src, dst, meta, axis.name)
+        if key not in self._timings:
+            found = [self.conversion_timing(a, b, meta, axis) for a, b in steps(src, dst, meta, self.ways(axis))]
+            self._timings[key] = Timing(sum(t.fixed for t in found), sum(t.work for t in found))
+        return self._timings[key]
 
     def conversion_timing(self, src: Type, dst: Type, meta: TensorMeta, axis: Axis) -> Timing:
+        """Of one conversion."""
         key = (src, dst, meta, axis.name)
         if key not in self._conversions:
             whole, fixed = (
@@ -265,12 +279,15 @@ class Seconds:
 
     def ways(self, axis: Axis) -> Ways:
         """How values change their types over the axis in the least time."""
+        if axis not in self._ways:
 
-        def price(src: Type, dst: Type, meta: TensorMeta) -> float:
-            made = is_free(src, dst, meta.grad) or exists(src, dst, meta.grad)
-            return self.conversion(src, dst, meta, axis) if made else math.inf
+            def price(src: Type, dst: Type, meta: TensorMeta) -> float:
+                if not (is_free(src, dst, meta.grad) or exists(src, dst, meta.grad)):
+                    return math.inf
+                return self.conversion_timing(src, dst, meta, axis).of_step(self.runs, self.share)
 
-        return ways_by_price(axis.size, price)
+            self._ways[axis] = ways_by_price(axis.size, price)
+        return self._ways[axis]
 
 
 def local_meta(meta: TensorMeta, type_: Type) -> TensorMeta:

@@ -10,7 +10,6 @@ from torch import fx
 from ..passes.graph_tools import Calls, Values, is_parameter, metas, op_calls
 from ..passes.ops import use_communicator
 from ..passes.prologue import TIME
-from ..passes.reshard import steps
 from ..passes.rules.base import Axis, Strategy
 from ..passes.shard import ShardingError
 from ..passes.types import I, Type
@@ -197,14 +196,13 @@ def _own_seconds(node: fx.Node, placement: Placement, seconds: Seconds, axis: Ax
         return seconds.placeholder(type_, meta, axis) if held(type_, axis) == 1.0 and meta.grad else 0.0
     call, sources = calls[node]
     strategy = placement.choice[node.name]
-    ways = seconds.ways(axis)
     total = seconds.node(call, strategy, axis, ())
     for source, needed in zip(sources, strategy.ins, strict=True):
         have, _ = produced(source, placement)
         (meta,) = metas(source)
         if have != needed:
             of_parameter = is_parameter(source)
-            total += sum(seconds.conversion(a, b, meta, axis, of_parameter) for a, b in steps(have, needed, meta, ways))
+            total += seconds.conversion(have, needed, meta, axis, of_parameter)
             if gathered_again(source, have, needed, calls):
                 total += seconds.conversion(have, I, replace(meta, grad=False), axis, of_parameter)
     return total

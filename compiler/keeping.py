@@ -116,13 +116,13 @@ def kept_values(calls: Calls, kept: Keeping, placement: Placement | None, axis: 
 
 
 def kept_at(calls: Calls, kept: Keeping) -> list[KeptAt]:
-    """The same by where the types are chosen in which values are kept."""
+    """The same by where the types are chosen in which values are made and taken."""
     found = []
     for (node, k), uses in kept.uses.items():
         size = float(size_of(calls[node][0].results[k]))
-        found.append(KeptAt(size, uses or (_result(calls, node, k),), (node, k) in kept.rebuilt))
+        found.append(KeptAt(size, _result(calls, node, k), uses, (node, k) in kept.rebuilt))
     for node, k in kept.returned:
-        found.append(KeptAt(float(size_of(calls[node][0].results[k])), (_result(calls, node, k),)))
+        found.append(KeptAt(float(size_of(calls[node][0].results[k])), _result(calls, node, k)))
     return found
 
 

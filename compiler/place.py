@@ -76,12 +76,23 @@ Barred = Mapping[str, Sequence[tuple[Type, ...]]]
 
 @dataclass(frozen=True)
 class KeptAt:
-    """A value that is kept for the backward, of so many bytes in whole, in the types in which nodes take it or give it: each node,
-    and the position among its operands and, after these, its results. What is rebuilt is so from shards: whole it is kept."""
+    """A value that is kept for the backward, of so many bytes in whole.
+
+    maker      the node that makes it, and the position among its operands and, after these, its results
+    uses       where nodes take it whose backward needs it, likewise; none where the maker's own does
+    rebuilt    whether it is computed again from other kept values where it is needed as it was made
+    """
 
     size: float
-    places: tuple[tuple[fx.Node, int], ...]
+    maker: tuple[fx.Node, int]
+    uses: tuple[tuple[fx.Node, int], ...] = ()
     rebuilt: bool = False
+
+    def cost(self, made: float, needed: float | None) -> float:
+        """Bytes kept for a use that takes a share of `needed`, of a value made in shares of `made`; None: for its maker."""
+        if needed is None or needed == made:
+            return 0.0 if self.rebuilt else self.size * made
+        return self.size * needed
 
 
 def place(
@@ -130,6 +141,10 @@ def _alike(one: Strategy, other: Strategy | None) -> bool:
         _kinds(other.ins),
         _kinds(other.outs),
     )
+
+
+Place = tuple[int, int]
+"""A decision by its number, and a position among its operands and, after these, its results."""
 
 
 class _Builder:
@@ -181,24 +196,31 @@ class _Builder:
         return Problem(tuple(costs), tuple(values))
 
     def _price_kept(self, costs: list[np.ndarray], values: list[AssignValue]) -> None:
-        """What is kept costs its largest share among the types in which it is taken. Where several nodes choose them, that share is
-        a choice of its own, from which each node may take as much or less."""
-        sizes: dict[tuple[tuple[tuple[int, int], ...], bool], float] = {}
+        """What is kept is paid for once for each share that a use takes of it, as conversions are."""
+        found: dict[tuple[Place, frozenset[Place], bool], KeptAt] = {}
         for kept in self.kept:
-            key = tuple(dict.fromkeys((self.decisions[self.offers.first(n)].index, k) for n, k in kept.places)), kept.rebuilt
-            sizes[key] = sizes.get(key, 0.0) + kept.size
-        for (places, rebuilt), size in sizes.items():
-            shares = [[held((*s.ins, *s.outs)[k], self.axis) for s in self.options[i]] for i, k in places]
-            levels = sorted({share for each in shares for share in each})
-            prices = self.policy.kept_price * size * np.array([0.0, *levels[1:]] if rebuilt else levels)
-            chosen = [tuple(map(levels.index, each)) for each in shares]
-            if len(places) == 1:
-                costs[places[0][0]] += prices[list(chosen[0])]
+            key = self._place(kept.maker), frozenset(map(self._place, kept.uses)), kept.rebuilt
+            found[key] = replace(kept, size=kept.size + (found[key].size if key in found else 0.0))
+        price = self.policy.kept_price
+        for (maker, uses, _), kept in found.items():
+            made = self._shares(maker)
+            if not uses:
+                costs[maker[0]] += price * np.array([kept.cost(share, None) for share in made])
                 continue
-            takes = np.where(np.tri(len(levels), dtype=bool), 0.0, np.inf)
-            uses = [Use(i, each) for (i, _), each in zip(places, chosen, strict=True)]
-            values.append(AssignValue(len(costs), tuple(range(len(levels))), takes, tuple(uses)))
-            costs.append(prices)
+            taken = {use: self._shares(use) for use in sorted(uses)}
+            own, others = sorted({*made}), sorted({share for shares in taken.values() for share in shares})
+            table = np.full((len(own) + len(others),) * 2, np.inf)  # made in so large shares, needed in so large
+            np.fill_diagonal(table, 0.0)
+            table[: len(own), len(own) :] = [[price * kept.cost(m, n) for n in others] for m in own]
+            asked = tuple(Use(use[0], tuple(len(own) + others.index(n) for n in shares)) for use, shares in taken.items())
+            values.append(AssignValue(maker[0], tuple(map(own.index, made)), table, asked))
+
+    def _place(self, place: tuple[fx.Node, int]) -> Place:
+        return self.decisions[self.offers.first(place[0])].index, place[1]
+
+    def _shares(self, place: Place) -> list[float]:
+        """Of a value that a rank holds, by the strategy of the node that takes or makes it."""
+        return [held((*s.ins, *s.outs)[place[1]], self.axis) for s in self.options[place[0]]]
 
     def _needed(self, value: Value, reader: int, k: int) -> list[Type]:
         """The types in which a reader needs operand k, which is `value`, under each of its strategies."""
@@ -285,8 +307,10 @@ class _Builder:
         options = self.options[d.index]
         if d.node.op == "placeholder":
             meta = metas(d.node)[0]
-            prices = [self.prices.placeholder(s.outs[0], meta, self.axis) + self._holding(s.outs[0], meta) for s in options]
-            return np.array(prices, dtype=float) * d.places.total()
+            prices = np.array([self.prices.placeholder(s.outs[0], meta, self.axis) for s in options], dtype=float)
+            if self.policy.byte_price and is_parameter(d.node):
+                prices += self.policy.byte_price * size_of(meta) * np.array([held(s.outs[0], self.axis) for s in options])
+            return prices * d.places.total()
         assert d.call is not None
         counts: Counter[tuple[bool, ...]] = Counter()
         for operands, count in d.places.items():
@@ -295,9 +319,6 @@ class _Builder:
         for from_parameters, count in counts.items():
             total += count * np.array([self.prices.node(d.call, s, self.axis, from_parameters) for s in options], dtype=float)
         return total
-
-    def _holding(self, type_: Type, meta: TensorMeta) -> float:
-        return (self.policy.byte_price or 0.0) * size_of(meta) * held(type_, self.axis)
 
     def explain(self, error: AssignError) -> ShardingError:
         names = [where(self.order[i].node) for i in error.nodes if i < len(self.order)][:4]

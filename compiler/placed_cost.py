@@ -10,7 +10,7 @@ from torch import fx
 
 from ..passes.convert import is_free, makes_whole
 from ..passes.graph_tools import Calls, is_parameter, metas
-from ..passes.reshard import Ways, steps
+from ..passes.reshard import steps
 from ..passes.rules.base import Axis, TensorMeta
 from ..passes.rules.base import Strategy as NodeStrategy
 from ..passes.types import I, R, Type
@@ -128,14 +128,13 @@ def _with_conversions(
     cost: PlacedCost, gm: fx.GraphModule, seconds: Seconds, placement: Placement, calls: Calls, axis: Axis
 ) -> PlacedCost:
     """The cost, and that of what values go through to be of the types that ops need."""
-    ways = seconds.ways(axis)
     known: dict[tuple[Type, Type, TensorMeta, bool], tuple[Timing, float]] = {}
     traffic = latencies = gathers = received = received_gathers = 0.0
     blocks: Counter[object] = Counter()
     for c in _conversions(gm, calls, placement):
         key = c.have, c.needed, c.meta, c.again
         if key not in known:
-            known[key] = _price(c, seconds, ways, axis)
+            known[key] = _price(c, seconds, axis)
         timing, size = known[key]
         if not c.of_parameter:
             traffic, latencies, received = traffic + timing.work, latencies + timing.fixed, received + size
@@ -155,13 +154,14 @@ def _with_conversions(
     )
 
 
-def _price(c: Conversion, seconds: Seconds, ways: Ways, axis: Axis) -> tuple[Timing, float]:
+def _price(c: Conversion, seconds: Seconds, axis: Axis) -> tuple[Timing, float]:
     """Seconds, and bytes received."""
-    path = [(a, b, c.meta) for a, b in steps(c.have, c.needed, c.meta, ways)]
+    made = [(c.have, c.needed, c.meta)]
     if c.again:
-        path.append((c.have, I, replace(c.meta, grad=False)))
+        made.append((c.have, I, replace(c.meta, grad=False)))
+    timings = [seconds.way_timing(a, b, meta, axis) for a, b, meta in made]
+    path = [(a, b, meta) for src, dst, meta in made for a, b in steps(src, dst, meta, seconds.ways(axis))]
     received = sum(conversion_bytes(a, b, size_of(meta), axis.size, meta.grad).total for a, b, meta in path)
-    timings = [seconds.conversion_timing(a, b, meta, axis) for a, b, meta in path]
     return Timing(sum(t.fixed for t in timings), sum(t.work for t in timings)), received
 
 

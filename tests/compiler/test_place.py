@@ -89,7 +89,8 @@ class Walk:
     def own(self, node: fx.Node, strategy: NodeStrategy) -> float:
         if node.op == "placeholder":
             (meta,), (type_,) = metas(node), strategy.outs
-            return self.prices.placeholder(type_, meta, self.axis) + self.byte_price * size_of(meta) * held(type_, self.axis)
+            price = self.byte_price if is_parameter(node) else 0.0
+            return self.prices.placeholder(type_, meta, self.axis) + price * size_of(meta) * held(type_, self.axis)
         call, sources = self.calls[node]
         parameters = tuple(is_parameter(s) for s in sources)
         return self.prices.node(call, strategy, self.axis, parameters)
@@ -135,17 +136,19 @@ class Walk:
         return total + self.converted(iter([(n, placement.outputs[k]) for k, n in enumerate(self.results)]), types, made)
 
     def kept(self, choice: Mapping[str, NodeStrategy]) -> float:
-        """The price of what is kept: of each value the largest share in which it is taken."""
+        """The price of what is kept: a value once for each share in which it is taken, but for those that are computed again."""
 
-        def share(strategy: NodeStrategy, position: int) -> float:
+        def share(place: tuple[fx.Node, int]) -> float:
+            node, position = place
+            strategy = choice[node.name]
             return held((*strategy.ins, *strategy.outs)[position], self.axis)
 
         total = 0.0
         for value in self.keeping if self.kept_price else ():
-            largest = max(share(choice[node.name], k) for node, k in value.places)
-            least = min(share(s, k) for node, k in value.places for s in self.options(node))
-            total += 0.0 if value.rebuilt and largest == least else self.kept_price * value.size * largest
-        return total
+            made = share(value.maker)
+            taken = {share(use) for use in value.uses} or {made}
+            total += value.size * sum(t for t in taken if not (value.rebuilt and t == made))
+        return self.kept_price * total
 
     def cheaper_than(self, limit: float) -> float:
         """The least cost of all choices, or `limit` where none is below it: every choice is looked at but those that cost as much

@@ -52,6 +52,18 @@ def test_by_time_never_slower_than_megatron(model: str, topology: Topology) -> N
     assert [c.seconds(1.0) for c in front] == sorted(c.seconds(1.0) for c in front)
 
 
+@pytest.mark.parametrize("topology", [NEAR, FAR], ids=["near", "far"])
+@pytest.mark.parametrize("model", MODELS)
+def test_what_is_least_is_what_is_priced(model: str, topology: Topology) -> None:
+    """The sum that the search minimizes is what the placement takes, at the prices of bytes held and kept."""
+    tensor = tensor_axis(model, topology)
+    for price, kept in ((0.0, 0.0), (1e-9, 0.0), (1e-8, 1e-8)):
+        layouts = Layouts(byte_price=price, kept_price=kept)
+        placement, cost = tensor.placement(4, layouts, Load()), tensor.cost(4, layouts, Load())
+        assert placement is not None and placement.gap == 0.0
+        assert placement.cost == pytest.approx(cost.seconds(1.0) + price * cost.parameters + kept * cost.activations, rel=1e-9)
+
+
 def test_a_smaller_share_of_the_batch_leaves_parameters_where_they_are() -> None:
     """Samples cut, every gradient has to be summed: worth it for many samples, not for few."""
     tensor = tensor_axis("gpt2", NEAR)
