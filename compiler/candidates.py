@@ -21,14 +21,11 @@ from .layout import with_places
 from .place import Placement, Policy, place
 from .plan import Plan, Prediction, data_size
 from .prices import Volume
-from .step_cost import Batch, StepCost, flying
+from .refine import Refinement
+from .step_cost import Batch, StepCost, load_of
 from .strategy import Limits, Request, Strategy, StrategyError, divisors
 from .tensor_axis import Layouts, Load, TensorAxis
 from .topology import Topology
-
-FILLED = 0.9
-"""The share of the memory limit that blocks are kept whole up to. The rest is for what no plan foresees: an allocator's holes,
-other buffers, an error of some percent."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +60,7 @@ class Search:
         self.kept = keeping(self.calls)
         self.tensor = TensorAxis(problem.graph, problem.loss, topology, self.calls, self.kept)
         self.steps = StepCost(problem, topology, self.batch, self.calls)
+        self.bound = math.inf  # seconds a sample; see `Refinement.bound`
         self._coupled: ShardingError | Literal[False] | None = None
 
     def candidates(self) -> Iterable[Candidate]:
@@ -73,33 +71,19 @@ class Search:
             batch=self.rows if self.batch.mode == "global" else None,
             hybrid=pins.zero != 3,  # who asks for ZeRO-3 wants it over all data ranks
         )
-        best = math.inf  # seconds a sample, of what fits
         fastest: list[Candidate] = []
-        least: dict[Mesh, float] = {}  # seconds a sample: no layouts are faster, at no level of ZeRO
-
-        def like(first: Candidate) -> Iterator[Candidate]:
-            nonlocal best
-            for candidate in self.like(first):
-                if self.fits(candidate):
-                    best = min(best, candidate.per_sample)
-                yield candidate
-
+        best = math.inf
         for mesh in self.request.meshes(limits):
             for plan in self.variants(mesh, pins):
-                first = self.price(plan)
-                if plan.byte_price == 0.0:
-                    fastest.append(first)
-                    least[mesh] = min(first.per_sample, least.get(mesh, math.inf))
-                yield from like(first)
-        for first in sorted(fastest, key=lambda c: least[c.plan.mesh]):
-            if self.worth_sparing(least[first.plan.mesh], best) and not self.fits(first):
-                for plan in self.sparing(first):
-                    yield from like(self.price(plan))
-
-    @staticmethod
-    def worth_sparing(least: float, best: float) -> bool:
-        """Whether layouts of a mesh, on which a sample takes `least` seconds or more, may be faster than the best that fits."""
-        return least < best
+                for candidate in self.like(self.price(plan)):
+                    if self.fits(candidate):
+                        best = min(best, candidate.per_sample)
+                    if candidate.plan.byte_price is not None and not candidate.plan.whole:
+                        fastest.append(candidate)
+                    yield candidate
+        refinement = Refinement(self, best)
+        yield from refinement.candidates(fastest)
+        self.bound = refinement.bound
 
     def fits(self, candidate: Candidate) -> bool:
         return candidate.predicted.peak_bytes <= self.limit
@@ -107,42 +91,34 @@ class Search:
     def like(self, first: Candidate) -> Iterator[Candidate]:
         """It, and what else may be done with its mesh and its layouts."""
         for candidate in self.accumulating(first):
-            yield candidate
-            if self.request.strategy.zero is None:
-                yield from self.filled(candidate)
+            yield from self.completed(candidate)
 
-    def sparing(self, fastest: Candidate) -> Iterator[Plan]:
-        """With layouts that might fit where the fastest do not: those of the front on which what is kept for the backward has its
-        price, a byte of the peak the same whatever it is of; and sequence parallelism."""
-        plan, parts = fastest.plan, fastest.predicted.parts
-        size, load = plan.mesh.size("tp"), self.load(plan)
-        state = max(parts["state bytes"], 1.0) / max(self.tensor.cost(size, Layouts.of(plan), load).parameters, 1.0)
-        kept = flying(plan) / plan.microbatches / plan.stages
-        runs = self.batch.local_rows(plan.mesh) if plan.stages == 1 and self.microbatches is None else plan.microbatches
-        least = state * self.tensor.parameters / size + parts["activation bytes"] / size * plan.microbatches / max(1, runs)
-        if least <= self.limit:
-            for layouts in self.tensor.front(size, load, kept / state)[1:]:
-                yield replace(plan, byte_price=layouts.byte_price, kept_price=layouts.kept_price)
-            if self.request.strategy.layouts is None:  # Megatron's, which gather no parameters for an op
-                yield replace(plan, byte_price=None, sequence_parallel=True)
+    def completed(self, candidate: Candidate) -> Iterator[Candidate]:
+        """It, and with blocks kept whole."""
+        yield candidate
+        if self.request.strategy.zero is None:
+            yield from self.filled(candidate)
 
     def accumulating(self, first: Candidate) -> Iterator[Candidate]:
         """It, and while it does not fit, the same with twice the micro-batches, whose activations are not held together."""
         yield first
         candidate, plan = first, first.plan
-        if plan.stages > 1 or self.microbatches is not None:
-            return
-        while candidate.predicted.peak_bytes > self.limit and 2 * plan.microbatches <= self.batch.local_rows(plan.mesh):
-            parts = candidate.predicted.parts
-            if parts["state bytes"] + parts["gathered bytes"] > self.limit or self.samples_are_coupled():
+        while candidate.predicted.peak_bytes > self.limit:
+            parts, wanted = candidate.predicted.parts, 2 * plan.microbatches
+            if parts["state bytes"] + parts["gathered bytes"] > self.limit or not self.may_accumulate(plan, wanted):
                 return
-            plan = replace(plan, microbatches=2 * plan.microbatches)
+            plan = replace(plan, microbatches=wanted)
             candidate = self.price(plan)
             yield candidate
 
+    def may_accumulate(self, plan: Plan, microbatches: int) -> bool:
+        """Whether the plan's micro-batches are free to be so many more: without a pipeline, where there are samples."""
+        free = plan.stages == 1 and self.microbatches is None and microbatches <= self.batch.local_rows(plan.mesh)
+        return free and not self.samples_are_coupled()
+
     def filled(self, candidate: Candidate) -> Iterator[Candidate]:
         """Under ZeRO-3: the same with as many blocks kept whole as memory is left for, where some are but not all."""
-        plan, room = candidate.plan, FILLED * self.limit
+        plan, room = candidate.plan, self.limit
         if plan.zero != 3 or candidate.predicted.peak_bytes > room:
             return
         whole = self.steps.whole(plan.stages)
@@ -178,7 +154,7 @@ class Search:
         counts = self.microbatch_counts(mesh.size("pp"), local)
         for zero in levels:
             for count in sorted({max(1, min(int(count), max(1, local))) for count in counts}):
-                for layouts in self.layouts(mesh, pins, count):
+                for layouts in self.layouts(mesh, pins):
                     yield Plan(
                         mesh=mesh,
                         zero=int(zero if shard else 0),
@@ -211,14 +187,14 @@ class Search:
             raise coupled
         return [1] if coupled else counts
 
-    def layouts(self, mesh: Mesh, pins: Strategy, microbatches: int) -> list[Layouts]:
-        """What to try over the mesh's tensor axis. Who pins it means Megatron's layouts, if nothing else is said."""
+    def layouts(self, mesh: Mesh, pins: Strategy) -> list[Layouts]:
+        """What to try first over the mesh's tensor axis. Who pins it means Megatron's layouts, if nothing else is said."""
         n = mesh.size("tp")
         if n == 1:
             return [Layouts()]
         megatron = pins.tp is not None or pins.sequence_parallel is not None
         if pins.layouts == "any" or (pins.layouts is None and not megatron):
-            return self.tensor.front(n, Load(self.batch.share(mesh), microbatches))
+            return [Layouts(byte_price=0.0)]
         sequence = [False, True] if pins.sequence_parallel is None else [pins.sequence_parallel]
         return [Layouts(sequence=s) for s in sequence]
 
@@ -233,7 +209,7 @@ class Search:
         return Candidate(plan, self.batch.samples(mesh), self.steps.predict(plan, cost, whole))
 
     def load(self, plan: Plan) -> Load:
-        return Load(self.batch.share(plan.mesh), plan.microbatches)
+        return load_of(plan, self.batch.share(plan.mesh))
 
     def with_layout(self, plan: Plan) -> Plan:
         """The plan with where its parameters lie over tp and pp: a rank, or a call, of other shapes would find other places."""

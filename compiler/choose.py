@@ -15,6 +15,7 @@ from torch import fx
 
 from ..passes.graph_tools import Calls, metas, where
 from ..passes.rules.base import Axis, find_rule
+from .assign import relative_gap
 from .candidates import Candidate, Search
 from .collector import without_collection
 from .emit import Problem
@@ -23,6 +24,10 @@ from .plan import Alternative, Plan, data_size
 from .strategy import Limits, Request
 from .topology import Topology
 from .units import bytes_text
+
+USABLE = 0.92
+"""The share of a device's memory that plans are made for. The rest is for what no plan foresees: the libraries' own buffers, an
+allocator's holes, an error of some percent."""
 
 
 class DoesNotFit(ValueError):
@@ -65,11 +70,11 @@ def choose(
 
     rows            samples: of each data rank (batch="local"), or of the whole batch ("global"); `problem` may be captured at
                     another number, which costs are scaled from
-    memory_limit    bytes per rank; the device's memory when None
+    memory_limit    bytes per rank; None: `USABLE` of the device's memory
     known           what was chosen for another graph: taken where this one has the same in it and the plan costs the same
     Raises StrategyError for a request that no mesh meets, DoesNotFit where every plan needs more memory.
     """
-    limit = topology.device.memory if memory_limit is None else float(memory_limit)
+    limit = USABLE * topology.device.memory if memory_limit is None else float(memory_limit)
     search = Search(problem, request, topology, rows, batch, microbatches, limit)
     _warn_of_unruled(search.calls)
     again = _again(search, known) if known is not None else None
@@ -80,28 +85,31 @@ def choose(
     if not fitting:
         raise DoesNotFit(why_nothing_fits(search, candidates, limit))
     best = fitting[0]
-    others = [_alternative(c, best, limit) for c in candidates if c is not best]
+    others = _runners_up(candidates, best, limit)
     return replace(
         search.with_layout(best.plan),
         topology=replace(topology, sources={}),
-        predicted=best.predicted,
-        alternatives=tuple(others[:12]),
+        predicted=replace(best.predicted, gap=max(best.predicted.gap, relative_gap(best.per_sample, search.bound))),
+        alternatives=tuple(_alternative(c, best, limit) for c in others),
         reasons=_reasons(best, fitting, candidates),
     )
 
 
 def _again(search: Search, known: Known) -> Plan | None:
-    """The known plan for this graph, if choosing would find it again. One that names parameters is not compared."""
+    """The known plan for this graph, if choosing would find it again."""
     plan = known.plan
-    if plan.predicted is None or plan.whole or contents(search.problem.graph) != known.contents:
+    if plan.predicted is None or contents(search.problem.graph) != known.contents:
         return None
-    bare = replace(plan, layout={}, stage_of={}, topology=None, predicted=None, alternatives=(), reasons=())
-    found, before = search.price(bare).predicted, plan.predicted
+    whole = next((w for w in search.steps.whole(plan.stages) if len(w.names) == len(plan.whole)), None)
+    if whole is None:
+        return None
+    bare = replace(plan, whole=whole.names, layout={}, stage_of={}, topology=None, predicted=None, alternatives=(), reasons=())
+    found, before = search.price(bare, whole).predicted, plan.predicted
     pairs = (found.step_seconds, before.step_seconds), (found.peak_bytes, before.peak_bytes)
-    if found.peak_bytes > search.limit or not all(isclose(*pair, rel_tol=ALIKE) for pair in pairs):
+    if not all(isclose(*pair, rel_tol=ALIKE) for pair in pairs):
         return None
     facts = {"topology": plan.topology, "alternatives": plan.alternatives, "reasons": plan.reasons}
-    return replace(search.with_layout(bare), predicted=found, **facts)
+    return replace(search.with_layout(bare), predicted=replace(found, gap=before.gap), **facts)
 
 
 def _warn_of_unruled(calls: Calls) -> None:
@@ -124,6 +132,17 @@ def data_ranks(request: Request, rows: int, batch: str) -> tuple[int, int]:
     meshes = request.meshes(Limits(batch=rows if batch == "global" else None))
     found = [data_size(mesh) for mesh in meshes]
     return min(found), max(found)
+
+
+def _runners_up(candidates: Sequence[Candidate], best: Candidate, limit: float) -> list[Candidate]:
+    """The fastest of those that fit, and of those that do not, as fast as these."""
+    shown: dict[str, Candidate] = {}  # of plans alike but in the price of bytes the fastest
+    for c in candidates:
+        if c is not best:
+            shown.setdefault(c.plan.name, c)
+    fits = [c for c in shown.values() if c.predicted.peak_bytes <= limit]
+    others = [c for c in shown.values() if c.predicted.peak_bytes > limit]
+    return sorted((*fits[:8], *others[:4]), key=lambda c: c.per_sample)
 
 
 def _alternative(c: Candidate, best: Candidate, limit: float) -> Alternative:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from typing import Any, cast
 
 import torch
@@ -200,6 +200,17 @@ class Timing:
         return self.fixed * runs + self.work * share
 
 
+@dataclass
+class _Known:
+    """What loads on one mesh have in common: timings of ops, of conversions and of ways, and these. (Calls and strategies are
+    looked up by identity, and kept, so that none takes another's place.)"""
+
+    nodes: dict[tuple[int, int], tuple[OpCall, Strategy, Timing]] = field(default_factory=dict)
+    conversions: dict[tuple[Type, Type, TensorMeta, str], Timing] = field(default_factory=dict)
+    ways: dict[tuple[Type, Type, TensorMeta, str, float], Timing] = field(default_factory=dict)
+    found: dict[tuple[Axis, float], Ways] = field(default_factory=dict)
+
+
 class Seconds:
     """Prices of the placement search (compiler/prices.py) in seconds of one device on an axis of a mesh, both directions.
 
@@ -207,14 +218,19 @@ class Seconds:
     share      of the batch that the graph was captured with, what a step sees: so much of an op's work is done, and so much of a
                value that is no parameter is moved
     runs       micro-batches of a step, in each of which parameters are moved and ops launched
+    sums       what a second in which gradients are summed counts, once a step, against one of the micro-batches
     """
 
-    def __init__(self, topology: Topology, mesh: Mesh, share: float = 1.0, runs: int = 1) -> None:
-        self.topology, self.mesh, self.share, self.runs = topology, mesh, share, runs
+    def __init__(self, topology: Topology, mesh: Mesh, share: float = 1.0, runs: int = 1, sums: float = 1.0) -> None:
+        self.topology, self.mesh, self.share, self.runs, self.sums = topology, mesh, share, runs, sums
         self._at_once = replace(topology.device, launch=0.0)
-        self._conversions: dict[tuple[Type, Type, TensorMeta, str], Timing] = {}
-        self._timings: dict[tuple[Type, Type, TensorMeta, str], Timing] = {}
-        self._ways: dict[Axis, Ways] = {}
+        self._known = _Known()
+
+    def at(self, share: float, runs: int, sums: float) -> Seconds:
+        """The prices of another load on the same mesh."""
+        found = Seconds(self.topology, self.mesh, share, runs, sums)
+        found._known = self._known
+        return found
 
     def _span(self, axis: Axis) -> Span:
         return self.topology.span(self.mesh, axis.name)
@@ -224,6 +240,12 @@ class Seconds:
         return self.node_timing(call, strategy).of_step(self.runs, self.runs if alone else self.share)
 
     def node_timing(self, call: OpCall, strategy: Strategy) -> Timing:
+        key = id(call), id(strategy)
+        if key not in self._known.nodes:
+            self._known.nodes[key] = call, strategy, self._node_timing(call, strategy)
+        return self._known.nodes[key][-1]
+
+    def _node_timing(self, call: OpCall, strategy: Strategy) -> Timing:
         operands = tuple(m if m is None else local_meta(m, t) for m, t in zip(call.operands, strategy.ins, strict=True))
         results = tuple(local_meta(m, t) for m, t in zip(call.results, strategy.outs, strict=True))
         local = replace(call, operands=operands, results=results)
@@ -246,9 +268,11 @@ class Seconds:
         return self.conversion_timing(src, dst, meta, Axis(name, self.mesh.size(name)))
 
     def placeholder(self, type_: Type, meta: TensorMeta, axis: Axis) -> float:
-        """A Replicate parameter's gradient is summed once a step; in a bucket, where latency does not count."""
-        if type_ != R or not meta.grad:
-            return 0.0
+        """A Replicate parameter's gradient is summed once a step."""
+        return self.sums * self.gradient_sum(meta, axis) if type_ == R and meta.grad else 0.0
+
+    def gradient_sum(self, meta: TensorMeta, axis: Axis) -> float:
+        """In a bucket, where latency does not count."""
         free = tuple(replace(hop, level=replace(hop.level, latency=0.0)) for hop in self._span(axis))
         return collective_seconds("all_reduce", size_of(meta), free)
 
@@ -260,34 +284,41 @@ class Seconds:
 
     def way_timing(self, src: Type, dst: Type, meta: TensorMeta, axis: Axis) -> Timing:
         """Of the conversions on the cheapest way."""
-        key = (src, dst, meta, axis.name)
-        if key not in self._timings:
+        key = (src, dst, meta, axis.name, self._size)
+        if key not in self._known.ways:
             found = [self.conversion_timing(a, b, meta, axis) for a, b in steps(src, dst, meta, self.ways(axis))]
-            self._timings[key] = Timing(sum(t.fixed for t in found), sum(t.work for t in found))
-        return self._timings[key]
+            self._known.ways[key] = Timing(sum(t.fixed for t in found), sum(t.work for t in found))
+        return self._known.ways[key]
 
     def conversion_timing(self, src: Type, dst: Type, meta: TensorMeta, axis: Axis) -> Timing:
         """Of one conversion."""
         key = (src, dst, meta, axis.name)
-        if key not in self._conversions:
+        if key not in self._known.conversions:
             whole, fixed = (
                 conversion_seconds(src, dst, size, self._span(axis), self.topology.device, meta.grad).total
                 for size in (size_of(meta), 0.0)
             )
-            self._conversions[key] = Timing(fixed, 0.0 if math.isinf(fixed) else whole - fixed)
-        return self._conversions[key]
+            self._known.conversions[key] = Timing(fixed, 0.0 if math.isinf(fixed) else whole - fixed)
+        return self._known.conversions[key]
 
     def ways(self, axis: Axis) -> Ways:
         """How values change their types over the axis in the least time."""
-        if axis not in self._ways:
+        key = axis, self._size
+        if key not in self._known.found:
+            size = self._size
 
             def price(src: Type, dst: Type, meta: TensorMeta) -> float:
                 if not (is_free(src, dst, meta.grad) or exists(src, dst, meta.grad)):
                     return math.inf
-                return self.conversion_timing(src, dst, meta, axis).of_step(self.runs, self.share)
+                return self.conversion_timing(src, dst, meta, axis).of_step(1, size)
 
-            self._ways[axis] = ways_by_price(axis.size, price)
-        return self._ways[axis]
+            self._known.found[key] = ways_by_price(axis.size, price)
+        return self._known.found[key]
+
+    @cached_property
+    def _size(self) -> float:
+        """Of a value, against its captured size, in a micro-batch: to a power of two, so that ways are found for few."""
+        return 2.0 ** round(math.log2(self.share / self.runs))
 
 
 def local_meta(meta: TensorMeta, type_: Type) -> TensorMeta:

@@ -21,7 +21,8 @@ from .place import Placement
 from .placed_cost import placed_cost, produced
 from .plan import Plan
 from .prices import held
-from .tensor_axis import Layouts, Load, tensor_mesh, tensor_placement
+from .step_cost import load_of
+from .tensor_axis import Layouts, tensor_mesh, tensor_placement
 from .topology import Topology
 from .units import bytes_text, seconds_text
 
@@ -165,8 +166,8 @@ def next_best(
 
 def _tensor_seconds(plan: Plan, topology: Topology) -> Seconds:
     """For the load that the search placed for."""
-    load = Load(1 / plan.data_size, plan.microbatches).rounded
-    return Seconds(topology, tensor_mesh(plan.mesh.size("tp")), load.share, load.runs)
+    load = Layouts.of(plan).load(load_of(plan, 1 / plan.data_size))
+    return Seconds(topology, tensor_mesh(plan.mesh.size("tp")), load.share, load.runs, load.sums)
 
 
 def _placement(problem: Problem, plan: Plan, seconds: Seconds, calls: Calls) -> Placement:

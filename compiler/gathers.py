@@ -7,6 +7,7 @@ so kept saves time and costs memory, in proportion to its bytes; so they are tak
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,13 +49,24 @@ class Whole:
     alone: float = 0.0
 
 
-def _turns(groups: Sequence[Group], stages: int) -> list[int]:
-    """Of each group, how many come after it in its stage, where stages hold about as many bytes."""
-    before, found = 0.0, []
+NONE_WHOLE = Whole()
+"""Of the shares of what is kept whole, where nothing is; of those of what is gathered it says nothing."""
+
+
+def _turns(groups: Sequence[Group], stages: int) -> list[float]:
+    """Of each group, when it is taken: so that in stages of about as many bytes, those taken are spread evenly at any time."""
+    before, counts, found = 0.0, Counter[int](), []
     for group in groups:
-        found.append(min(stages - 1, int((before + group.held / 2) * stages)))
+        stage = min(stages - 1, int((before + group.held / 2) * stages))
         before += group.held
-    return [found[i + 1 :].count(stage) for i, stage in enumerate(found)]
+        found.append(_reversed(counts[stage]))
+        counts[stage] += 1
+    return found
+
+
+def _reversed(n: int) -> float:
+    """The binary digits of a number after the point, the last first (van der Corput 1935)."""
+    return sum(2.0 ** -(k + 1) for k in range(n.bit_length()) if n >> k & 1)
 
 
 Place = tuple[object, object]
@@ -115,7 +127,8 @@ def shared(gm: fx.GraphModule) -> float:
 
 def kept_whole(groups: Sequence[Group], stages: int = 1) -> list[Whole]:
     """None, one, two, ... groups kept whole: those first that the backward would gather again, then the small ones, which fill the
-    memory closely, and of these the last of a stage, whose gradients are scattered first; of every stage in turn."""
+    memory closely, and of these such as are spread evenly over every stage: their gradients come one after the other, and are
+    scattered beside the rest of the backward."""
     again = [g.again > 0.5 * g.held for g in groups]
     turns = _turns(groups, stages)
     order = sorted(range(len(groups)), key=lambda i: (not again[i], groups[i].held, turns[i], -i))

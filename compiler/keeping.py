@@ -7,6 +7,7 @@ kept as converted.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -14,11 +15,11 @@ from torch import fx
 
 from ..passes.graph_tools import Calls, is_getitem, is_parameter
 from ..passes.partition import CHEAP
-from ..passes.rules.base import Axis, OpCall, TensorMeta
+from ..passes.rules.base import Axis, OpCall, Strategy, TensorMeta
 from ..passes.types import I, Type
 from .cost import FREE, op_name, size_of
 from .needs import NEEDS_RESULT, is_view, needs_value
-from .offers import made_by
+from .offers import Offers, made_by
 from .place import KeptAt, Placement
 from .prices import held
 
@@ -115,19 +116,22 @@ def kept_values(calls: Calls, kept: Keeping, placement: Placement | None, axis: 
         yield node, size_of(calls[node][0].results[k]) * held(made, axis)
 
 
-def kept_at(calls: Calls, kept: Keeping) -> list[KeptAt]:
-    """The same by where the types are chosen in which values are made and taken."""
-    found = []
+def kept_at(calls: Calls, kept: Keeping, offered: Offers) -> list[KeptAt]:
+    """The same by where an axis decides in which types values are made and taken: those of repeated blocks together."""
+
+    def at(node: fx.Node, position: int) -> tuple[int, int]:
+        return offered.decisions[offered.first(node)].index, position
+
+    def result(node: fx.Node, k: int) -> tuple[int, int]:
+        return at(node, len(calls[node][0].operands) + k)
+
+    found: Counter[tuple[tuple[int, int], tuple[tuple[int, int], ...], bool]] = Counter()
     for (node, k), uses in kept.uses.items():
-        size = float(size_of(calls[node][0].results[k]))
-        found.append(KeptAt(size, _result(calls, node, k), uses, (node, k) in kept.rebuilt))
+        users = tuple(sorted({at(*use) for use in uses}))
+        found[result(node, k), users, (node, k) in kept.rebuilt] += size_of(calls[node][0].results[k])
     for node, k in kept.returned:
-        found.append(KeptAt(float(size_of(calls[node][0].results[k])), _result(calls, node, k)))
-    return found
-
-
-def _result(calls: Calls, node: fx.Node, k: int) -> tuple[fx.Node, int]:
-    return node, len(calls[node][0].operands) + k
+        found[result(node, k), (), False] += size_of(calls[node][0].results[k])
+    return [KeptAt(float(size), maker, uses, rebuilt) for (maker, uses, rebuilt), size in found.items()]
 
 
 def largest_backward_bytes(calls: Calls, kept: Keeping, placement: Placement | None, axis: Axis) -> float:
@@ -137,10 +141,24 @@ def largest_backward_bytes(calls: Calls, kept: Keeping, placement: Placement | N
         call, strategy = calls[node][0], placement.choice[node.name] if placement else None
         key = id(call), id(strategy), made  # identical blocks share the objects
         if key not in known:
-            types = (*strategy.ins, *strategy.outs) if strategy else (I,) * len(made)
-            values = zip((*call.operands, *call.results), types, made, strict=True)
-            known[key] = sum(size_of(meta) * held(type_, axis) for meta, type_, counted in values if counted)
+            known[key] = _backward_bytes(call, strategy, made, axis)
     return max(known.values(), default=0.0)
+
+
+def least_backward_bytes(kept: Keeping, offered: Offers) -> float:
+    """The same at least, whatever is taken of what an axis offers."""
+    found = [
+        min(_backward_bytes(d.call, strategy, kept.gradients[d.node], offered.axis) for strategy in d.offered)
+        for d in offered.decisions.values()
+        if d.call is not None and d.node in kept.gradients
+    ]
+    return max(found, default=0.0)
+
+
+def _backward_bytes(call: OpCall, strategy: Strategy | None, made: tuple[bool, ...], axis: Axis) -> float:
+    types = (*strategy.ins, *strategy.outs) if strategy else (I,) * len(made)
+    values = zip((*call.operands, *call.results), types, made, strict=True)
+    return sum(size_of(meta) * held(type_, axis) for meta, type_, counted in values if counted)
 
 
 def _gradients(calls: Calls, written_over: frozenset[tuple[fx.Node, int]]) -> dict[fx.Node, tuple[bool, ...]]:

@@ -6,7 +6,7 @@ Costs count all nodes at the same position of identical blocks, which are one de
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -74,25 +74,42 @@ Barred = Mapping[str, Sequence[tuple[Type, ...]]]
 """By node name: types, of all its results, that it must not give."""
 
 
+Place = tuple[int, int]
+"""A decision by its number, and a position among its operands and, after these, its results."""
+
+
 @dataclass(frozen=True)
 class KeptAt:
-    """A value that is kept for the backward, of so many bytes in whole.
+    """What is kept for the backward, of so many bytes in whole: values that are made at one place and used at the same.
 
-    maker      the node that makes it, and the position among its operands and, after these, its results
-    uses       where nodes take it whose backward needs it, likewise; none where the maker's own does
-    rebuilt    whether it is computed again from other kept values where it is needed as it was made
+    maker      where they are made
+    uses       where they are taken by what needs them in its backward; nowhere, where the maker's own does
+    rebuilt    whether they are computed again from other kept values where they are needed as they were made
     """
 
     size: float
-    maker: tuple[fx.Node, int]
-    uses: tuple[tuple[fx.Node, int], ...] = ()
+    maker: Place
+    uses: tuple[Place, ...] = ()
     rebuilt: bool = False
 
-    def cost(self, made: float, needed: float | None) -> float:
-        """Bytes kept for a use that takes a share of `needed`, of a value made in shares of `made`; None: for its maker."""
-        if needed is None or needed == made:
-            return 0.0 if self.rebuilt else self.size * made
-        return self.size * needed
+    def cost(self, made: float, needed: float) -> float:
+        """Bytes kept for a use that takes a share of `needed`, of what is made in shares of `made`."""
+        return 0.0 if self.rebuilt and needed == made else self.size * needed
+
+    def held(self, share: Callable[[Place], float]) -> float:
+        """Bytes kept: for each share that is taken."""
+        made = share(self.maker)
+        return sum(self.cost(made, needed) for needed in ({share(use) for use in self.uses} or {made}))
+
+
+@dataclass(frozen=True)
+class Priced:
+    """The problem of a graph along an axis before bytes have a price. exit_types: of each output, by its number after the
+    decisions."""
+
+    costs: list[np.ndarray]
+    values: list[AssignValue]
+    exit_types: dict[int, list[Type]]
 
 
 def place(
@@ -105,6 +122,7 @@ def place(
     like: Placement | None = None,
     kept: Sequence[KeptAt] = (),
     offered: Offers | None = None,
+    priced: Priced | None = None,
 ) -> Placement:
     """The cheapest placement of `gm` along `axis`. Raises ShardingError naming the node where none exists.
 
@@ -112,11 +130,12 @@ def place(
     barred    what is left out of the search (for a node of a repeated block, in all of its repetitions)
     like      a placement of the same graph in other shapes: this one shards the same dims
     kept      what the policy's `kept_price` is paid for (compiler/keeping.py)
-    offered   `offers(...)`, where the caller has it
+    offered   `offers(...)`, where the caller has it, and what is kept is of it
+    priced    `price(...)` at these prices and of what is offered, whatever the policy's prices of bytes: where the caller has it
     """
     calls = op_calls(gm) if calls is None else calls
     offered = offered or offers(gm, axis, calls, policy.role, policy.pinned, policy.slices)
-    builder = _Builder(gm, axis, policy, prices, calls, offered, kept)
+    builder = _Builder(gm, axis, policy, prices, calls, offered, kept, priced)
     for name, left_out in (barred or {}).items():
         builder.bar(name, left_out)
     if like is not None:
@@ -127,6 +146,11 @@ def place(
     except AssignError as error:
         raise builder.explain(error) from error
     return builder.placement(solution)
+
+
+def price(gm: fx.GraphModule, axis: Axis, policy: Policy, prices: Prices, calls: Calls, offered: Offers) -> Priced:
+    """What `place` finds out first, for calls that differ in the prices of bytes alone."""
+    return _Builder(gm, axis, policy, prices, calls, offered, ()).priced()
 
 
 def _kinds(types: Sequence[Type]) -> tuple[object, ...]:
@@ -143,13 +167,17 @@ def _alike(one: Strategy, other: Strategy | None) -> bool:
     )
 
 
-Place = tuple[int, int]
-"""A decision by its number, and a position among its operands and, after these, its results."""
-
-
 class _Builder:
     def __init__(
-        self, gm: fx.GraphModule, axis: Axis, policy: Policy, prices: Prices, calls: Calls, offers: Offers, kept: Sequence[KeptAt]
+        self,
+        gm: fx.GraphModule,
+        axis: Axis,
+        policy: Policy,
+        prices: Prices,
+        calls: Calls,
+        offers: Offers,
+        kept: Sequence[KeptAt],
+        priced: Priced | None = None,
     ) -> None:
         self.gm, self.axis, self.policy, self.prices = gm, axis, policy, prices
         self.calls, self.offers, self.kept = calls, offers, kept
@@ -158,6 +186,7 @@ class _Builder:
         self.options = [d.offered for d in self.order]
         self.output = next(n for n in gm.graph.nodes if n.op == "output")
         self.followed: Placement | None = None
+        self.known = priced
 
     def bar(self, name: str, left_out: Sequence[tuple[Type, ...]]) -> None:
         decision = self.decisions[self.offers.twins.get(name, name)]
@@ -182,6 +211,16 @@ class _Builder:
             self.options[d.index] = same or options
 
     def problem(self) -> Problem:
+        base = self.known or self.priced()
+        self.exit_types = base.exit_types
+        costs, values = list(base.costs), list(base.values)
+        if self.policy.byte_price:
+            self._price_held(costs)
+        if self.policy.kept_price:
+            self._price_kept(costs, values)
+        return Problem(tuple(costs), tuple(values))
+
+    def priced(self) -> Priced:
         costs = [self._option_costs(d) for d in self.order]
         self.exit_types: dict[int, list[Type]] = {}
         for k, value in enumerate(self.offers.exits):
@@ -191,32 +230,29 @@ class _Builder:
             self._assign_value(value, count, [(node, self._needed(value, node, k)) for node, k in uses])
             for (value, uses), count in self.offers.uses.items()
         ]
-        if self.policy.kept_price:
-            self._price_kept(costs, values)
-        return Problem(tuple(costs), tuple(values))
+        return Priced(costs, values, self.exit_types)
+
+    def _price_held(self, costs: list[np.ndarray]) -> None:
+        for d in self.order:
+            if d.node.op == "placeholder" and is_parameter(d.node):
+                price = (self.policy.byte_price or 0.0) * size_of(metas(d.node)[0]) * d.places.total()
+                costs[d.index] = costs[d.index] + price * np.array(self._shares((d.index, 0)))
 
     def _price_kept(self, costs: list[np.ndarray], values: list[AssignValue]) -> None:
         """What is kept is paid for once for each share that a use takes of it, as conversions are."""
-        found: dict[tuple[Place, frozenset[Place], bool], KeptAt] = {}
-        for kept in self.kept:
-            key = self._place(kept.maker), frozenset(map(self._place, kept.uses)), kept.rebuilt
-            found[key] = replace(kept, size=kept.size + (found[key].size if key in found else 0.0))
         price = self.policy.kept_price
-        for (maker, uses, _), kept in found.items():
-            made = self._shares(maker)
-            if not uses:
-                costs[maker[0]] += price * np.array([kept.cost(share, None) for share in made])
+        for kept in self.kept:
+            at, made = kept.maker[0], self._shares(kept.maker)
+            if not kept.uses:
+                costs[at] = costs[at] + price * np.array([kept.cost(share, share) for share in made])
                 continue
-            taken = {use: self._shares(use) for use in sorted(uses)}
+            taken = {use: self._shares(use) for use in kept.uses}
             own, others = sorted({*made}), sorted({share for shares in taken.values() for share in shares})
             table = np.full((len(own) + len(others),) * 2, np.inf)  # made in so large shares, needed in so large
             np.fill_diagonal(table, 0.0)
             table[: len(own), len(own) :] = [[price * kept.cost(m, n) for n in others] for m in own]
             asked = tuple(Use(use[0], tuple(len(own) + others.index(n) for n in shares)) for use, shares in taken.items())
-            values.append(AssignValue(maker[0], tuple(map(own.index, made)), table, asked))
-
-    def _place(self, place: tuple[fx.Node, int]) -> Place:
-        return self.decisions[self.offers.first(place[0])].index, place[1]
+            values.append(AssignValue(at, tuple(map(own.index, made)), table, asked))
 
     def _shares(self, place: Place) -> list[float]:
         """Of a value that a rank holds, by the strategy of the node that takes or makes it."""
@@ -307,10 +343,8 @@ class _Builder:
         options = self.options[d.index]
         if d.node.op == "placeholder":
             meta = metas(d.node)[0]
-            prices = np.array([self.prices.placeholder(s.outs[0], meta, self.axis) for s in options], dtype=float)
-            if self.policy.byte_price and is_parameter(d.node):
-                prices += self.policy.byte_price * size_of(meta) * np.array([held(s.outs[0], self.axis) for s in options])
-            return prices * d.places.total()
+            prices = [self.prices.placeholder(s.outs[0], meta, self.axis) for s in options]
+            return np.array(prices, dtype=float) * d.places.total()
         assert d.call is not None
         counts: Counter[tuple[bool, ...]] = Counter()
         for operands, count in d.places.items():

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
 
 from ..passes.convert import is_free, makes_whole
-from ..passes.graph_tools import Calls, is_parameter, metas
+from ..passes.graph_tools import Calls, is_getitem, is_parameter, metas
 from ..passes.reshard import steps
-from ..passes.rules.base import Axis, TensorMeta
+from ..passes.rules.base import Axis, OpCall, TensorMeta
 from ..passes.rules.base import Strategy as NodeStrategy
 from ..passes.types import I, R, Type
 from .cost import Seconds, Timing, conversion_bytes, size_of
-from .keeping import Keeping, keeping, kept_bytes, largest_backward_bytes
+from .keeping import Keeping, keeping, kept_at, kept_bytes, largest_backward_bytes
 from .needs import gathered_again, read_again
-from .offers import made_by
-from .place import Placement
+from .offers import Offers, made_by, offers
+from .place import Place, Placement
 from .prices import held
 from .topology import collective_bytes
 
@@ -58,46 +58,45 @@ class PlacedCost:
     stream: float = 0.0
     gap: float = 0.0
 
-    def seconds(self, share: float, runs: int = 1) -> float:
-        """Of a step with a share of the batch in so many micro-batches."""
-        return (self.compute + self.traffic) * share + (self.launches + self.latencies + self.gathers) * runs + self.sums
+    def seconds(self, share: float, runs: int = 1, sums: float = 1.0) -> float:
+        """Of a step with a share of the batch in so many micro-batches, where so large a part of the sums of gradients counts."""
+        return (self.compute + self.traffic) * share + (self.launches + self.latencies + self.gathers) * runs + self.sums * sums
 
 
 def placed_cost(
-    gm: fx.GraphModule, seconds: Seconds, placement: Placement | None, calls: Calls, kept: Keeping | None = None
+    gm: fx.GraphModule,
+    seconds: Seconds,
+    placement: Placement | None,
+    calls: Calls,
+    kept: Keeping | None = None,
+    offered: Offers | None = None,
 ) -> PlacedCost:
     """What every rank does under a placement over tp; None where there is no such axis.
 
-    seconds    of a mesh of that axis, or of none       kept    `keeping(calls)`, where the caller has it
+    seconds    of a mesh of that axis, or of none
+    kept, offered      `keeping(calls)`, and what the placement was chosen of, where the caller has them
     """
     axis = Axis("tp", seconds.mesh.size("tp"))
-    compute = launches = 0.0
-    known: dict[tuple[int, int], Timing] = {}
-    for node, (call, _) in calls.items():
-        strategy = placement.choice[node.name] if placement else None
-        key = id(call), id(strategy)  # identical blocks share both objects
-        if key not in known:
-            strategy = strategy or NodeStrategy("whole", (I,) * len(call.operands), (I,) * len(call.results))
-            timing = seconds.node_timing(call, strategy)
-            known[key] = Timing(timing.once, 0.0) if is_parameter(node) else timing
-        compute, launches = compute + known[key].work, launches + known[key].fixed
     kept = kept or keeping(calls)
+    compute = launches = 0.0
     parameters = trainable = again = sums = received_once = 0.0
-    for node in gm.graph.nodes:
-        if node.op == "placeholder" and node.meta["key"].startswith("param."):
+    for node, count in _distinct(gm):
+        if node in calls:
+            timing = _timing(node, calls[node][0], placement, seconds)
+            compute, launches = compute + timing.work * count, launches + timing.fixed * count
+        elif node.op == "placeholder" and node.meta["key"].startswith("param."):
             meta, type_ = metas(node)[0], placement.placeholders[node.meta["key"]] if placement else I
-            size = size_of(meta) * held(type_, axis)
+            size = size_of(meta) * held(type_, axis) * count
             parameters += size
             trainable += size if meta.grad else 0.0
             again += size if read_again(node, calls) else 0.0
             if placement and type_ == R and meta.grad:
-                sums += seconds.placeholder(type_, meta, axis)
+                sums += seconds.gradient_sum(meta, axis) * count
                 received_once += collective_bytes("all_reduce", size, axis.size)
     cost = PlacedCost(
         compute=compute,
         launches=launches,
         sums=sums,
-        activations=kept_bytes(calls, kept, placement, axis),
         temporaries=largest_backward_bytes(calls, kept, placement, axis),
         parameters=parameters,
         trainable=trainable,
@@ -105,49 +104,68 @@ def placed_cost(
         received_once=received_once,
         stream=_stream(calls, placement, axis),
     )
-    return cost if placement is None else _with_conversions(cost, gm, seconds, placement, calls, axis)
+    if placement is None:
+        return replace(cost, activations=kept_bytes(calls, kept, None, axis))
+    offered = offered or offers(gm, axis, calls, "tensor")
+    return _with_conversions(cost, seconds, placement, calls, kept, offered)
+
+
+def _distinct(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, int]]:
+    """Of the nodes at the same place of identical blocks the first, and how many they are."""
+    twins: Mapping[str, str] = gm.meta.get("twins", {})
+    counts = Counter(twins.get(node.name, node.name) for node in gm.graph.nodes)
+    return ((node, counts[node.name]) for node in gm.graph.nodes if twins.get(node.name, node.name) == node.name)
+
+
+def _timing(node: fx.Node, call: OpCall, placement: Placement | None, seconds: Seconds) -> Timing:
+    whole = NodeStrategy("whole", (I,) * len(call.operands), (I,) * len(call.results))
+    timing = seconds.node_timing(call, placement.choice[node.name] if placement else whole)
+    return Timing(timing.once, 0.0) if is_parameter(node) else timing
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """Of a value, for the first node that needs it so. again: of a parameter that the backward gathers once more."""
+    """Of values made at one place, for the first node that needs them so; made so many times.
+
+    again    of a parameter that the backward gathers once more
+    """
 
     source: fx.Node
     have: Type
     needed: Type
     meta: TensorMeta
-    user: fx.Node
+    block: object
+    count: int
     again: bool
-
-    @property
-    def of_parameter(self) -> bool:
-        return is_parameter(self.source)
 
 
 def _with_conversions(
-    cost: PlacedCost, gm: fx.GraphModule, seconds: Seconds, placement: Placement, calls: Calls, axis: Axis
+    cost: PlacedCost, seconds: Seconds, placement: Placement, calls: Calls, kept: Keeping, offered: Offers
 ) -> PlacedCost:
-    """The cost, and that of what values go through to be of the types that ops need."""
-    known: dict[tuple[Type, Type, TensorMeta, bool], tuple[Timing, float]] = {}
+    """The cost, with what values go through to be of the types that ops need, and with what is kept of them."""
+    nodes = [d.node for d in offered.decisions.values()]
     traffic = latencies = gathers = received = received_gathers = 0.0
     blocks: Counter[object] = Counter()
-    for c in _conversions(gm, calls, placement):
-        key = c.have, c.needed, c.meta, c.again
-        if key not in known:
-            known[key] = _price(c, seconds, axis)
-        timing, size = known[key]
-        if not c.of_parameter:
+    for c in _conversions(placement, calls, offered, nodes):
+        timing, size = _price(c, seconds, placement.axis)
+        if not is_parameter(c.source):
             traffic, latencies, received = traffic + timing.work, latencies + timing.fixed, received + size
             continue
         gathers, received_gathers = gathers + timing.once, received_gathers + size
         if makes_whole(c.have, c.needed):
-            blocks[c.user.meta.get("block")] += size_of(c.meta)
+            blocks[c.block] += size_of(c.meta)
+
+    def share(place: Place) -> float:
+        strategy = placement.choice[nodes[place[0]].name]
+        return held((*strategy.ins, *strategy.outs)[place[1]], placement.axis)
+
     return replace(
         cost,
         traffic=traffic,
         latencies=latencies,
         gathers=gathers,
         gathered=float(max(blocks.values(), default=0)),
+        activations=sum(k.held(share) for k in kept_at(calls, kept, offered)),
         received=received,
         received_gathers=received_gathers,
         gap=placement.gap,
@@ -155,39 +173,37 @@ def _with_conversions(
 
 
 def _price(c: Conversion, seconds: Seconds, axis: Axis) -> tuple[Timing, float]:
-    """Seconds, and bytes received."""
+    """Seconds, and bytes received, of all of them."""
     made = [(c.have, c.needed, c.meta)]
     if c.again:
         made.append((c.have, I, replace(c.meta, grad=False)))
     timings = [seconds.way_timing(a, b, meta, axis) for a, b, meta in made]
     path = [(a, b, meta) for src, dst, meta in made for a, b in steps(src, dst, meta, seconds.ways(axis))]
     received = sum(conversion_bytes(a, b, size_of(meta), axis.size, meta.grad).total for a, b, meta in path)
-    return Timing(sum(t.fixed for t in timings), sum(t.work for t in timings)), received
+    return Timing(c.count * sum(t.fixed for t in timings), c.count * sum(t.work for t in timings)), c.count * received
 
 
-def _conversions(gm: fx.GraphModule, calls: Calls, placement: Placement) -> Iterator[Conversion]:
+def _conversions(placement: Placement, calls: Calls, offered: Offers, nodes: Sequence[fx.Node]) -> Iterator[Conversion]:
     """The conversions that operands and outputs need, each made once for a value and a type."""
-    made: set[tuple[fx.Node, int, Type]] = set()
-    end = next(iter(gm.graph.find_nodes(op="output")))
-    readers: list[tuple[fx.Node, Sequence[fx.Node], Sequence[Type]]]
-    readers = [(node, sources, placement.choice[node.name].ins) for node, (_, sources) in calls.items()]
-    readers.append((end, end.args[0], [placement.outputs[k] for k in range(len(end.args[0]))]))  # type: ignore[arg-type]
-    for node, sources, types in readers:
-        for source, needed in zip(sources, types, strict=True):
-            have, k = produced(source, placement)
-            if have is needed or (source, k, needed) in made:
+    for ((name, k), uses), count in offered.uses.items():
+        maker = offered.decisions[name].node
+        have, _ = produced(maker, placement, k)
+        meta = offered.meta[name, k]
+        made: set[Type] = set()
+        for reader, position in uses:
+            inside = reader < len(nodes)
+            needed = placement.choice[nodes[reader].name].ins[position] if inside else placement.outputs[reader - len(nodes)]
+            if needed in made or is_free(have, needed, meta.grad):
                 continue
-            maker, _ = made_by(source)
-            meta = calls[maker][0].results[k] if maker in calls else metas(source)[0]
-            if is_free(have, needed, meta.grad):
-                continue
-            made.add((source, k, needed))
-            yield Conversion(source, have, needed, meta, node, gathered_again(source, have, needed, calls))
+            made.add(needed)
+            block = nodes[reader].meta.get("block") if inside else None
+            yield Conversion(maker, have, needed, meta, block, count, gathered_again(maker, have, needed, calls))
 
 
-def produced(node: fx.Node, placement: Placement) -> tuple[Type, int]:
-    """The type of a value, and which of its node's results it is."""
-    node, k = made_by(node)
+def produced(node: fx.Node, placement: Placement, k: int = 0) -> tuple[Type, int]:
+    """The type of a value, and which of its node's results it is: the k-th, or the one that a getitem takes."""
+    if is_getitem(node):
+        node, k = made_by(node)
     if node.op == "placeholder":
         return placement.placeholders[node.meta["key"]], k
     return placement.choice[node.name].outs[k], k

@@ -18,11 +18,12 @@ from ..passes.segment import largest_part, parts_of
 from ..runtime.program import Mesh
 from .cost import size_of
 from .emit import SEGMENT_BYTES, Problem
-from .gathers import Whole, gather_groups, kept_whole, shared
+from .gathers import NONE_WHOLE, Whole, gather_groups, kept_whole, shared
 from .memory import state_memory
 from .placed_cost import PlacedCost
 from .plan import Plan, Prediction, data_size
 from .schedules import BUCKET_BYTES
+from .tensor_axis import Least, Load
 from .topology import CollectiveKind, Topology, collective_bytes, collective_seconds
 
 BACKWARD_SHARE = 2 / 3
@@ -56,6 +57,40 @@ Moved = tuple[str, CollectiveKind, float, int]
 """(axis, kind, bytes, times a step)"""
 
 
+def load_of(plan: Plan, share: float) -> Load:
+    """What a placement over the plan's tp is made for, where a data rank gets a share of the captured batch."""
+    return Load(share, plan.microbatches, rounded_down(sums_count(plan), 4.0, least=1 / 64))
+
+
+def sums_count(plan: Plan) -> float:
+    """What a second in which gradients are summed over tp, once a step, counts against one of the micro-batches."""
+    return summed(plan, NONE_WHOLE) / bubble(plan)
+
+
+def rounded_down(x: float, base: float, least: float = 0.0) -> float:
+    """To a power of `base`, so that what is nearly alike is one; to 0 below `least`."""
+    return base ** math.floor(math.log(x, base) + 1e-9) if x > least else 0.0
+
+
+@dataclass(frozen=True)
+class Marginal:
+    """What a step takes, as far as the placement over tp decides it: never less, and about that much.
+
+    runs            seconds of a step for a second that the graph runs over tp (`PlacedCost.seconds`)
+    held_seconds    seconds for a byte of parameters: gradients summed over the data axes, optimizer
+    held_bytes      bytes of the peak for a byte of parameters
+    kept_bytes      bytes of the peak for a byte that the captured batch keeps for its backward
+    seconds, bytes  what a step takes besides, whatever the placement
+    """
+
+    runs: float
+    held_seconds: float
+    held_bytes: float
+    kept_bytes: float
+    seconds: float
+    bytes: float
+
+
 class StepCost:
     """Of any plan for one graph, batch and machine. `calls`: `op_calls` of the graph."""
 
@@ -86,6 +121,29 @@ class StepCost:
         parts = seconds | {f"{what} bytes": n for what, n in size.items()}
         traffic = self._received(plan, cost, whole, moved)
         return Prediction(sum(seconds.values()), sum(size.values()), traffic, parts, cost.gap)
+
+    def marginal(self, plan: Plan, cost: PlacedCost, least: Least) -> Marginal:
+        """Around `cost`, that of the fastest placement; others hold fewer parameters. Steps are convex in the bytes of these: from
+        the slope here they are not overestimated where fewer are held.
+        """
+        share, m = self.batch.share(plan.mesh), plan.microbatches
+        more = dict.fromkeys(("parameters", "trainable", "read_again"), 1.01)
+        wider = replace(cost, **{name: times * getattr(cost, name) for name, times in more.items()})
+        held = max(wider.parameters - cost.parameters, 1.0)
+        here, there = self.predict(plan, cost), self.predict(plan, wider)
+        bare = self.predict(plan, replace(cost, temporaries=least.temporaries, gathered=0.0, stream=least.stream))
+        runs = bubble(plan) / plan.stages
+        held_seconds = (there.step_seconds - here.step_seconds) / held
+        held_bytes = (there.peak_bytes - here.peak_bytes) / held
+        kept_bytes = share * flying(plan) / plan.stages / m
+        return Marginal(
+            runs,
+            held_seconds,
+            held_bytes,
+            kept_bytes,
+            bare.step_seconds - runs * cost.seconds(share, m, sums_count(plan)) - held_seconds * cost.parameters,
+            bare.peak_bytes - held_bytes * cost.parameters - kept_bytes * cost.activations,
+        )
 
     def _seconds(self, plan: Plan, cost: PlacedCost, whole: Whole, moved: Sequence[Moved]) -> dict[str, float]:
         mesh, stages, m, share = plan.mesh, plan.stages, plan.microbatches, self.batch.share(plan.mesh)

@@ -11,9 +11,8 @@ fastest does not fit, what is kept for the backward has its price too.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from torch import fx
 
@@ -22,13 +21,37 @@ from ..passes.rules.base import Axis
 from ..passes.types import Type
 from ..runtime.program import Mesh
 from .cost import Seconds, size_of
-from .keeping import Keeping, keeping, kept_at, kept_bytes
+from .keeping import Keeping, keeping, kept_at, kept_bytes, least_backward_bytes
 from .offers import Offers, offers
-from .place import Barred, KeptAt, Placement, Policy, place
-from .placed_cost import PlacedCost, placed_cost
+from .place import Barred, KeptAt, Placement, Policy, Priced, place, price
+from .placed_cost import PlacedCost, least_crossing, placed_cost
 from .plan import Plan
 from .prices import Prices, megatron_prices
 from .topology import Topology
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a data rank runs in a step.
+
+    share    of the captured batch
+    runs     micro-batches that it is cut into
+    sums     what a second in which gradients are summed over the axis, once a step, counts against one of the micro-batches
+    """
+
+    share: float = 1.0
+    runs: int = 1
+    sums: float = 1.0
+
+    @property
+    def rounded(self) -> Load:
+        """To powers of two: where loads are nearly alike, the fastest placements hardly differ."""
+        return Load(_to_a_power(self.share, 2), int(_to_a_power(self.runs, 2)))
+
+
+def _to_a_power(x: float, base: int) -> float:
+    """Of the base, the nearest."""
+    return float(base) ** round(math.log(x, base))
 
 
 @dataclass(frozen=True)
@@ -45,6 +68,12 @@ class Layouts:
     @classmethod
     def of(cls, plan: Plan) -> Layouts:
         return cls(plan.sequence_parallel, plan.byte_price, plan.kept_price)
+
+    def load(self, load: Load) -> Load:
+        """What a placement in these layouts is made for. With no price on bytes it is a first one, for loads nearly alike."""
+        if self.byte_price is None:
+            return Load()
+        return load if self.byte_price else load.rounded
 
     def policy(self, loss: str | None, pinned: Mapping[str, Type], share: float = 1.0) -> Policy:
         """For a graph of which a step runs so large a share. `pinned`: types of parameters, by name."""
@@ -72,65 +101,32 @@ def tensor_placement(
     pinned: Mapping[str, Type] | None = None,
     kept: Sequence[KeptAt] = (),
     offered: Offers | None = None,
+    priced: Priced | None = None,
 ) -> Placement:
     """The placement over an axis tp of `size` ranks.
 
     seconds    of a mesh with that axis; None is enough for Megatron's layouts
     barred, calls      as `place` takes them       pinned    types of parameters, by name
     kept       `kept_at(...)`, where the caller has it and the layouts' `kept_price` needs it
-    offered    as `place` takes it
+    offered, priced    as `place` takes them
     """
     policy = layouts.policy(loss, pinned or {}, seconds.share if seconds is not None else 1.0)
+    calls = op_calls(gm) if calls is None else calls
+    axis = Axis("tp", size)
+    offered = offered or offers(gm, axis, calls, "tensor", policy.pinned)
     if policy.kept_price and not kept:
-        calls = op_calls(gm) if calls is None else calls
-        kept = kept_at(calls, keeping(calls))
-    return place(gm, Axis("tp", size), policy, layouts.prices(seconds), calls, barred, kept=kept, offered=offered)
-
-
-DEAR = 10.0
-"""The highest price of a byte: at it all that has one, held whole, costs so many times the step."""
-
-APART = 0.01
-"""Placements that differ by a smaller share of their bytes are not worth telling apart."""
-
-
-def byte_prices(point: Callable[[float], tuple[float, float]], whole: float) -> list[float]:
-    """Prices at which the lower hull of (seconds, bytes held) has its corners: at most three, from 0 upwards.
-
-    point    what the placement at a price takes
-    whole    bytes of everything that has the price
-    """
-    fastest = point(0.0)
-    dear = DEAR * fastest[0] / max(whole, 1.0)
-    smallest = point(dear)
-    if fastest[1] - smallest[1] <= APART * fastest[1]:
-        return [0.0]
-    between = (smallest[0] - fastest[0]) / (fastest[1] - smallest[1])
-    middle = point(between)
-    apart = all(abs(middle[1] - end[1]) > APART * fastest[1] for end in (fastest, smallest))
-    return [0.0, between, dear] if apart else [0.0, dear]
+        kept = kept_at(calls, keeping(calls), offered)
+    return place(gm, axis, policy, layouts.prices(seconds), calls, barred, kept=kept, offered=offered, priced=priced)
 
 
 @dataclass(frozen=True)
-class Load:
-    """What a data rank runs in a step.
+class Least:
+    """Bytes that no placement is below, as `PlacedCost` has them."""
 
-    share    of the captured batch
-    runs     micro-batches that it is cut into
-    """
-
-    share: float = 1.0
-    runs: int = 1
-
-    @property
-    def rounded(self) -> Load:
-        """To powers of eight: where loads are nearly alike, the fastest placements hardly differ."""
-        return Load(_to_a_power(self.share, 8), int(_to_a_power(self.runs, 8)))
-
-
-def _to_a_power(x: float, base: int) -> float:
-    """Of the base, the nearest."""
-    return float(base) ** round(math.log(x, base))
+    parameters: float
+    activations: float
+    temporaries: float
+    stream: float
 
 
 class TensorAxis:
@@ -144,74 +140,70 @@ class TensorAxis:
         self.gm, self.loss, self.topology, self.calls, self.kept = gm, loss, topology, calls, kept
         placeholders = gm.graph.find_nodes(op="placeholder")
         self.parameters = float(sum(size_of(metas(n)[0]) for n in placeholders if n.meta["key"].startswith("param.")))
+        self._machines: dict[int, Seconds] = {}
         self._seconds: dict[tuple[int, Load], Seconds] = {}
         self._placements: dict[tuple[int, Layouts, Load], Placement] = {}
         self._costs: dict[tuple[int, Layouts, Load], PlacedCost] = {}
         self._offered: dict[int, Offers] = {}
-        self._fronts: dict[tuple[int, Load, float], list[Layouts]] = {}
-
-    def front(self, size: int, load: Load, kept: float = 0.0) -> list[Layouts]:
-        """Any layouts: the corners of the Pareto front of time and bytes, the fastest first.
-
-        kept    what a byte costs that a micro-batch keeps for its backward, as a part of what a byte of parameters costs; rounded,
-                for where on the front a plan lies matters more than which front it is
-        """
-        kept = _to_a_power(kept, 64) if kept else 0.0
-        share, runs = load.rounded.share, load.rounded.runs
-        key = size, load.rounded, kept
-        if key not in self._fronts:
-
-            def layouts(price: float) -> Layouts:
-                return Layouts(byte_price=price, kept_price=price * kept)
-
-            def point(price: float) -> tuple[float, float]:
-                cost = self.cost(size, layouts(price), load)
-                return cost.seconds(share, runs), cost.parameters + kept * share * cost.activations
-
-            whole = self.parameters + kept * share * self.whole_activations
-            self._fronts[key] = [layouts(price) for price in byte_prices(point, whole)]
-        return self._fronts[key]
+        self._priced: dict[tuple[int, Load], Priced] = {}
+        self._kept: dict[int, list[KeptAt]] = {}
+        self._least: dict[int, Least] = {}
 
     def cost(self, size: int, layouts: Layouts, load: Load) -> PlacedCost:
         """Depends on other axes of the mesh only through where tp lies."""
         key = self._key(size, layouts, load)
         if key not in self._costs:
             placement = self.placement(size, layouts, load)
-            self._costs[key] = placed_cost(self.gm, self._seconds_of(size, key[2]), placement, self.calls, self.kept)
+            offered = self._offers(size) if placement is not None else None
+            self._costs[key] = placed_cost(self.gm, self._seconds_of(size, key[2]), placement, self.calls, self.kept, offered)
         return self._costs[key]
 
     def placement(self, size: int, layouts: Layouts, load: Load) -> Placement | None:
         """None where there is no such axis."""
         key = self._key(size, layouts, load)
         if size > 1 and key not in self._placements:
-            seconds = self._seconds_of(size, key[2])
-            kept = self._kept_at if layouts.kept_price else ()
+            seconds, offered = self._seconds_of(size, key[2]), self._offers(size)
+            kept = self._kept_of(size) if layouts.kept_price else ()
+            priced = None if layouts.byte_price is None else self._priced_of(size, key[2])
             self._placements[key] = tensor_placement(
-                self.gm, self.loss, size, layouts, seconds, self.calls, kept=kept, offered=self._offers(size)
+                self.gm, self.loss, size, layouts, seconds, self.calls, kept=kept, offered=offered, priced=priced
             )
         return self._placements.get(key)
+
+    def _priced_of(self, size: int, load: Load) -> Priced:
+        if (size, load) not in self._priced:
+            seconds, policy = self._seconds_of(size, load), Layouts(byte_price=0.0).policy(self.loss, {})
+            self._priced[size, load] = price(self.gm, Axis("tp", size), policy, seconds, self.calls, self._offers(size))
+        return self._priced[size, load]
 
     def _offers(self, size: int) -> Offers:
         if size not in self._offered:
             self._offered[size] = offers(self.gm, Axis("tp", size), self.calls, "tensor")
         return self._offered[size]
 
-    @cached_property
-    def _kept_at(self) -> list[KeptAt]:
-        return kept_at(self.calls, self.kept)
+    def _kept_of(self, size: int) -> list[KeptAt]:
+        if size not in self._kept:
+            self._kept[size] = kept_at(self.calls, self.kept, self._offers(size))
+        return self._kept[size]
 
-    @cached_property
-    def whole_activations(self) -> float:
-        """Bytes that the captured batch keeps with no tensor axis."""
-        return kept_bytes(self.calls, self.kept, None, Axis("tp", 1))
+    def least(self, size: int) -> Least:
+        """Of every placement over so many ranks."""
+        if size not in self._least:
+            kept = kept_bytes(self.calls, self.kept, None, Axis("tp", 1))
+            temporaries = least_backward_bytes(self.kept, self._offers(size))
+            stream = least_crossing(self.calls)
+            self._least[size] = Least(self.parameters / size, kept / size, temporaries, stream / size)
+        return self._least[size]
 
     @staticmethod
     def _key(size: int, layouts: Layouts, load: Load) -> tuple[int, Layouts, Load]:
-        return size, layouts, Load() if layouts.byte_price is None else load.rounded
+        return size, layouts, layouts.load(load)
 
     def _seconds_of(self, size: int, load: Load) -> Seconds:
+        if size not in self._machines:
+            self._machines[size] = Seconds(self.topology, tensor_mesh(size))
         if (size, load) not in self._seconds:
-            self._seconds[size, load] = Seconds(self.topology, tensor_mesh(size), load.share, load.runs)
+            self._seconds[size, load] = self._machines[size].at(load.share, load.runs, load.sums)
         return self._seconds[size, load]
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from programs import case
+from programs import NEAR, case
 
 from shardwright import Strategy, Topology, emit, plan
+from shardwright.compiler.cost import Seconds
 from shardwright.compiler.keeping import keeping, kept_at, kept_bytes
 from shardwright.compiler.memory import program_memory
+from shardwright.compiler.offers import offers
+from shardwright.compiler.placed_cost import placed_cost
+from shardwright.compiler.tensor_axis import Layouts, tensor_mesh, tensor_placement
 from shardwright.passes.graph_tools import op_calls
 from shardwright.passes.rules.base import Axis
 
@@ -42,11 +46,16 @@ def bert() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("model", ["gpt", "llama", "gpt2", "bert", "t5", "vit", "mixtral", "resnet"])
 def test_what_is_kept_and_where_its_type_is_chosen(model: str) -> None:
-    """Whole on every rank, all of it is what is kept."""
-    graph = case(model).graph
-    calls = op_calls(graph)
+    """Whole on every rank, all of it is what is kept; cut in two, what the placement says of each value."""
+    graph, loss = case(model).graph, case(model).captured.loss
+    calls, axis = op_calls(graph), Axis("tp", 2)
     kept = keeping(calls)
-    assert sum(k.size for k in kept_at(calls, kept) if not k.rebuilt) == pytest.approx(kept_bytes(calls, kept, None, Axis("tp", 1)))
+    at = kept_at(calls, kept, offers(graph, axis, calls, "tensor"))
+    assert sum(k.held(lambda _: 1.0) for k in at) == pytest.approx(kept_bytes(calls, kept, None, Axis("tp", 1)))
+    placement = tensor_placement(graph, loss, 2, Layouts(byte_price=1e-9), Seconds(NEAR, tensor_mesh(2)), calls)
+    cost = placed_cost(graph, Seconds(NEAR, tensor_mesh(2)), placement, calls, kept)
+    assert cost.activations == pytest.approx(kept_bytes(calls, kept, placement, axis))
+    assert cost.activations < kept_bytes(calls, kept, None, Axis("tp", 1))
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
