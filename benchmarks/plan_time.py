@@ -58,6 +58,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=1, help="samples of a data rank")
     parser.add_argument("--seq", type=int, default=8192)
     parser.add_argument("--strategy", default="auto", help="auto, or pins: tp=8,zero=3")
+    parser.add_argument("--memory", type=float, help="GiB that a rank may take; left out, most of the device's")
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
@@ -77,7 +78,8 @@ def main() -> int:
     batch = {k: torch.empty(options.batch, options.seq, dtype=torch.int64, device="meta") for k in ("input_ids", "labels")}
     topology = Topology.preset(options.topology, devices=options.devices)
     start = time.perf_counter()
-    planned = plan(model, topology, example_inputs=batch, strategy=parse_strategy(options.strategy))
+    limit = None if options.memory is None else options.memory * GIB
+    planned = plan(model, topology, example_inputs=batch, strategy=parse_strategy(options.strategy), memory_limit=limit)
     planned_at = time.perf_counter()
     program = emit(planned, options.rank)
     end = time.perf_counter()

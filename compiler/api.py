@@ -63,7 +63,7 @@ def auto_parallelize(
     loss_fn         `loss_fn(output, target)`, `target` being the call's keyword of that name or its last positional argument
     strategy        "auto", or a `Strategy` that pins parts
     topology        what the cost model prices with: see `Topology`
-    memory_limit    bytes per rank
+    memory_limit    bytes per rank; None: 92 % of the device's memory
     precision       dtype that products run in (autocast); None: the model's own dtypes
     microbatches    per step and data rank; "auto": as a pipeline runs best with, without one as many as memory asks for
     batch           "local": each data rank passes its own share; "global": every rank passes the whole batch

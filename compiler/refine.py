@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from .dual import CLOSE, Dual, Point
 from .plan import Plan
-from .step_cost import Marginal, flying, rounded_down
+from .step_cost import Marginal, flying, rounded_down, sums_count
 from .tensor_axis import Layouts
 
 if TYPE_CHECKING:
@@ -105,7 +105,8 @@ class Refinement:
             cost = search.tensor.cost(size, Layouts.of(c.plan), search.load(c.plan))
             m = search.steps.marginal(c.plan, cost, least)
             marginals.append(m)
-            estimates.append(c.predicted.step_seconds - m.held_seconds * (cost.parameters - least.parameters))
+            graph = cost.seconds(search.batch.share(c.plan.mesh), c.plan.microbatches, sums_count(c.plan))
+            estimates.append(m.runs * graph + m.held_seconds * least.parameters + m.seconds)
             smallest.append(m.bytes + m.held_bytes * least.parameters + m.kept_bytes * least.activations)
         family = Family(fastest, marginals, Dual(search.limit), (1 - ROUGH) * min(estimates))
         if min(smallest) <= search.limit:
@@ -142,7 +143,8 @@ class Refinement:
 
     def _priced(self, c: Candidate, m: Marginal, price: float) -> Plan:
         held, kept = self._prices(c.plan, m, price)
-        least = LEAST * c.predicted.step_seconds / max(self.search.tensor.parameters, 1.0) / m.runs
+        whole = c.plan.mesh.size("tp") * self.search.tensor.least(c.plan.mesh.size("tp")).parameters
+        least = LEAST * c.predicted.step_seconds / max(whole, 1.0) / m.runs
         return replace(c.plan, byte_price=rounded_down(max(held, least), GRID), kept_price=rounded_down(kept, GRID))
 
     def _bound(self, plan: Plan, m: Marginal, price: float, placed: float) -> float:

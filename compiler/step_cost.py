@@ -124,26 +124,37 @@ class StepCost:
 
     def marginal(self, plan: Plan, cost: PlacedCost, least: Least) -> Marginal:
         """Around `cost`, that of the fastest placement; others hold fewer parameters. Steps are convex in the bytes of these: from
-        the slope here they are not overestimated where fewer are held.
+        the slopes here they are not overestimated where fewer are held.
+
+        Parameters cost more where they have gradients. All have the price of a mean one, and the most that a placement can save by
+        holding those with gradients cut and the others whole is left out of what it takes at least.
         """
-        share, m = self.batch.share(plan.mesh), plan.microbatches
-        more = dict.fromkeys(("parameters", "trainable", "read_again"), 1.01)
-        wider = replace(cost, **{name: times * getattr(cost, name) for name, times in more.items()})
-        held = max(wider.parameters - cost.parameters, 1.0)
-        here, there = self.predict(plan, cost), self.predict(plan, wider)
+        share, m, n = self.batch.share(plan.mesh), plan.microbatches, plan.mesh.size("tp")
         bare = self.predict(plan, replace(cost, temporaries=least.temporaries, gathered=0.0, stream=least.stream))
+        held, trained, again = (self._slopes(plan, cost, name) for name in ("parameters", "trainable", "read_again"))
+        mean = least.trainable / (least.parameters or 1.0)
+        saved = least.trainable * (1 - mean) * (n - 1)
         runs = bubble(plan) / plan.stages
-        held_seconds = (there.step_seconds - here.step_seconds) / held
-        held_bytes = (there.peak_bytes - here.peak_bytes) / held
-        kept_bytes = share * flying(plan) / plan.stages / m
+        kept = share * flying(plan) / plan.stages / m
+
+        def besides(whole: float, of: int) -> float:
+            slopes = held[of] * cost.parameters + trained[of] * cost.trainable + again[of] * cost.read_again
+            return whole - slopes + again[of] * least.read_again - trained[of] * saved
+
         return Marginal(
             runs,
-            held_seconds,
-            held_bytes,
-            kept_bytes,
-            bare.step_seconds - runs * cost.seconds(share, m, sums_count(plan)) - held_seconds * cost.parameters,
-            bare.peak_bytes - held_bytes * cost.parameters - kept_bytes * cost.activations,
+            held[0] + mean * trained[0],
+            held[1] + mean * trained[1],
+            kept,
+            besides(bare.step_seconds - runs * cost.seconds(share, m, sums_count(plan)), 0),
+            besides(bare.peak_bytes - kept * cost.activations, 1),
         )
+
+    def _slopes(self, plan: Plan, cost: PlacedCost, name: str) -> tuple[float, float]:
+        """Seconds, and bytes of the peak, for a byte more."""
+        more = 0.01 * max(cost.parameters, 1.0)
+        here, there = self.predict(plan, cost), self.predict(plan, replace(cost, **{name: getattr(cost, name) + more}))
+        return (there.step_seconds - here.step_seconds) / more, (there.peak_bytes - here.peak_bytes) / more
 
     def _seconds(self, plan: Plan, cost: PlacedCost, whole: Whole, moved: Sequence[Moved]) -> dict[str, float]:
         mesh, stages, m, share = plan.mesh, plan.stages, plan.microbatches, self.batch.share(plan.mesh)

@@ -3,9 +3,8 @@
 Megatron's layouts (Shoeybi et al. 2019; Korthikanti et al. 2022) shard products and their parameters above all, and keep
 activations between them whole or cut by their tokens. They need no machine, are known to whoever reads the program, and are what a
 pinned tp means. Any layouts are what the search finds where it prices seconds alone: heads exchanged for tokens by an all-to-all,
-small parameters kept whole, samples cut. What they gain in time they may pay in bytes of parameters; so a byte has a price, and the
-placements at several prices are a Pareto front of time and memory, of which the search for a plan takes what fits. Where the
-fastest does not fit, what is kept for the backward has its price too.
+small parameters kept whole, samples cut. What they gain in time they may pay in bytes; so a byte of parameters has a price, and one
+that is kept for the backward, and at higher prices layouts take fewer (compiler/refine.py finds the prices at which they fit).
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ..passes.graph_tools import Calls, metas, op_calls
+from ..passes.graph_tools import Calls, op_calls
 from ..passes.rules.base import Axis
 from ..passes.types import Type
 from ..runtime.program import Mesh
-from .cost import Seconds, size_of
-from .keeping import Keeping, keeping, kept_at, kept_bytes, least_backward_bytes
+from .cost import Seconds
+from .keeping import Keeping, keeping, kept_at, least_backward_bytes
 from .offers import Offers, offers
 from .place import Barred, KeptAt, Placement, Policy, Priced, place, price
-from .placed_cost import PlacedCost, least_crossing, placed_cost
+from .placed_cost import PlacedCost, placed_cost
 from .plan import Plan
 from .prices import Prices, megatron_prices
 from .topology import Topology
@@ -124,6 +123,8 @@ class Least:
     """Bytes that no placement is below, as `PlacedCost` has them."""
 
     parameters: float
+    trainable: float
+    read_again: float
     activations: float
     temporaries: float
     stream: float
@@ -138,8 +139,6 @@ class TensorAxis:
 
     def __init__(self, gm: fx.GraphModule, loss: str | None, topology: Topology, calls: Calls, kept: Keeping) -> None:
         self.gm, self.loss, self.topology, self.calls, self.kept = gm, loss, topology, calls, kept
-        placeholders = gm.graph.find_nodes(op="placeholder")
-        self.parameters = float(sum(size_of(metas(n)[0]) for n in placeholders if n.meta["key"].startswith("param.")))
         self._machines: dict[int, Seconds] = {}
         self._seconds: dict[tuple[int, Load], Seconds] = {}
         self._placements: dict[tuple[int, Layouts, Load], Placement] = {}
@@ -189,10 +188,15 @@ class TensorAxis:
     def least(self, size: int) -> Least:
         """Of every placement over so many ranks."""
         if size not in self._least:
-            kept = kept_bytes(self.calls, self.kept, None, Axis("tp", 1))
-            temporaries = least_backward_bytes(self.kept, self._offers(size))
-            stream = least_crossing(self.calls)
-            self._least[size] = Least(self.parameters / size, kept / size, temporaries, stream / size)
+            whole = self.cost(1, Layouts(), Load())
+            self._least[size] = Least(
+                parameters=whole.parameters / size,
+                trainable=whole.trainable / size,
+                read_again=whole.read_again / size,
+                activations=whole.activations / size,
+                temporaries=least_backward_bytes(self.kept, self._offers(size)),
+                stream=whole.stream / size,
+            )
         return self._least[size]
 
     @staticmethod
