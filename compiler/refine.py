@@ -158,11 +158,11 @@ class Refinement:
         return m.runs * (placed + more) + m.seconds + price * (m.bytes - search.limit)
 
     def _more_microbatches(self, family: Family) -> Iterator[Candidate]:
-        """Of a family whose fastest layouts do not fit, the one with twice the micro-batches."""
+        """Of a family whose fastest layouts do not all fit, the one with twice the micro-batches."""
         plan = family.plan
         wanted = 2 * plan.microbatches
-        fits = any(map(self.search.fits, family.fastest))
-        if not fits and (plan.mesh, wanted) not in self._known and self.search.may_accumulate(plan, wanted):
+        fit = all(map(self.search.fits, family.fastest))
+        if not fit and (plan.mesh, wanted) not in self._known and self.search.may_accumulate(plan, wanted):
             self._known.add((plan.mesh, wanted))
             fastest = [self.search.price(replace(c.plan, microbatches=wanted)) for c in family.fastest]
             yield from self._seen(fastest)
