@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .candidates import Candidate, Search
 
 ASKED = 48
-"""Placements that are asked for at most. What is not known then is in the bound."""
+"""Placements that are found at most, beside the first ones. What is not known then is in the bound."""
 
 GRID = 2**0.125
 """Prices are rounded down to its powers: meshes nearly alike have the same placements, which are found once."""
@@ -69,7 +69,6 @@ class Refinement:
     search: Search
     best: float
     bound: float = math.inf
-    asked: int = 0
     _waiting: list[tuple[float, int, Family]] = field(default_factory=list)
     _order: Iterator[int] = field(default_factory=itertools.count)
     _known: set[tuple[object, int]] = field(default_factory=set)
@@ -82,9 +81,10 @@ class Refinement:
         self._known = set(levels)
         for found in levels.values():
             yield from self._enter(found)
+        most = self.search.tensor.placed + ASKED
         while self._waiting:
             least, _, family = heapq.heappop(self._waiting)
-            if least >= self.best * (1 - CLOSE) or self.asked >= ASKED:
+            if least >= self.best * (1 - CLOSE) or self.search.tensor.placed >= most:
                 self.bound = min(self.bound, least)
                 continue
             price = family.dual.price()
@@ -125,7 +125,6 @@ class Refinement:
             plan = self._priced(c, m, price)
             candidate, placement = search.price(plan), search.placement(plan)
             assert placement is not None
-            self.asked += 1
             bounds.append(self._bound(plan, m, price, placement.bound))
             points.append(Point(candidate.predicted.step_seconds, candidate.predicted.peak_bytes - search.limit))
             yield from self._seen(search.completed(candidate))

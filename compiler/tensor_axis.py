@@ -44,8 +44,8 @@ class Load:
 
     @property
     def rounded(self) -> Load:
-        """To powers of two: where loads are nearly alike, the fastest placements hardly differ."""
-        return Load(_to_a_power(self.share, 2), int(_to_a_power(self.runs, 2)))
+        """To powers of two, and sums to all or nothing: where loads are nearly alike, the fastest placements hardly differ."""
+        return Load(_to_a_power(self.share, 2), int(_to_a_power(self.runs, 2)), float(self.sums > 0.1))
 
 
 def _to_a_power(x: float, base: int) -> float:
@@ -168,6 +168,11 @@ class TensorAxis:
                 self.gm, self.loss, size, layouts, seconds, self.calls, kept=kept, offered=offered, priced=priced
             )
         return self._placements.get(key)
+
+    @property
+    def placed(self) -> int:
+        """Placements found so far."""
+        return len(self._placements)
 
     def _priced_of(self, size: int, load: Load) -> Priced:
         if (size, load) not in self._priced:
