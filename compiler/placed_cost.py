@@ -79,7 +79,7 @@ def placed_cost(
     axis = Axis("tp", seconds.mesh.size("tp"))
     kept = kept or keeping(calls)
     compute = launches = 0.0
-    parameters = trainable = again = sums = received_once = 0.0
+    parameters = trainable = sums = received_once = 0.0
     for node, count in _distinct(gm):
         if node in calls:
             timing = _timing(node, calls[node][0], placement, seconds)
@@ -89,7 +89,6 @@ def placed_cost(
             size = size_of(meta) * held(type_, axis) * count
             parameters += size
             trainable += size if meta.grad else 0.0
-            again += size if read_again(node, calls) else 0.0
             if placement and type_ == R and meta.grad:
                 sums += seconds.gradient_sum(meta, axis) * count
                 received_once += collective_bytes("all_reduce", size, axis.size)
@@ -100,7 +99,7 @@ def placed_cost(
         temporaries=largest_backward_bytes(calls, kept, placement, axis),
         parameters=parameters,
         trainable=trainable,
-        read_again=again,
+        read_again=_read_again(gm, placement, calls, axis),
         received_once=received_once,
         stream=_stream(calls, placement, axis),
     )
@@ -108,6 +107,16 @@ def placed_cost(
         return replace(cost, activations=kept_bytes(calls, kept, None, axis))
     offered = offered or offers(gm, axis, calls, "tensor")
     return _with_conversions(cost, seconds, placement, calls, kept, offered)
+
+
+def _read_again(gm: fx.GraphModule, placement: Placement | None, calls: Calls, axis: Axis) -> float:
+    """Bytes held of parameters that the backward reads: at the same place of blocks, some may and others not."""
+    found = 0.0
+    for node in gm.graph.find_nodes(op="placeholder"):
+        key = node.meta["key"]
+        if key.startswith("param.") and read_again(node, calls):
+            found += size_of(metas(node)[0]) * held(placement.placeholders[key] if placement else I, axis)
+    return found
 
 
 def _distinct(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, int]]:

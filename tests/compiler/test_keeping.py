@@ -8,13 +8,15 @@ import transformers
 from programs import NEAR, case
 
 from shardwright import Strategy, Topology, emit, plan
-from shardwright.compiler.cost import Seconds
+from shardwright.compiler.cost import Seconds, size_of
 from shardwright.compiler.keeping import keeping, kept_at, kept_bytes
 from shardwright.compiler.memory import program_memory
+from shardwright.compiler.needs import read_again
 from shardwright.compiler.offers import offers
 from shardwright.compiler.placed_cost import placed_cost
+from shardwright.compiler.prices import held
 from shardwright.compiler.tensor_axis import Layouts, tensor_mesh, tensor_placement
-from shardwright.passes.graph_tools import op_calls
+from shardwright.passes.graph_tools import metas, op_calls
 from shardwright.passes.rules.base import Axis
 
 STRATEGIES = {
@@ -56,6 +58,10 @@ def test_what_is_kept_and_where_its_type_is_chosen(model: str) -> None:
     cost = placed_cost(graph, Seconds(NEAR, tensor_mesh(2)), placement, calls, kept)
     assert cost.activations == pytest.approx(kept_bytes(calls, kept, placement, axis))
     assert cost.activations < kept_bytes(calls, kept, None, Axis("tp", 1))
+    parameters = [n for n in graph.graph.find_nodes(op="placeholder") if n.meta["key"].startswith("param.")]
+    sizes = {n: size_of(metas(n)[0]) * held(placement.placeholders[n.meta["key"]], axis) for n in parameters}
+    assert cost.parameters == pytest.approx(sum(sizes.values()))
+    assert cost.read_again == pytest.approx(sum(size for n, size in sizes.items() if read_again(n, calls)))
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
