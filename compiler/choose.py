@@ -136,10 +136,10 @@ def data_ranks(request: Request, rows: int, batch: str) -> tuple[int, int]:
 
 def _runners_up(candidates: Sequence[Candidate], best: Candidate, limit: float) -> list[Candidate]:
     """The fastest of those that fit, and of those that do not, as fast as these."""
-    shown: dict[str, Candidate] = {}  # of plans alike but in the price of bytes the fastest
+    shown: dict[tuple[str, bool], Candidate] = {}  # of plans alike but in the price of bytes the fastest
     for c in candidates:
-        if c is not best:
-            shown.setdefault(c.plan.name, c)
+        if c.plan.name != best.plan.name:
+            shown.setdefault((c.plan.name, c.predicted.peak_bytes <= limit), c)
     fits = [c for c in shown.values() if c.predicted.peak_bytes <= limit]
     others = [c for c in shown.values() if c.predicted.peak_bytes > limit]
     return sorted((*fits[:8], *others[:4]), key=lambda c: c.per_sample)

@@ -23,9 +23,11 @@ def explain(plan: Plan, name: str | None = None, width: int = 110) -> str:
         step, peak = seconds_text(plan.predicted.step_seconds), bytes_text(plan.predicted.peak_bytes)
         console.print(f"Predicted: {step} a step, {peak} a rank at the peak")
         gap = plan.predicted.gap
-        if plan.mesh.size("tp") > 1 or gap > 0:
-            most = "less" if gap == 0 else f"over {max(gap, 1e-4):.2%} less"
-            console.print(f"Proven: no layouts over tp that fit take {most}")
+        if plan.mesh.size("tp") > 1 and plan.byte_price is None:
+            proven = "proven optimal" if gap == 0 else f"within {max(gap, 1e-4):.2%} of the cheapest possible"
+            console.print(f"Placement over tp={plan.mesh.size('tp')}: {proven}")
+        elif plan.mesh.size("tp") > 1:
+            console.print(f"Layouts over tp: by an estimate, none that fit take over {max(gap, 1e-4):.2%} less")
     for reason in plan.reasons:
         console.print(reason)
     if plan.layout:

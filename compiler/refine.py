@@ -154,7 +154,7 @@ class Refinement:
         held, kept = self._prices(plan, m, price)
         more = max(0.0, held - (plan.byte_price or 0.0)) * least.parameters
         more += max(0.0, kept - plan.kept_price) * search.batch.share(plan.mesh) * least.activations
-        return m.runs * (placed + more) + m.seconds + price * (m.bytes - search.limit)
+        return m.runs * (placed + more) + m.seconds + (price * (m.bytes - search.limit) if price else 0.0)
 
     def _more_microbatches(self, family: Family) -> Iterator[Candidate]:
         """Of a family whose fastest layouts do not all fit, the one with twice the micro-batches."""

@@ -331,10 +331,10 @@ def test_ranks_that_place_by_themselves_are_found_out(monkeypatch: pytest.Monkey
 def test_the_plan_tells_how_near_the_optimum_it_is() -> None:
     model, batch = zoo.MODELS["mlp"]()
     found = plan(model, CPU, example_inputs=batch, strategy=Strategy(dp=1, pp=1, tp=4)).plan
-    assert "Proven: no layouts over tp that fit take less\n" in found.explain()
+    assert "Placement over tp=4: proven optimal" in found.explain()
     assert found.predicted is not None
     near = replace(found, predicted=replace(found.predicted, gap=0.003))
-    assert "Proven: no layouts over tp that fit take over 0.30% less" in near.explain()
+    assert "Placement over tp=4: within 0.30% of the cheapest possible" in near.explain()
     assert Plan.from_json(near.to_json()) == near and near.hash == found.hash
 
 
