@@ -53,7 +53,6 @@ class Search:
         self.problem, self.request, self.topology, self.limit = problem, request, topology, limit
         self.microbatches = microbatches if microbatches is not None else request.strategy.microbatches
         self.batch = Batch(rows, batch, sum(problem.local_batches))
-        self.rows = rows
         placeholders = problem.graph.graph.find_nodes(op="placeholder")
         self.parameters = {n.meta["key"]: metas(n)[0] for n in placeholders if n.meta["key"].startswith("param.")}
         self.calls = op_calls(problem.graph)
@@ -68,7 +67,7 @@ class Search:
         limits = Limits(
             tensor=min(self.topology.node_size, 64),
             stages=max(1, len(self.parameters)),
-            batch=self.rows if self.batch.mode == "global" else None,
+            batch=self.batch.rows if self.batch.mode == "global" else None,
             hybrid=pins.zero != 3,  # who asks for ZeRO-3 wants it over all data ranks
         )
         fastest: list[Candidate] = []
@@ -118,8 +117,8 @@ class Search:
 
     def filled(self, candidate: Candidate) -> Iterator[Candidate]:
         """Under ZeRO-3: the same with as many blocks kept whole as memory is left for, where some are but not all."""
-        plan, room = candidate.plan, self.limit
-        if plan.zero != 3 or candidate.predicted.peak_bytes > room:
+        plan = candidate.plan
+        if plan.zero != 3 or not self.fits(candidate):
             return
         whole = self.steps.whole(plan.stages)
 
@@ -127,7 +126,7 @@ class Search:
             return self.price(replace(plan, whole=whole[k].names), whole[k])
 
         counts = range(len(whole))
-        fitting = bisect_right(counts, 0, key=lambda k: int(price(k).predicted.peak_bytes > room)) - 1
+        fitting = bisect_right(counts, 0, key=lambda k: int(not self.fits(price(k)))) - 1
         if 0 < fitting < len(counts) - 1:
             yield price(fitting)
 
@@ -137,17 +136,17 @@ class Search:
         if self.request.strategy == free:
             return None
         request = replace(self.request, strategy=free)
-        return Search(self.problem, request, self.topology, self.rows, self.batch.mode, None, self.limit)
+        return Search(self.problem, request, self.topology, self.batch.rows, self.batch.mode, None, self.limit)
 
     def variants(self, mesh: Mesh, pins: Strategy) -> Iterable[Plan]:
         """Plans over one mesh: ZeRO level, layouts over tp, micro-batches."""
         shard = mesh.size("dp_shard") > 1
         levels = [pins.zero] if pins.zero is not None else ([2, 3] if shard else [0])  # 1 runs as 2 does
         data = data_size(mesh)
-        if self.batch.mode == "global" and data > self.rows:
-            sizes = ", ".join(str(d) for d in divisors(mesh.world_size) if d <= self.rows)
+        if self.batch.mode == "global" and data > self.batch.rows:
+            sizes = ", ".join(str(d) for d in divisors(mesh.world_size) if d <= self.batch.rows)
             raise StrategyError(
-                f"dim 0 of the batch, {self.rows} samples, cannot be cut over {data} data ranks: dp of {sizes} works, "
+                f"dim 0 of the batch, {self.batch.rows} samples, cannot be cut over {data} data ranks: dp of {sizes} works, "
                 "or a larger batch"
             )
         local = self.batch.local_rows(mesh)

@@ -318,7 +318,12 @@ class Seconds:
     @cached_property
     def _size(self) -> float:
         """Of a value, against its captured size, in a micro-batch: to a power of two, so that ways are found for few."""
-        return 2.0 ** round(math.log2(self.share / self.runs))
+        return power_of_two(self.share / self.runs)
+
+
+def power_of_two(x: float) -> float:
+    """The nearest."""
+    return 2.0 ** round(math.log2(x))
 
 
 def local_meta(meta: TensorMeta, type_: Type) -> TensorMeta:

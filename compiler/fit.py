@@ -28,9 +28,9 @@ def why_nothing_fits(search: Search, candidates: Sequence[Candidate], limit: flo
         best = min(fitting, key=lambda c: c.per_sample)
         what = f"{best.plan.name}, which your strategy rules out ({bytes_text(best.predicted.peak_bytes)})"
         ways.append((best.per_sample / least.per_sample, what))
-    rows = int(search.rows * (limit - state - gathered) / kept) if kept else 0
-    if 1 <= rows < search.rows:
-        ways.append((1.0, f"a batch of {rows} instead of {search.rows} samples"))
+    rows = int(search.batch.rows * (limit - state - gathered) / kept) if kept else 0
+    if 1 <= rows < search.batch.rows:
+        ways.append((1.0, f"a batch of {rows} instead of {search.batch.rows} samples"))
     if not fitting:
         ways.append((peak / limit, f"about {math.ceil(peak / limit)} x the devices"))
     ways.append((math.inf, f"memory_limit={math.ceil(peak):d} where the devices have it"))

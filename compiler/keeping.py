@@ -20,7 +20,7 @@ from ..passes.types import I, Type
 from .cost import FREE, op_name, size_of
 from .needs import NEEDS_RESULT, is_view, needs_value
 from .offers import Offers, made_by
-from .place import KeptAt, Placement
+from .place import KeptAt, Place, Placement
 from .prices import held
 
 Use = tuple[fx.Node, int]
@@ -119,13 +119,13 @@ def kept_values(calls: Calls, kept: Keeping, placement: Placement | None, axis: 
 def kept_at(calls: Calls, kept: Keeping, offered: Offers) -> list[KeptAt]:
     """The same by where an axis decides in which types values are made and taken: those of repeated blocks together."""
 
-    def at(node: fx.Node, position: int) -> tuple[int, int]:
+    def at(node: fx.Node, position: int) -> Place:
         return offered.decisions[offered.first(node)].index, position
 
-    def result(node: fx.Node, k: int) -> tuple[int, int]:
+    def result(node: fx.Node, k: int) -> Place:
         return at(node, len(calls[node][0].operands) + k)
 
-    found: Counter[tuple[tuple[int, int], tuple[tuple[int, int], ...], bool]] = Counter()
+    found: Counter[tuple[Place, tuple[Place, ...], bool]] = Counter()
     for (node, k), uses in kept.uses.items():
         users = tuple(sorted({at(*use) for use in uses}))
         found[result(node, k), users, (node, k) in kept.rebuilt] += size_of(calls[node][0].results[k])

@@ -1,8 +1,8 @@
 """Layouts that fit: on the meshes where they may be the fastest, searched for at prices of a byte of the peak.
 
-A family is a mesh and a number of micro-batches, with every level of ZeRO. What its fastest layouts take is known from loads like
-it. From the family that may have the fastest plan on, each is asked at prices (compiler/dual.py) until what it can have is known to
-be slower than the best plan found.
+A family is a mesh and a number of micro-batches, with the levels of ZeRO that were tried there. What its fastest layouts take is
+known from loads like it. From the family that may have the fastest plan on, each is asked at prices (compiler/dual.py) until what
+it can have is known to be slower than the best plan found.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from .dual import CLOSE, Dual, Point
 from .plan import Plan
-from .step_cost import Marginal, flying, rounded_down, sums_count
+from .step_cost import Marginal, rounded_down, sums_count
 from .tensor_axis import Layouts
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Family:
 @dataclass
 class Refinement:
     """best     seconds a sample of the fastest plan that fits
-    bound    seconds a sample: no layouts that fit take less, in any family; once all candidates were made
+    bound    seconds a sample: about what layouts that fit take at least, in any family; once all candidates were made
     """
 
     search: Search
@@ -92,7 +92,7 @@ class Refinement:
                 self.bound = min(self.bound, least)
                 continue
             first = not family.dual.points
-            yield from self._ask(family, price)
+            yield from self._ask(family, price, first)
             self._wait(family)
             if first:
                 yield from self._more_microbatches(family)
@@ -117,10 +117,9 @@ class Refinement:
     def _wait(self, family: Family) -> None:
         heapq.heappush(self._waiting, (family.least / family.samples, next(self._order), family))
 
-    def _ask(self, family: Family, price: float) -> Iterator[Candidate]:
+    def _ask(self, family: Family, price: float, first: bool) -> Iterator[Candidate]:
         """The layouts of a family that are best at a price of a byte of the peak, in seconds."""
         search, bounds, points = self.search, [], []
-        first = not family.dual.points
         for c, m in zip(family.fastest, family.marginals, strict=True):
             plan = self._priced(c, m, price)
             candidate, placement = search.price(plan), search.placement(plan)
@@ -137,7 +136,7 @@ class Refinement:
     def _prices(self, plan: Plan, m: Marginal, price: float) -> tuple[float, float]:
         """Of a byte of parameters held, and of a byte that a micro-batch keeps, where one of the peak has a price: seconds that the
         graph runs."""
-        kept = price * flying(plan) / plan.stages / plan.microbatches
+        kept = price * m.kept_bytes / self.search.batch.share(plan.mesh)
         return (m.held_seconds + price * m.held_bytes) / m.runs, kept / m.runs
 
     def _priced(self, c: Candidate, m: Marginal, price: float) -> Plan:

@@ -74,7 +74,8 @@ def rounded_down(x: float, base: float, least: float = 0.0) -> float:
 
 @dataclass(frozen=True)
 class Marginal:
-    """What a step takes, as far as the placement over tp decides it: never less, and about that much.
+    """What a step takes, as far as the placement over tp decides it. Too much, where what compute hides or a bucket packs is not
+    convex.
 
     runs            seconds of a step for a second that the graph runs over tp (`PlacedCost.seconds`)
     held_seconds    seconds for a byte of parameters: gradients summed over the data axes, optimizer
@@ -273,7 +274,7 @@ class StepCost:
 
 def state_bytes(plan: Plan, trained: float, frozen: float) -> float:
     """Bytes that a rank holds all the time of so many bytes of parameters, whole over the data axes; under ZeRO-1 and 2 of their
-    gradients the shards (`Search.unscattered_bytes` says what is whole before)."""
+    gradients the shards (`StepCost.unscattered_bytes` says what is whole before)."""
     shards = max(1, plan.mesh.size("dp_shard"))
     level = 2 if plan.zero == 1 else plan.zero
     return state_memory(trained, level, shards).total + frozen / (shards if plan.zero == 3 else 1)

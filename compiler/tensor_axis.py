@@ -9,7 +9,6 @@ that is kept for the backward, and at higher prices layouts take fewer (compiler
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from ..passes.graph_tools import Calls, op_calls
 from ..passes.rules.base import Axis
 from ..passes.types import Type
 from ..runtime.program import Mesh
-from .cost import Seconds
+from .cost import Seconds, power_of_two
 from .keeping import Keeping, keeping, kept_at, least_backward_bytes
 from .offers import Offers, offers
 from .place import Barred, KeptAt, Placement, Policy, Priced, place, price
@@ -45,12 +44,7 @@ class Load:
     @property
     def rounded(self) -> Load:
         """To powers of two, and sums to all or nothing: where loads are nearly alike, the fastest placements hardly differ."""
-        return Load(_to_a_power(self.share, 2), int(_to_a_power(self.runs, 2)), float(self.sums > 0.1))
-
-
-def _to_a_power(x: float, base: int) -> float:
-    """Of the base, the nearest."""
-    return float(base) ** round(math.log(x, base))
+        return Load(power_of_two(self.share), int(power_of_two(self.runs)), float(self.sums > 0.1))
 
 
 @dataclass(frozen=True)
