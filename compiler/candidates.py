@@ -74,11 +74,13 @@ class Search:
         best = math.inf
         for mesh in self.request.meshes(limits):
             for plan in self.variants(mesh, pins):
-                for candidate in self.like(self.price(plan)):
+                first = self.price(plan)
+                searched = plan.byte_price is not None  # what fits is searched for (compiler/refine.py)
+                if searched:
+                    fastest.append(first)
+                for candidate in self.completed(first) if searched else self.like(first):
                     if self.fits(candidate):
                         best = min(best, candidate.per_sample)
-                    if candidate.plan.byte_price is not None and not candidate.plan.whole:
-                        fastest.append(candidate)
                     yield candidate
         refinement = Refinement(self, best)
         yield from refinement.candidates(fastest)

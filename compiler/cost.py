@@ -219,16 +219,20 @@ class Seconds:
                value that is no parameter is moved
     runs       micro-batches of a step, in each of which parameters are moved and ops launched
     sums       what a second in which gradients are summed counts, once a step, against one of the micro-batches
+    compute    what a second of compute counts: less than 1 where it hides traffic over other axes
     """
 
-    def __init__(self, topology: Topology, mesh: Mesh, share: float = 1.0, runs: int = 1, sums: float = 1.0) -> None:
+    def __init__(
+        self, topology: Topology, mesh: Mesh, share: float = 1.0, runs: int = 1, sums: float = 1.0, compute: float = 1.0
+    ) -> None:
         self.topology, self.mesh, self.share, self.runs, self.sums = topology, mesh, share, runs, sums
+        self.compute = compute
         self._at_once = replace(topology.device, launch=0.0)
         self._known = _Known()
 
-    def at(self, share: float, runs: int, sums: float) -> Seconds:
+    def at(self, share: float, runs: int, sums: float, compute: float = 1.0) -> Seconds:
         """The prices of another load on the same mesh."""
-        found = Seconds(self.topology, self.mesh, share, runs, sums)
+        found = Seconds(self.topology, self.mesh, share, runs, sums, compute)
         found._known = self._known
         return found
 
@@ -236,8 +240,10 @@ class Seconds:
         return self.topology.span(self.mesh, axis.name)
 
     def node(self, call: OpCall, strategy: Strategy, axis: Axis, from_parameters: tuple[bool, ...]) -> float:
-        alone = bool(from_parameters) and all(from_parameters)  # a cast of a parameter: as much work for any batch
-        return self.node_timing(call, strategy).of_step(self.runs, self.runs if alone else self.share)
+        timing = self.node_timing(call, strategy)
+        if from_parameters and all(from_parameters):  # a cast of a parameter: as much work for any batch
+            return timing.of_step(self.runs, self.runs)
+        return timing.of_step(self.runs, self.share * (1.0 if call.target is convert else self.compute))
 
     def node_timing(self, call: OpCall, strategy: Strategy) -> Timing:
         key = id(call), id(strategy)

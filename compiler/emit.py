@@ -47,7 +47,7 @@ from ..runtime.program import (
 )
 from .collector import without_collection
 from .cost import Seconds
-from .keeping import keeping, kept_at
+from .keeping import keeping, sized
 from .known_placements import KnownPlacements
 from .offers import offers
 from .place import Placement, Policy, place
@@ -155,11 +155,11 @@ def lower(
         steps.append((Axis("tp", plan.mesh.size("tp")), coordinates["tp"], policy, prices))
     for axis, index, policy, prices in steps:
         calls = op_calls(gm)
-        offered, kept = None, ()
-        if policy.kept_price:
+        offered = counted = None
+        if policy.kept_price or policy.stream_price or any(policy.gather_prices):
             offered = offers(gm, axis, calls, policy.role, policy.pinned)
-            kept = kept_at(calls, keeping(calls), offered)
-        find = partial(place, gm, axis, policy, prices, calls, like=decided.get(axis.name), kept=kept, offered=offered)
+            counted = sized(calls, keeping(calls), offered)
+        find = partial(place, gm, axis, policy, prices, calls, like=decided.get(axis.name), sized=counted, offered=offered)
         placement = find() if known is None else known.of(gm, axis, policy, calls, axis.name in decided, find)
         ways = seconds.ways(axis) if seconds is not None and axis.name != TIME else None
         gm = shard(gm, axis, index, placement.choice, placement.placeholders, placement.outputs, values, calls, ways)

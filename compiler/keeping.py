@@ -18,10 +18,12 @@ from ..passes.partition import CHEAP
 from ..passes.rules.base import Axis, OpCall, Strategy, TensorMeta
 from ..passes.types import I, Type
 from .cost import FREE, op_name, size_of
+from .heaviest import heaviest
 from .needs import NEEDS_RESULT, is_view, needs_value
 from .offers import Offers, made_by
-from .place import KeptAt, Place, Placement
+from .place import KeptAt, Place, Placement, Sized
 from .prices import held
+from .stream import stream_at
 
 Use = tuple[fx.Node, int]
 """An operand of a call, by position."""
@@ -132,6 +134,11 @@ def kept_at(calls: Calls, kept: Keeping, offered: Offers) -> list[KeptAt]:
     for node, k in kept.returned:
         found[result(node, k), (), False] += size_of(calls[node][0].results[k])
     return [KeptAt(float(size), maker, uses, rebuilt) for (maker, uses, rebuilt), size in found.items()]
+
+
+def sized(calls: Calls, kept: Keeping, offered: Offers) -> Sized:
+    """All values whose bytes may have a price."""
+    return Sized(kept_at(calls, kept, offered), stream_at(calls, offered), heaviest(offered))
 
 
 def largest_backward_bytes(calls: Calls, kept: Keeping, placement: Placement | None, axis: Axis) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from torch import fx
@@ -64,6 +65,10 @@ class Offers:
     def first(self, node: fx.Node) -> str:
         """The name of the decision that a node is part of."""
         return self.twins.get(node.name, node.name)
+
+    @cached_property
+    def order(self) -> list[Decision]:
+        return list(self.decisions.values())
 
     def own(self, strategy: Strategy, node: fx.Node, call: OpCall) -> Strategy:
         """What a strategy of the first node at its place is for `node`, which makes `call`: the same, but where it says what to run

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from torch import fx
 
-from ..passes.convert import exists, is_free
+from ..passes.convert import exists, is_free, makes_whole
 from ..passes.graph_tools import Calls, is_getitem, is_parameter, metas, op_calls, where
 from ..passes.prologue import TIME
 from ..passes.rules.base import (
@@ -21,12 +21,11 @@ from ..passes.rules.base import (
     TensorMeta,
 )
 from ..passes.shard import ShardingError
-from ..passes.splits import Value
 from ..passes.types import I, Partial, R, Type, Varying
 from .assign import AssignError, Problem, Solution, Use, relative_gap, solve
 from .assign import Value as AssignValue
 from .needs import gathered_again
-from .offers import Decision, Offers, Role, canonical, offers
+from .offers import Decision, Offers, Role, Uses, Value, canonical, offers
 from .prices import Prices, held, size_of
 
 
@@ -41,6 +40,8 @@ class Policy:
     scatter         tensor axis: activations may be reduce-scattered (sequence parallelism)
     byte_price      tensor axis: None for Megatron's layouts; any, where it is what a byte of a parameter costs that a rank holds
     kept_price      with it: what a byte costs that is kept for the backward
+    stream_price    with it: what a byte of the residual stream costs
+    gather_prices   with it: what a byte of a parameter costs that one of the heaviest blocks gathers, in their order
     slices          time axis: the one way each batch input may be sliced
     """
 
@@ -50,6 +51,8 @@ class Policy:
     scatter: bool = False
     byte_price: float | None = None
     kept_price: float = 0.0
+    stream_price: float = 0.0
+    gather_prices: Sequence[float] = ()
     slices: Mapping[str, Type] = field(default_factory=dict)
 
 
@@ -103,12 +106,23 @@ class KeptAt:
 
 
 @dataclass(frozen=True)
+class Sized:
+    """Values whose bytes may have a price: kept for the backward; of the residual stream, each with its share in the mean; and
+    parameters of the heaviest blocks, where they are gathered, with the number of their block (compiler/heaviest.py)."""
+
+    kept: Sequence[KeptAt] = ()
+    stream: Sequence[KeptAt] = ()
+    heaviest: Mapping[tuple[Value, Uses], int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Priced:
-    """The problem of a graph along an axis before bytes have a price. exit_types: of each output, by its number after the
-    decisions."""
+    """The problem of a graph along an axis before bytes have a price. types: of each value, in the order of its conversions.
+    exit_types: of each output, by its number after the decisions."""
 
     costs: list[np.ndarray]
     values: list[AssignValue]
+    types: list[list[Type]]
     exit_types: dict[int, list[Type]]
 
 
@@ -120,7 +134,7 @@ def place(
     calls: Calls | None = None,
     barred: Barred | None = None,
     like: Placement | None = None,
-    kept: Sequence[KeptAt] = (),
+    sized: Sized | None = None,
     offered: Offers | None = None,
     priced: Priced | None = None,
 ) -> Placement:
@@ -129,13 +143,13 @@ def place(
     calls     `op_calls(gm)`, where the caller has it
     barred    what is left out of the search (for a node of a repeated block, in all of its repetitions)
     like      a placement of the same graph in other shapes: this one shards the same dims
-    kept      what the policy's `kept_price` is paid for (compiler/keeping.py)
-    offered   `offers(...)`, where the caller has it, and what is kept is of it
+    sized     what the policy's `kept_price` and `stream_price` are paid for (compiler/keeping.py)
+    offered   `offers(...)`, where the caller has it, and what is sized is of it
     priced    `price(...)` at these prices and of what is offered, whatever the policy's prices of bytes: where the caller has it
     """
     calls = op_calls(gm) if calls is None else calls
     offered = offered or offers(gm, axis, calls, policy.role, policy.pinned, policy.slices)
-    builder = _Builder(gm, axis, policy, prices, calls, offered, kept, priced)
+    builder = _Builder(gm, axis, policy, prices, calls, offered, sized or Sized(), priced)
     for name, left_out in (barred or {}).items():
         builder.bar(name, left_out)
     if like is not None:
@@ -150,7 +164,7 @@ def place(
 
 def price(gm: fx.GraphModule, axis: Axis, policy: Policy, prices: Prices, calls: Calls, offered: Offers) -> Priced:
     """What `place` finds out first, for calls that differ in the prices of bytes alone."""
-    return _Builder(gm, axis, policy, prices, calls, offered, ()).priced()
+    return _Builder(gm, axis, policy, prices, calls, offered, Sized()).priced()
 
 
 def _kinds(types: Sequence[Type]) -> tuple[object, ...]:
@@ -176,11 +190,11 @@ class _Builder:
         prices: Prices,
         calls: Calls,
         offers: Offers,
-        kept: Sequence[KeptAt],
+        sized: Sized,
         priced: Priced | None = None,
     ) -> None:
         self.gm, self.axis, self.policy, self.prices = gm, axis, policy, prices
-        self.calls, self.offers, self.kept = calls, offers, kept
+        self.calls, self.offers, self.sized = calls, offers, sized
         self.decisions, self.meta = offers.decisions, offers.meta
         self.order = list(offers.decisions.values())
         self.options = [d.offered for d in self.order]
@@ -216,8 +230,11 @@ class _Builder:
         costs, values = list(base.costs), list(base.values)
         if self.policy.byte_price:
             self._price_held(costs)
-        if self.policy.kept_price:
-            self._price_kept(costs, values)
+        if any(self.policy.gather_prices):
+            self._price_gathered(base, values)
+        for price, sized in ((self.policy.kept_price, self.sized.kept), (self.policy.stream_price, self.sized.stream)):
+            if price:
+                self._price_sized(price, sized, costs, values)
         return Problem(tuple(costs), tuple(values))
 
     def priced(self) -> Priced:
@@ -226,11 +243,12 @@ class _Builder:
         for k, value in enumerate(self.offers.exits):
             self.exit_types[len(costs)] = types = self._output_types(k, value)
             costs.append(np.zeros(len(types)))
-        values = [
-            self._assign_value(value, count, [(node, self._needed(value, node, k)) for node, k in uses])
-            for (value, uses), count in self.offers.uses.items()
-        ]
-        return Priced(costs, values, self.exit_types)
+        values, types = [], []
+        for (value, uses), count in self.offers.uses.items():
+            found, order = self._assign_value(value, count, [(node, self._needed(value, node, k)) for node, k in uses])
+            values.append(found)
+            types.append(order)
+        return Priced(costs, values, types, self.exit_types)
 
     def _price_held(self, costs: list[np.ndarray]) -> None:
         for d in self.order:
@@ -238,10 +256,16 @@ class _Builder:
                 price = (self.policy.byte_price or 0.0) * size_of(metas(d.node)[0]) * d.places.total()
                 costs[d.index] = costs[d.index] + price * np.array(self._shares((d.index, 0)))
 
-    def _price_kept(self, costs: list[np.ndarray], values: list[AssignValue]) -> None:
+    def _price_gathered(self, base: Priced, values: list[AssignValue]) -> None:
+        for i, key in enumerate(self.offers.uses):
+            if key in self.sized.heaviest:
+                gathered = np.array([[makes_whole(a, b) for b in base.types[i]] for a in base.types[i]])
+                price = self.policy.gather_prices[self.sized.heaviest[key]] * size_of(self.meta[key[0]])
+                values[i] = replace(values[i], conversion=values[i].conversion + np.where(gathered, price, 0.0))
+
+    def _price_sized(self, price: float, sized: Sequence[KeptAt], costs: list[np.ndarray], values: list[AssignValue]) -> None:
         """What is kept is paid for once for each share that a use takes of it, as conversions are."""
-        price = self.policy.kept_price
-        for kept in self.kept:
+        for kept in sized:
             at, made = kept.maker[0], self._shares(kept.maker)
             if not kept.uses:
                 costs[at] = costs[at] + price * np.array([kept.cost(share, share) for share in made])
@@ -283,7 +307,8 @@ class _Builder:
             types = [t for t in types if _kinds((t,)) == _kinds((self.followed.outputs[k],))] or types
         return types
 
-    def _assign_value(self, value: Value, count: int, uses: list[tuple[int, list[Type]]]) -> AssignValue:
+    def _assign_value(self, value: Value, count: int, uses: list[tuple[int, list[Type]]]) -> tuple[AssignValue, list[Type]]:
+        """And in which order its conversions have the types."""
         meta = self.meta[value]
         d = self.decisions[value[0]]
         produced = [canonical(s.outs[value[1]], meta.grad) for s in self.options[d.index]]
@@ -302,12 +327,8 @@ class _Builder:
                     if gathered_again(d.node, a, b, self.calls):
                         price += self.prices.conversion(a, I, replace(meta, grad=False), self.axis, of_parameter)
                     conversion[i, j] = price * count
-        return AssignValue(
-            d.index,
-            tuple(ids[t] for t in produced),
-            conversion,
-            tuple(Use(node, tuple(ids[t] for t in needed)) for node, needed in uses),
-        )
+        asked = tuple(Use(node, tuple(ids[t] for t in needed)) for node, needed in uses)
+        return AssignValue(d.index, tuple(ids[t] for t in produced), conversion, asked), types
 
     def _allowed(self, a: Type, b: Type, meta: TensorMeta, d: Decision) -> bool:
         """Conversions that the axis can make: over time only slices of what is known before the step; over data no other shares."""

@@ -15,11 +15,13 @@ from ..passes.rules.base import Axis, OpCall, TensorMeta
 from ..passes.rules.base import Strategy as NodeStrategy
 from ..passes.types import I, R, Type
 from .cost import Seconds, Timing, conversion_bytes, size_of
-from .keeping import Keeping, keeping, kept_at, kept_bytes, largest_backward_bytes
+from .heaviest import COUNT, block_of
+from .keeping import Keeping, keeping, kept_bytes, largest_backward_bytes, sized
 from .needs import gathered_again, read_again
-from .offers import Offers, made_by, offers
-from .place import Place, Placement
+from .offers import Offers, Uses, Value, made_by, offers
+from .place import Place, Placement, Sized
 from .prices import held
+from .stream import stream_bytes
 from .topology import collective_bytes
 
 
@@ -34,6 +36,7 @@ class PlacedCost:
     activations             bytes that the forward keeps
     temporaries             bytes that the backward of the largest op holds beside these
     gathered                bytes of the parameters that a block gathers over the tensor axis: of the block with the most
+    heaviest, second        the same of the two blocks whose parameters are the most (compiler/heaviest.py)
     parameters              bytes held of all parameters; of these `trainable` have gradients, `read_again` are used in the backward
     received, received_gathers, received_once       bytes received over the tensor axis in these traffics
     stream                  bytes of the residual stream
@@ -49,6 +52,8 @@ class PlacedCost:
     activations: float = 0.0
     temporaries: float = 0.0
     gathered: float = 0.0
+    heaviest: float = 0.0
+    second: float = 0.0
     parameters: float = 0.0
     trainable: float = 0.0
     read_again: float = 0.0
@@ -70,11 +75,12 @@ def placed_cost(
     calls: Calls,
     kept: Keeping | None = None,
     offered: Offers | None = None,
+    counted: Sized | None = None,
 ) -> PlacedCost:
     """What every rank does under a placement over tp; None where there is no such axis.
 
     seconds    of a mesh of that axis, or of none
-    kept, offered      `keeping(calls)`, and what the placement was chosen of, where the caller has them
+    kept, offered, counted     `keeping(calls)`, what the placement was chosen of, and `sized(...)`, where the caller has them
     """
     axis = Axis("tp", seconds.mesh.size("tp"))
     kept = kept or keeping(calls)
@@ -101,12 +107,12 @@ def placed_cost(
         trainable=trainable,
         read_again=_read_again(gm, placement, calls, axis),
         received_once=received_once,
-        stream=_stream(calls, placement, axis),
+        stream=stream_bytes(calls),
     )
     if placement is None:
         return replace(cost, activations=kept_bytes(calls, kept, None, axis))
     offered = offered or offers(gm, axis, calls, "tensor")
-    return _with_conversions(cost, seconds, placement, calls, kept, offered)
+    return _with_conversions(cost, seconds, placement, calls, offered, counted or sized(calls, kept, offered))
 
 
 def _read_again(gm: fx.GraphModule, placement: Placement | None, calls: Calls, axis: Axis) -> float:
@@ -134,27 +140,29 @@ def _timing(node: fx.Node, call: OpCall, placement: Placement | None, seconds: S
 
 @dataclass(frozen=True)
 class Conversion:
-    """Of values made at one place, for the first node that needs them so; made so many times.
+    """Of values made at one place, for the first of their uses that needs them so; made so many times.
 
     again    of a parameter that the backward gathers once more
     """
 
     source: fx.Node
+    value: Value
+    uses: Uses
     have: Type
     needed: Type
     meta: TensorMeta
-    block: object
     count: int
     again: bool
 
 
 def _with_conversions(
-    cost: PlacedCost, seconds: Seconds, placement: Placement, calls: Calls, kept: Keeping, offered: Offers
+    cost: PlacedCost, seconds: Seconds, placement: Placement, calls: Calls, offered: Offers, counted: Sized
 ) -> PlacedCost:
-    """The cost, with what values go through to be of the types that ops need, and with what is kept of them."""
+    """The cost, with what values go through to be of the types that ops need, and with the bytes of them that count."""
     nodes = [d.node for d in offered.decisions.values()]
     traffic = latencies = gathers = received = received_gathers = 0.0
     blocks: Counter[object] = Counter()
+    heaviest = [0.0] * COUNT
     for c in _conversions(placement, calls, offered, nodes):
         timing, size = _price(c, seconds, placement.axis)
         if not is_parameter(c.source):
@@ -162,7 +170,9 @@ def _with_conversions(
             continue
         gathers, received_gathers = gathers + timing.once, received_gathers + size
         if makes_whole(c.have, c.needed):
-            blocks[c.block] += size_of(c.meta)
+            blocks[block_of(offered, c.uses)] += size_of(c.meta)
+            if (c.value, c.uses) in counted.heaviest:
+                heaviest[counted.heaviest[c.value, c.uses]] += size_of(c.meta)
 
     def share(place: Place) -> float:
         strategy = placement.choice[nodes[place[0]].name]
@@ -174,7 +184,10 @@ def _with_conversions(
         latencies=latencies,
         gathers=gathers,
         gathered=float(max(blocks.values(), default=0)),
-        activations=sum(k.held(share) for k in kept_at(calls, kept, offered)),
+        heaviest=heaviest[0],
+        second=heaviest[1],
+        activations=sum(k.held(share) for k in counted.kept),
+        stream=sum(k.held(share) for k in counted.stream),
         received=received,
         received_gathers=received_gathers,
         gap=placement.gap,
@@ -205,8 +218,8 @@ def _conversions(placement: Placement, calls: Calls, offered: Offers, nodes: Seq
             if needed in made or is_free(have, needed, meta.grad):
                 continue
             made.add(needed)
-            block = nodes[reader].meta.get("block") if inside else None
-            yield Conversion(maker, have, needed, meta, block, count, gathered_again(maker, have, needed, calls))
+            again = gathered_again(maker, have, needed, calls)
+            yield Conversion(maker, (name, k), uses, have, needed, meta, count, again)
 
 
 def produced(node: fx.Node, placement: Placement, k: int = 0) -> tuple[Type, int]:
@@ -216,19 +229,3 @@ def produced(node: fx.Node, placement: Placement, k: int = 0) -> tuple[Type, int
     if node.op == "placeholder":
         return placement.placeholders[node.meta["key"]], k
     return placement.choice[node.name].outs[k], k
-
-
-def least_crossing(calls: Calls) -> float:
-    """Bytes of the residual stream."""
-    return _stream(calls, None, Axis("tp", 1))
-
-
-def _stream(calls: Calls, placement: Placement | None, axis: Axis) -> float:
-    """Bytes that a rank holds of the residual stream: of the most common size among values with gradients, the mean over these."""
-    sizes = {n: size_of(call.results[0]) for n, (call, _) in calls.items() if len(call.results) == 1 and call.results[0].grad}
-    if not sizes:
-        return 0.0
-    ((size, count),) = Counter(sizes.values()).most_common(1)
-    if placement is None:
-        return float(size)
-    return size * sum(held(placement.choice[n.name].outs[0], axis) for n, found in sizes.items() if found == size) / count

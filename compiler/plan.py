@@ -69,6 +69,10 @@ class Plan:
     byte_price       None: over tp values lie in Megatron's layouts. Else in whatever take the least time on `topology`, with this
                      price, in seconds, for each byte of parameters held
     kept_price       with a byte_price: seconds, of a micro-batch's, for each byte that it keeps for its backward
+    stream_price     with a byte_price: the same for each byte of the residual stream
+    gather_prices    with a byte_price: the same for each byte of parameters that one of the heaviest blocks gathers, in their order
+                     (compiler/heaviest.py)
+    compute_price    with a byte_price: what a second of compute counts: less than 1 where it hides traffic over the data axes
     topology         the machine it was made for: how values change their types depends on it; None where no machine is known
     """
 
@@ -78,6 +82,9 @@ class Plan:
     sequence_parallel: bool = False
     byte_price: float | None = None
     kept_price: float = 0.0
+    stream_price: float = 0.0
+    gather_prices: tuple[float, ...] = ()
+    compute_price: float = 1.0
     schedule: str = "1f1b"
     microbatches: int = 1
     layout: Mapping[str, Type] = field(default_factory=dict)
@@ -155,6 +162,9 @@ class Plan:
             sequence_parallel=data["sequence_parallel"],
             byte_price=data.get("byte_price"),
             kept_price=data.get("kept_price", 0.0),
+            stream_price=data.get("stream_price", 0.0),
+            gather_prices=tuple(data.get("gather_prices", ())),
+            compute_price=data.get("compute_price", 1.0),
             schedule=data["schedule"],
             microbatches=data["microbatches"],
             layout={k: decode_type(t) for k, t in data["layout"].items()},

@@ -1,8 +1,10 @@
 """Layouts that fit: on the meshes where they may be the fastest, searched for at prices of a byte of the peak.
 
-A family is a mesh and a number of micro-batches, with the levels of ZeRO that were tried there. What its fastest layouts take is
-known from loads like it. From the family that may have the fastest plan on, each is asked at prices (compiler/dual.py) until what
-it can have is known to be slower than the best plan found.
+A family is plans alike but for their layouts over tp, and for how many blocks ZeRO-3 keeps whole. What its plans take at least
+follows from what is known of all placements over as many ranks (compiler/totals.py). From the family that may have the fastest plan
+on, each is opened: it is split until the number of blocks is one, and asked for layouts at the price of a byte that divides the
+fastest of them into those that fit and those that do not (compiler/dual.py). What is found says more of all placements. The search
+ends where no family may have a plan that is faster than the best one found.
 """
 
 from __future__ import annotations
@@ -14,160 +16,310 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from .dual import CLOSE, Dual, Point
+import numpy as np
+
+from .dual import Point, balance
+from .heaviest import COUNT
 from .plan import Plan
-from .step_cost import Marginal, rounded_down, sums_count
-from .tensor_axis import Layouts
+from .step_cost import rounded_down
+from .tensor_axis import Explored
+from .totals import (
+    ACTIVATIONS,
+    COMPUTE,
+    HEAVIEST,
+    PARAMETERS,
+    READ_AGAIN,
+    RUNS,
+    SECOND,
+    STREAM,
+    TRAFFIC,
+    TRAINABLE,
+    Function,
+    Least,
+    tangents,
+    totals_of,
+)
 
 if TYPE_CHECKING:
     from .candidates import Candidate, Search
 
-ASKED = 48
+CLOSE = 1e-3
+"""Plans that may be faster by a smaller share are not searched for."""
+
+FAR = 0.01
+"""Where plans may be faster by a larger share, they are searched for at prices that leave out bytes too."""
+
+ASKED = 128
 """Placements that are found at most, beside the first ones. What is not known then is in the bound."""
 
 GRID = 2**0.125
 """Prices are rounded down to its powers: meshes nearly alike have the same placements, which are found once."""
 
-LEAST = 1e-9
+SMALLEST = 3
+"""Of so many families the smallest plans are searched for where nothing fits."""
+
+VAIN = 8
+"""So many prices are asked in vain, one after the other, before a family is left as it is."""
+
+ALIKE = 0.02
+"""Prices that differ by a smaller share are not both asked."""
+
+ALL = 1e-9
 """Of equally fast layouts those that hold fewer parameters are taken: all parameters cost at least this share of a step."""
 
+STEEPER = (1.0, 1.2, 2.0, 8.0, 64.0)
+"""Where the layouts found at a price do not fit, for what has no price takes bytes too, so many times the price is asked."""
 
-ROUGH = 0.01
-"""How large a share of the seconds of the fastest layouts may be too much before a family is asked: they were found for a load
-rounded to powers of two."""
+STEEPEST = (1.0, 0.1, 10.0, 300.0, 1e4)
+"""While nothing known fits: at these prices the bytes of the limit cost so many times the seconds of the fastest layouts."""
 
 
 @dataclass
 class Family:
-    """Plans that differ in their level of ZeRO and in their layouts over tp. Seconds are of a step.
-
-    fastest     of each level, with layouts that were found at no price
-    marginals   of each level
-    least       seconds that no layouts go below, as far as is known: an estimate until it was asked
+    """plan       one of its plans, with layouts at no price, and no block whole
+    few, many  how many blocks ZeRO-3 keeps whole, at least and at most (`StepCost.whole`)
+    least      seconds of a step that no plan is below
+    prices     of totals, at which this is found
+    known      how many placements this was found from; None before the fastest layouts were found
+    points     of these placements: seconds and bytes, if a plan had them
+    asked      what layouts were asked for, with any number of blocks whole
     """
 
-    fastest: list[Candidate]
-    marginals: list[Marginal]
-    dual: Dual
+    plan: Plan
+    samples: int
+    few: int
+    many: int
     least: float
+    prices: np.ndarray | None = None
+    known: int | None = None
+    points: list[Point] = field(default_factory=list)
+    asked: _Asked = field(default_factory=lambda: _Asked())
 
     @property
-    def samples(self) -> int:
-        return self.fastest[0].samples
+    def per_sample(self) -> float:
+        return self.least / self.samples
 
-    @property
-    def plan(self) -> Plan:
-        return self.fastest[0].plan
+
+@dataclass
+class _Asked:
+    """prices    of plans: for a byte of parameters, kept, of the stream and gathered, and for a second of compute
+    fits      whether layouts found at any of them fit
+    vain      how many of the last ones told next to nothing
+    """
+
+    prices: list[np.ndarray] = field(default_factory=list)
+    fits: bool = False
+    vain: int = 0
+
+    def knows(self, prices: np.ndarray) -> bool:
+        return any(np.allclose(prices, others, rtol=ALIKE, atol=0) for others in self.prices)
 
 
 @dataclass
 class Refinement:
     """best     seconds a sample of the fastest plan that fits
-    bound    seconds a sample: about what layouts that fit take at least, in any family; once all candidates were made
+    bound    seconds a sample: no plan that fits takes less, in any family; once all candidates were made
     """
 
     search: Search
     best: float
     bound: float = math.inf
     _waiting: list[tuple[float, int, Family]] = field(default_factory=list)
+    _opened: list[Family] = field(default_factory=list)
     _order: Iterator[int] = field(default_factory=itertools.count)
-    _known: set[tuple[object, int]] = field(default_factory=set)
 
     def candidates(self, fastest: Iterable[Candidate]) -> Iterator[Candidate]:
         """Further plans of the families of these, which are placed at no price."""
-        levels: dict[tuple[object, int], list[Candidate]] = {}
         for c in fastest:
-            levels.setdefault((c.plan.mesh, c.plan.microbatches), []).append(c)
-        self._known = set(levels)
-        for found in levels.values():
-            yield from self._enter(found)
+            yield from self._open(c)
+        yield from self._search()
+        if math.isinf(self.best):
+            yield from self._smallest()
+        self.bound = min(self.bound, self.best)
+
+    def _search(self) -> Iterator[Candidate]:
         most = self.search.tensor.placed + ASKED
         while self._waiting:
-            least, _, family = heapq.heappop(self._waiting)
-            if least >= self.best * (1 - CLOSE) or self.search.tensor.placed >= most:
-                self.bound = min(self.bound, least)
-                continue
-            price = family.dual.price()
-            if price is None:
-                self.bound = min(self.bound, least)
-                continue
-            first = not family.dual.points
-            yield from self._ask(family, price, first)
-            self._wait(family)
-            if first:
-                yield from self._more_microbatches(family)
+            family = heapq.heappop(self._waiting)[-1]
+            if family.per_sample >= self.best * (1 - CLOSE):
+                self.bound = min(self.bound, family.per_sample)
+                return
+            if family.known is None:
+                c = self.search.price(family.plan)
+                yield from self._seen(self.search.completed(c))
+                yield from self._open(c, family.least)
+            elif family.known < len(self._explored(family.plan).costs):
+                self._estimate(family)
+                self._wait(family)
+            elif family.few < family.many:
+                middle = (family.few + family.many) // 2
+                for few, many in ((family.few, middle), (middle + 1, family.many)):
+                    self._wait(replace(family, few=few, many=many, known=0, points=[]))
+            elif self._may_ask(family, most) and (plan := self._next(family)) is not None:
+                yield from self._ask(family, plan)
+                self._wait(family)
+            else:
+                self.bound = min(self.bound, family.per_sample)
 
-    def _enter(self, fastest: list[Candidate]) -> Iterator[Candidate]:
-        search, size = self.search, fastest[0].plan.mesh.size("tp")
-        least = search.tensor.least(size)
-        marginals, estimates, smallest = [], [], []
-        for c in fastest:
-            cost = search.tensor.cost(size, Layouts.of(c.plan), search.load(c.plan))
-            m = search.steps.marginal(c.plan, cost, least)
-            marginals.append(m)
-            graph = cost.seconds(search.batch.share(c.plan.mesh), c.plan.microbatches, sums_count(c.plan))
-            estimates.append(m.runs * graph + m.held_seconds * least.parameters + m.seconds)
-            smallest.append(m.bytes + m.held_bytes * least.parameters + m.kept_bytes * least.activations)
-        family = Family(fastest, marginals, Dual(search.limit), (1 - ROUGH) * min(estimates))
-        if min(smallest) <= search.limit:
+    def _open(self, fastest: Candidate, least: float = 0.0) -> Iterator[Candidate]:
+        """The families of a level of ZeRO, a mesh and a number of micro-batches, whose fastest layouts were found; and where these
+        do not fit the same with twice the micro-batches, which takes no less time."""
+        search, plan = self.search, fastest.plan
+        counts = [(0, 0)]
+        if plan.zero == 3 and search.request.strategy.zero is None:
+            counts.append((1, len(search.steps.whole(plan.stages)) - 1))
+        unlimited = math.inf
+        for few, many in counts:
+            family = Family(plan, fastest.samples, few, many, least)
+            unlimited = min(unlimited, self._least(family, math.inf).seconds)
+            self._estimate(family)
             self._wait(family)
-        else:
-            yield from self._more_microbatches(family)
+            if not few:
+                self._opened.append(family)
+        if search.fits(fastest):
+            return
+        if search.may_accumulate(plan, 2 * plan.microbatches):
+            self._wait(Family(replace(plan, microbatches=2 * plan.microbatches), fastest.samples, 0, 0, unlimited))
+        if search.request.strategy.layouts is None:  # Megatron's gather no parameters for an op, which has no price
+            megatron = replace(plan, byte_price=None, sequence_parallel=True)
+            yield from self._seen(search.completed(search.price(megatron)))
 
     def _wait(self, family: Family) -> None:
-        heapq.heappush(self._waiting, (family.least / family.samples, next(self._order), family))
+        if family.few <= family.many and family.least < math.inf:
+            heapq.heappush(self._waiting, (family.per_sample, next(self._order), family))
 
-    def _ask(self, family: Family, price: float, first: bool) -> Iterator[Candidate]:
-        """The layouts of a family that are best at a price of a byte of the peak, in seconds."""
-        search, bounds, points = self.search, [], []
-        for c, m in zip(family.fastest, family.marginals, strict=True):
-            plan = self._priced(c, m, price)
-            candidate, placement = search.price(plan), search.placement(plan)
-            assert placement is not None
-            bounds.append(self._bound(plan, m, price, placement.bound))
-            points.append(Point(candidate.predicted.step_seconds, candidate.predicted.peak_bytes - search.limit))
-            yield from self._seen(search.completed(candidate))
-            if first and search.request.strategy.layouts is None and not search.fits(c):
-                # Megatron's gather no parameters for an op, which has no price.
-                yield from self._seen(search.like(search.price(replace(plan, byte_price=None, sequence_parallel=True))))
-        family.dual.learn(price, min(bounds), points)
-        family.least = family.dual.bound
+    def _explored(self, plan: Plan) -> Explored:
+        return self.search.tensor.explored(plan.mesh.size("tp"), self.search.load(plan))
 
-    def _prices(self, plan: Plan, m: Marginal, price: float) -> tuple[float, float]:
-        """Of a byte of parameters held, and of a byte that a micro-batch keeps, where one of the peak has a price: seconds that the
-        graph runs."""
-        kept = price * m.kept_bytes / self.search.batch.share(plan.mesh)
-        return (m.held_seconds + price * m.held_bytes) / m.runs, kept / m.runs
+    def _function(self, family: Family) -> Function:
+        search, plan = self.search, family.plan
+        whole = search.steps.whole(plan.stages)
+        return search.steps.at_least(plan, whole[family.few], whole[family.many], search.tensor.least(plan.mesh.size("tp")))
 
-    def _priced(self, c: Candidate, m: Marginal, price: float) -> Plan:
-        held, kept = self._prices(c.plan, m, price)
-        whole = c.plan.mesh.size("tp") * self.search.tensor.least(c.plan.mesh.size("tp")).parameters
-        least = LEAST * c.predicted.step_seconds / max(whole, 1.0) / m.runs
-        return replace(c.plan, byte_price=rounded_down(max(held, least), GRID), kept_price=rounded_down(kept, GRID))
+    def _estimate(self, family: Family) -> None:
+        least = self._least(family, self.search.limit)
+        family.least, family.prices = max(family.least, least.seconds), least.prices
+        family.known = len(self._explored(family.plan).costs)
 
-    def _bound(self, plan: Plan, m: Marginal, price: float, placed: float) -> float:
-        """Seconds of a step, and of the bytes beyond the limit at their price, that no placement is below: `placed` is the least at
-        the plan's prices, and by what these are lower, what every placement holds and keeps costs more."""
-        search = self.search
-        least = search.tensor.least(plan.mesh.size("tp"))
-        held, kept = self._prices(plan, m, price)
-        more = max(0.0, held - (plan.byte_price or 0.0)) * least.parameters
-        more += max(0.0, kept - plan.kept_price) * search.batch.share(plan.mesh) * least.activations
-        return m.runs * (placed + more) + m.seconds + (price * (m.bytes - search.limit) if price else 0.0)
+    def _least(self, family: Family, limit: float) -> Least:
+        explored, function = self._explored(family.plan), self._function(family)
+        return explored.known.least(function, limit, [totals_of(explored.costs[-1])])
 
-    def _more_microbatches(self, family: Family) -> Iterator[Candidate]:
-        """Of a family whose fastest layouts do not all fit, the one with twice the micro-batches."""
-        plan = family.plan
-        wanted = 2 * plan.microbatches
-        fit = all(map(self.search.fits, family.fastest))
-        if not fit and (plan.mesh, wanted) not in self._known and self.search.may_accumulate(plan, wanted):
-            self._known.add((plan.mesh, wanted))
-            fastest = [self.search.price(replace(c.plan, microbatches=wanted)) for c in family.fastest]
-            yield from self._seen(fastest)
-            yield from self._enter(fastest)
+    def _may_ask(self, family: Family, most: int) -> bool:
+        return self.search.tensor.placed < most and family.asked.vain < VAIN
+
+    def _next(self, family: Family) -> Plan | None:
+        """The plan whose layouts are to be found next; None where they are all known."""
+        self._look(family)
+        price = balance(family.points)
+        if price is not None:
+            prices = [times * price for times in (STEEPER if not family.asked.fits and price else (1.0,))]
+        else:
+            prices = [times * self._unit(family) for times in (STEEPEST if not family.few else STEEPEST[:3])]
+        slopes = [self._slopes(family, y) for y in prices]
+        held = _without(slopes[0], ACTIVATIONS, STREAM, HEAVIEST, SECOND)
+        asked = [(found, False) for found in slopes]
+        if family.prices is not None:
+            asked += [(family.prices, False), (family.prices, True)]
+        asked += [(found, True) for found in slopes[:1]]
+        if family.per_sample < self.best * (1 - FAR):
+            asked += [(held, False), (self._slopes(family, 0.0), False)]
+        for found, exact in asked:
+            priced = self._priced(family, found, exact)
+            if not family.asked.knows(self._prices(priced)):
+                return priced
+        return None
+
+    def _look(self, family: Family) -> None:
+        """What the family's plans would take with the layouts that were found since."""
+        search, plan = self.search, family.plan
+        whole = search.steps.whole(plan.stages)[family.few]
+        kept = replace(plan, whole=whole.names)
+        for cost in self._explored(plan).costs[len(family.points) :]:
+            found = search.steps.predict(kept, cost, whole)
+            family.points.append(Point(found.step_seconds, found.peak_bytes - search.limit))
+
+    def _unit(self, family: Family) -> float:
+        """Of a price of a byte: at it the bytes of the limit cost as much as the fastest layouts take."""
+        return min(p.seconds for p in family.points) / max(self.search.limit, 1.0)
+
+    def _smallest(self) -> Iterator[Candidate]:
+        """Where nothing fits: what is small, of the families whose plans miss by the least."""
+        for family in self._opened:
+            self._look(family)
+        smallest = sorted(self._opened, key=lambda f: min(p.excess for p in f.points))
+        for family in smallest[:SMALLEST]:
+            if self.search.request.strategy.layouts == "any":
+                megatron = replace(family.plan, byte_price=None, sequence_parallel=True)
+                yield from self._seen(self.search.completed(self.search.price(megatron)))
+            for times in STEEPEST:
+                slopes = self._slopes(family, times * self._unit(family))
+                held = _without(slopes, ACTIVATIONS, STREAM, HEAVIEST, SECOND)
+                kept = _without(slopes, PARAMETERS, TRAINABLE, READ_AGAIN)
+                for found in (slopes, _without(slopes, HEAVIEST, SECOND), held, kept):
+                    priced = self._priced(family, found, exact=False)
+                    if not family.asked.knows(self._prices(priced)):
+                        yield from self._ask(family, priced)
+            if self.best < math.inf:
+                return
+
+    @staticmethod
+    def _prices(plan: Plan) -> np.ndarray:
+        gathered = plan.gather_prices or (0.0,) * COUNT
+        return np.array([plan.byte_price or 0.0, plan.kept_price, plan.stream_price, *gathered, plan.compute_price])
+
+    def _slopes(self, family: Family, price: float) -> np.ndarray:
+        """Of seconds, and of bytes at their price: about the placement that costs the least of those known."""
+        self._look(family)
+        explored = self._explored(family.plan)
+        _, best = min(zip(family.points, explored.costs, strict=True), key=lambda found: found[0].at(price))
+        seconds, size = tangents(self._function(family), totals_of(best), explored.known.scale)
+        slopes = seconds.slopes + (price * size.slopes if price else 0.0)
+        slopes[[HEAVIEST, SECOND]] = max(slopes[HEAVIEST], slopes[SECOND])  # else the other one would gather what this does not
+        return slopes
+
+    def _priced(self, family: Family, slopes: np.ndarray, exact: bool) -> Plan:
+        """The plan with such prices of totals."""
+
+        def price(total: int, per: float) -> float:
+            x = max(0.0, float(slopes[total])) / run / per
+            return x if exact or not x else rounded_down(x, GRID)
+
+        load, known = self.search.load(family.plan), self._explored(family.plan).known
+        run = max(float(slopes[RUNS]) / load.runs, float(slopes[TRAFFIC]) / load.share)
+        held = np.array([PARAMETERS, TRAINABLE, READ_AGAIN])
+        of_bytes = slopes[held] @ known.low[held] / (known.low[PARAMETERS] or 1.0)
+        least = ALL * min(p.seconds for p in family.points) / (known.scale[PARAMETERS] or 1.0)
+        slopes = slopes.copy()
+        slopes[PARAMETERS] = max(of_bytes, least)
+        gathered = price(HEAVIEST, load.runs), price(SECOND, load.runs)
+        return replace(
+            family.plan,
+            byte_price=price(PARAMETERS, 1.0),
+            kept_price=price(ACTIVATIONS, load.share),
+            stream_price=price(STREAM, load.share),
+            gather_prices=gathered if any(gathered) else (),
+            compute_price=round(32 * min(1.0, float(slopes[COMPUTE]) / load.share / run)) / 32,
+        )
+
+    def _ask(self, family: Family, plan: Plan) -> Iterator[Candidate]:
+        before, asked = (family.least, self.best), family.asked
+        asked.prices.append(self._prices(plan))
+        for candidate in self._seen(self.search.completed(self.search.price(plan))):
+            asked.fits = asked.fits or self.search.fits(candidate)
+            yield candidate
+        self._estimate(family)
+        told = family.least > before[0] * (1 + CLOSE) or self.best < before[1]
+        asked.vain = 0 if told else asked.vain + 1
 
     def _seen(self, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
         for candidate in candidates:
             if self.search.fits(candidate):
                 self.best = min(self.best, candidate.per_sample)
             yield candidate
+
+
+def _without(slopes: np.ndarray, *totals: int) -> np.ndarray:
+    left = slopes.copy()
+    left[[*totals]] = 0.0
+    return left

@@ -12,7 +12,7 @@ from torch import fx
 
 from ..passes.graph_tools import is_getitem, metas, op_call, op_calls
 from .cost import op_flops, size_of
-from .placed_cost import least_crossing
+from .stream import stream_bytes
 
 
 def cut_stages(costs: Sequence[float], crossing_bytes: Sequence[float], n: int, seconds_per_byte: float = 0.0) -> tuple[int, ...]:
@@ -79,7 +79,7 @@ def stages_of_parameters(gm: fx.GraphModule, stages: int) -> dict[str, int]:
         for at in range(position[node] + 1, last + 1):
             crossing[at] += size
     costs = [work(n) for n in nodes]
-    stream = 1.01 * least_crossing(op_calls(gm))
+    stream = 1.01 * stream_bytes(op_calls(gm))
     narrow = [i for i in range(1, len(nodes)) if 0 < crossing[i] <= stream]
     borders, cuts = _cut(costs, crossing, narrow, stages)
     if not _balanced(costs, borders, cuts):

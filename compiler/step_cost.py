@@ -13,6 +13,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from ..passes.graph_tools import Calls, metas
 from ..passes.segment import largest_part, parts_of
 from ..runtime.program import Mesh
@@ -23,8 +25,9 @@ from .memory import state_memory
 from .placed_cost import PlacedCost
 from .plan import Plan, Prediction, data_size
 from .schedules import BUCKET_BYTES
-from .tensor_axis import Least, Load
+from .tensor_axis import Load
 from .topology import CollectiveKind, Topology, collective_bytes, collective_seconds
+from .totals import Function, cost_of
 
 BACKWARD_SHARE = 2 / 3
 """Of a graph's compute: each product of the forward has two in the backward."""
@@ -72,26 +75,6 @@ def rounded_down(x: float, base: float, least: float = 0.0) -> float:
     return base ** math.floor(math.log(x, base) + 1e-9) if x > least else 0.0
 
 
-@dataclass(frozen=True)
-class Marginal:
-    """What a step takes, as far as the placement over tp decides it. Too much, where what compute hides or a bucket packs is not
-    convex.
-
-    runs            seconds of a step for a second that the graph runs over tp (`PlacedCost.seconds`)
-    held_seconds    seconds for a byte of parameters: gradients summed over the data axes, optimizer
-    held_bytes      bytes of the peak for a byte of parameters
-    kept_bytes      bytes of the peak for a byte that the captured batch keeps for its backward
-    seconds, bytes  what a step takes besides, whatever the placement
-    """
-
-    runs: float
-    held_seconds: float
-    held_bytes: float
-    kept_bytes: float
-    seconds: float
-    bytes: float
-
-
 class StepCost:
     """Of any plan for one graph, batch and machine. `calls`: `op_calls` of the graph."""
 
@@ -123,39 +106,26 @@ class StepCost:
         traffic = self._received(plan, cost, whole, moved)
         return Prediction(sum(seconds.values()), sum(size.values()), traffic, parts, cost.gap)
 
-    def marginal(self, plan: Plan, cost: PlacedCost, least: Least) -> Marginal:
-        """Around `cost`, that of the fastest placement; others hold fewer parameters. Steps are convex in the bytes of these: from
-        the slopes here they are not overestimated where fewer are held.
+    def at_least(self, plan: Plan, few: Whole, many: Whole, least: PlacedCost) -> Function:
+        """Seconds, and bytes of the peak, that no step is below, for the totals of its placement (compiler/totals.py): of the plan
+        with as many blocks kept whole as in `few`, in `many`, or any number between.
 
-        Parameters cost more where they have gradients. All have the price of a mean one, and the most that a placement can save by
-        holding those with gradients cut and the others whole is left out of what it takes at least.
+        Both are convex in the totals, and grow with each. The more blocks are whole, the less is gathered and the more is held; but
+        more gradients are summed over tp by each rank, and the largest block that is still gathered may be smaller. What buckets
+        pack is not convex, and counts as of `least`, which no placement is below.
         """
-        share, m, n = self.batch.share(plan.mesh), plan.microbatches, plan.mesh.size("tp")
-        bare = self.predict(plan, replace(cost, temporaries=least.temporaries, gathered=0.0, stream=least.stream))
-        held, trained, again = (self._slopes(plan, cost, name) for name in ("parameters", "trainable", "read_again"))
-        mean = least.trainable / (least.parameters or 1.0)
-        saved = least.trainable * (1 - mean) * (n - 1)
-        runs = bubble(plan) / plan.stages
-        kept = share * flying(plan) / plan.stages / m
+        fewer, more = replace(plan, whole=few.names), replace(plan, whole=many.names)
+        held = replace(few, left=many.left, largest=many.largest, alone=many.alone)
+        summed_more = (summed(more, many) - summed(fewer, few)) / plan.stages
+        packed = self._packed(fewer, least, few)
 
-        def besides(whole: float, of: int) -> float:
-            slopes = held[of] * cost.parameters + trained[of] * cost.trainable + again[of] * cost.read_again
-            return whole - slopes + again[of] * least.read_again - trained[of] * saved
+        def found(totals: np.ndarray) -> tuple[float, float]:
+            cost = cost_of(totals, least.temporaries)
+            seconds = sum(self._seconds(more, cost, many, [*self._data_traffic(more, cost, many)]).values())
+            size = sum(self._bytes(fewer, cost, held).values())
+            return seconds - cost.sums * summed_more, size - self._packed(fewer, cost, few) + packed
 
-        return Marginal(
-            runs,
-            held[0] + mean * trained[0],
-            held[1] + mean * trained[1],
-            kept,
-            besides(bare.step_seconds - runs * cost.seconds(share, m, sums_count(plan)), 0),
-            besides(bare.peak_bytes - kept * cost.activations, 1),
-        )
-
-    def _slopes(self, plan: Plan, cost: PlacedCost, name: str) -> tuple[float, float]:
-        """Seconds, and bytes of the peak, for a byte more."""
-        more = 0.01 * max(cost.parameters, 1.0)
-        here, there = self.predict(plan, cost), self.predict(plan, replace(cost, **{name: getattr(cost, name) + more}))
-        return (there.step_seconds - here.step_seconds) / more, (there.peak_bytes - here.peak_bytes) / more
+        return found
 
     def _seconds(self, plan: Plan, cost: PlacedCost, whole: Whole, moved: Sequence[Moved]) -> dict[str, float]:
         mesh, stages, m, share = plan.mesh, plan.stages, plan.microbatches, self.batch.share(plan.mesh)
@@ -184,7 +154,7 @@ class StepCost:
             waiting = max(2 * whole.largest * cost.parameters, waiting + 2 * whole.alone * cost.parameters, 2 * waiting)
         gathered = 2 * cost.gathered + waiting
         if plan.zero in (1, 2) or plan.whole:
-            gathered += self.unscattered_bytes(plan, trained, trained * (whole.trained if plan.zero == 3 else 1.0))
+            gathered += self._part(plan, cost, whole) + self._packed(plan, cost, whole)
         return {"state": state, "activation": activations, "gathered": gathered}
 
     def _received(self, plan: Plan, cost: PlacedCost, whole: Whole, moved: Sequence[Moved]) -> dict[str, float]:
@@ -218,21 +188,30 @@ class StepCost:
             if axis != "dp_shard" or not plan.zero:
                 yield axis, "all_reduce", trainable / shards, 1
 
-    def unscattered_bytes(self, plan: Plan, trained: float, scattered: float) -> float:
-        """Bytes of gradients that ZeRO-1 and 2 hold whole at their most, of which shards are to be left.
+    def _scattered(self, plan: Plan, cost: PlacedCost, whole: Whole) -> float:
+        """Bytes of a stage's gradients that are scattered once a step, whole over the data axes."""
+        return cost.trainable * self.heaviest_stage(plan.stages) * (whole.trained if plan.zero == 3 else 1.0)
 
-        Where micro-batches add to them all of them, else those of a part of the backward. To be scattered they are packed, a
-        bucket at a time; a parameter larger than a part or a bucket is one by itself.
+    def _largest(self, plan: Plan, cost: PlacedCost, whole: Whole) -> float:
+        """Of these, the bytes of the largest gradient."""
+        trained = cost.trainable * self.heaviest_stage(plan.stages)
+        return min(self.largest * trained * plan.stages, self._scattered(plan, cost, whole))
 
-        trained, scattered    bytes of all gradients of a stage over tp, and of those that are scattered once a step
-        """
-        part, largest = scattered, min(self.largest * trained * plan.stages, scattered)
-        if plan.microbatches == 1 and self.backward_parts(plan) > 1:
-            whole = self.trained / plan.stages
-            part = max(largest, scattered * largest_part(whole, SEGMENT_BYTES) / whole)
-        packed = max(min(part, BUCKET_BYTES), largest)
-        packed -= packed / plan.mesh.size("dp_shard")  # its shards come after it
-        return part + packed
+    def _part(self, plan: Plan, cost: PlacedCost, whole: Whole) -> float:
+        """Bytes of gradients that ZeRO-1 and 2 hold whole at their most, of which shards are to be left: where micro-batches add to
+        them all of them, else those of a part of the backward. A parameter larger than a part is one by itself."""
+        if plan.microbatches > 1 or self.backward_parts(plan) == 1:
+            return self._scattered(plan, cost, whole)
+        trained = self.trained / plan.stages
+        share = largest_part(trained, SEGMENT_BYTES) / trained
+        return max(self._largest(plan, cost, whole), self._scattered(plan, cost, whole) * share)
+
+    def _packed(self, plan: Plan, cost: PlacedCost, whole: Whole) -> float:
+        """To be scattered they are packed, a bucket at a time; a parameter larger than a bucket is one by itself."""
+        if not (plan.zero in (1, 2) or plan.whole):
+            return 0.0
+        packed = max(min(self._part(plan, cost, whole), BUCKET_BYTES), self._largest(plan, cost, whole))
+        return packed - packed / plan.mesh.size("dp_shard")  # its shards come after it
 
     def backward_parts(self, plan: Plan) -> int:
         """Parts of a stage's backward, after each of which gradients are summed. It is whole where data ranks run other shapes."""
@@ -274,7 +253,7 @@ class StepCost:
 
 def state_bytes(plan: Plan, trained: float, frozen: float) -> float:
     """Bytes that a rank holds all the time of so many bytes of parameters, whole over the data axes; under ZeRO-1 and 2 of their
-    gradients the shards (`StepCost.unscattered_bytes` says what is whole before)."""
+    gradients the shards (`StepCost._part` says what is whole before)."""
     shards = max(1, plan.mesh.size("dp_shard"))
     level = 2 if plan.zero == 1 else plan.zero
     return state_memory(trained, level, shards).total + frozen / (shards if plan.zero == 3 else 1)

@@ -9,23 +9,41 @@ that is kept for the backward, and at higher prices layouts take fewer (compiler
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from torch import fx
 
 from ..passes.graph_tools import Calls, op_calls
-from ..passes.rules.base import Axis
+from ..passes.rules.base import Axis, TensorMeta
 from ..passes.types import Type
 from ..runtime.program import Mesh
 from .cost import Seconds, power_of_two
-from .keeping import Keeping, keeping, kept_at, least_backward_bytes
+from .keeping import Keeping, keeping, least_backward_bytes, sized
 from .offers import Offers, offers
-from .place import Barred, KeptAt, Placement, Policy, Priced, place, price
+from .place import Barred, Placement, Policy, Priced, Sized, place, price
 from .placed_cost import PlacedCost, placed_cost
 from .plan import Plan
-from .prices import Prices, megatron_prices
+from .prices import Prices, megatron_prices, size_of
 from .topology import Topology
+from .totals import (
+    ACTIVATIONS,
+    COMPUTE,
+    HEAVIEST,
+    PARAMETERS,
+    RUNS,
+    SECOND,
+    STREAM,
+    SUMS,
+    TOTALS,
+    TRAFFIC,
+    TRAINABLE,
+    Known,
+    relations,
+    totals_of,
+)
 
 
 @dataclass(frozen=True)
@@ -42,9 +60,15 @@ class Load:
     sums: float = 1.0
 
     @property
+    def size(self) -> float:
+        """Of a value in a micro-batch, against its captured one: to a power of two."""
+        return power_of_two(self.share / self.runs)
+
+    @property
     def rounded(self) -> Load:
         """To powers of two, and sums to all or nothing: where loads are nearly alike, the fastest placements hardly differ."""
-        return Load(power_of_two(self.share), int(power_of_two(self.runs)), float(self.sums > 0.1))
+        runs = int(power_of_two(self.runs))
+        return Load(power_of_two(self.share / self.runs) * runs, runs, float(self.sums > 0.1))
 
 
 @dataclass(frozen=True)
@@ -52,15 +76,22 @@ class Layouts:
     """sequence      Megatron's: activations between sharded products are cut by their tokens
     byte_price    any layouts: seconds that a byte of parameters costs which a rank holds. None: Megatron's
     kept_price    any layouts: seconds, of a micro-batch's, that a byte costs which it keeps for its backward
+    stream_price  any layouts: the same of the residual stream, which crosses the borders of stages
+    gather_prices   any layouts: the same of what one of the heaviest blocks gathers (compiler/heaviest.py), in their order
+    compute_price   any layouts: what a second of compute counts, less than 1 where it hides traffic over the data axes
     """
 
     sequence: bool = False
     byte_price: float | None = None
     kept_price: float = 0.0
+    stream_price: float = 0.0
+    gather_prices: tuple[float, ...] = ()
+    compute_price: float = 1.0
 
     @classmethod
     def of(cls, plan: Plan) -> Layouts:
-        return cls(plan.sequence_parallel, plan.byte_price, plan.kept_price)
+        prices = plan.byte_price, plan.kept_price, plan.stream_price, plan.gather_prices, plan.compute_price
+        return cls(plan.sequence_parallel, *prices)
 
     def load(self, load: Load) -> Load:
         """What a placement in these layouts is made for. With no price on bytes it is a first one, for loads nearly alike."""
@@ -68,11 +99,21 @@ class Layouts:
             return Load()
         return load if self.byte_price else load.rounded
 
-    def policy(self, loss: str | None, pinned: Mapping[str, Type], share: float = 1.0) -> Policy:
-        """For a graph of which a step runs so large a share. `pinned`: types of parameters, by name."""
+    def policy(self, loss: str | None, pinned: Mapping[str, Type], share: float = 1.0, runs: int = 1) -> Policy:
+        """For a graph of which a step runs so large a share, in so many micro-batches. `pinned`: types of parameters, by name."""
         keys = {f"param.{name}": type_ for name, type_ in pinned.items()}
-        kept = self.kept_price * share
-        return Policy("tensor", keys, loss, scatter=self.sequence, byte_price=self.byte_price, kept_price=kept)
+        kept, stream, gathered = self.kept_price * share, self.stream_price * share, [p * runs for p in self.gather_prices]
+        return Policy("tensor", keys, loss, self.sequence, self.byte_price, kept, stream, gathered)
+
+    def of_totals(self, load: Load) -> np.ndarray:
+        """What a placement in these layouts pays for its totals."""
+        found = np.zeros(len(TOTALS))
+        found[[RUNS, TRAFFIC, SUMS, PARAMETERS]] = load.runs, load.share, load.sums, self.byte_price or 0.0
+        found[[COMPUTE, ACTIVATIONS, STREAM]] = self.compute_price, self.kept_price, self.stream_price
+        found[[COMPUTE, ACTIVATIONS, STREAM]] *= load.share
+        if self.gather_prices:
+            found[[HEAVIEST, SECOND]] = np.array(self.gather_prices) * load.runs
+        return found
 
     def prices(self, seconds: Seconds | None) -> Prices:
         """Raises ValueError for layouts by time on an unknown machine."""
@@ -80,7 +121,7 @@ class Layouts:
             return megatron_prices(self.sequence)
         if seconds is None:
             raise ValueError("a plan with a byte_price places by time, and needs the topology whose times are meant")
-        return seconds
+        return seconds.at(seconds.share, seconds.runs, seconds.sums, self.compute_price)
 
 
 def tensor_placement(
@@ -92,7 +133,7 @@ def tensor_placement(
     calls: Calls | None = None,
     barred: Barred | None = None,
     pinned: Mapping[str, Type] | None = None,
-    kept: Sequence[KeptAt] = (),
+    counted: Sized | None = None,
     offered: Offers | None = None,
     priced: Priced | None = None,
 ) -> Placement:
@@ -100,28 +141,25 @@ def tensor_placement(
 
     seconds    of a mesh with that axis; None is enough for Megatron's layouts
     barred, calls      as `place` takes them       pinned    types of parameters, by name
-    kept       `kept_at(...)`, where the caller has it and the layouts' `kept_price` needs it
+    counted    `sized(...)`, where the caller has it and the layouts' prices of bytes need it
     offered, priced    as `place` takes them
     """
-    policy = layouts.policy(loss, pinned or {}, seconds.share if seconds is not None else 1.0)
+    load = (seconds.share, seconds.runs) if seconds is not None else (1.0, 1)
+    policy = layouts.policy(loss, pinned or {}, *load)
     calls = op_calls(gm) if calls is None else calls
     axis = Axis("tp", size)
     offered = offered or offers(gm, axis, calls, "tensor", policy.pinned)
-    if policy.kept_price and not kept:
-        kept = kept_at(calls, keeping(calls), offered)
-    return place(gm, axis, policy, layouts.prices(seconds), calls, barred, kept=kept, offered=offered, priced=priced)
+    if counted is None and (policy.kept_price or policy.stream_price or any(policy.gather_prices)):
+        counted = sized(calls, keeping(calls), offered)
+    return place(gm, axis, policy, layouts.prices(seconds), calls, barred, sized=counted, offered=offered, priced=priced)
 
 
-@dataclass(frozen=True)
-class Least:
-    """Bytes that no placement is below, as `PlacedCost` has them."""
+@dataclass
+class Explored:
+    """Placements over so many ranks that were found in any layouts, for values of about one size, and what is known of all."""
 
-    parameters: float
-    trainable: float
-    read_again: float
-    activations: float
-    temporaries: float
-    stream: float
+    known: Known
+    costs: list[PlacedCost]
 
 
 class TensorAxis:
@@ -138,28 +176,51 @@ class TensorAxis:
         self._placements: dict[tuple[int, Layouts, Load], Placement] = {}
         self._costs: dict[tuple[int, Layouts, Load], PlacedCost] = {}
         self._offered: dict[int, Offers] = {}
-        self._priced: dict[tuple[int, Load], Priced] = {}
-        self._kept: dict[int, list[KeptAt]] = {}
-        self._least: dict[int, Least] = {}
+        self._priced: dict[tuple[int, Load, float], Priced] = {}
+        self._sized: dict[int, Sized] = {}
+        self._explored: dict[tuple[int, float], Explored] = {}
+        self._least: dict[int, PlacedCost] = {}
 
     def cost(self, size: int, layouts: Layouts, load: Load) -> PlacedCost:
         """Depends on other axes of the mesh only through where tp lies."""
         key = self._key(size, layouts, load)
         if key not in self._costs:
             placement = self.placement(size, layouts, load)
-            offered = self._offers(size) if placement is not None else None
-            self._costs[key] = placed_cost(self.gm, self._seconds_of(size, key[2]), placement, self.calls, self.kept, offered)
+            offered, counted = (self._offers(size), self._sized_of(size)) if placement is not None else (None, None)
+            seconds = self._seconds_of(size, key[2])
+            cost = self._costs[key] = placed_cost(self.gm, seconds, placement, self.calls, self.kept, offered, counted)
+            if placement is not None and layouts.byte_price is not None:
+                explored = self.explored(size, load)
+                explored.known.learn(layouts.of_totals(key[2]), placement.bound)
+                explored.costs.append(cost)
         return self._costs[key]
+
+    def explored(self, size: int, load: Load) -> Explored:
+        """What is known where values are about as large as under a load: the ways in which they change their types are the same."""
+        if (size, load.size) not in self._explored:
+            self._explored[size, load.size] = Explored(self._known(size, self._seconds_of(size, load)), [])
+        return self._explored[size, load.size]
+
+    def _known(self, size: int, seconds: Seconds) -> Known:
+        whole, least = self.cost(1, Layouts(), Load()), self.least(size)
+        low, most = totals_of(least), totals_of(whole)
+        most[[HEAVIEST, SECOND]] = most[PARAMETERS]  # at most
+        high = np.where(np.isin(TOTALS, ("parameters", "trainable", "read_again", "heaviest", "second", "stream")), most, np.inf)
+        many = TensorMeta((10**9,), torch.uint8)
+        rate = seconds.gradient_sum(many, Axis("tp", size)) / size_of(many)
+        scale = most.copy()
+        scale[TRAFFIC], scale[SUMS] = most[COMPUTE], rate * most[TRAINABLE]
+        return Known(low, high, np.where(scale > 0, scale, 1.0), relations(low, most, rate))
 
     def placement(self, size: int, layouts: Layouts, load: Load) -> Placement | None:
         """None where there is no such axis."""
         key = self._key(size, layouts, load)
         if size > 1 and key not in self._placements:
             seconds, offered = self._seconds_of(size, key[2]), self._offers(size)
-            kept = self._kept_of(size) if layouts.kept_price else ()
-            priced = None if layouts.byte_price is None else self._priced_of(size, key[2])
+            counted = self._sized_of(size)
+            priced = None if layouts.byte_price is None else self._priced_of(size, key[2], layouts)
             self._placements[key] = tensor_placement(
-                self.gm, self.loss, size, layouts, seconds, self.calls, kept=kept, offered=offered, priced=priced
+                self.gm, self.loss, size, layouts, seconds, self.calls, counted=counted, offered=offered, priced=priced
             )
         return self._placements.get(key)
 
@@ -168,27 +229,29 @@ class TensorAxis:
         """Placements found so far."""
         return len(self._placements)
 
-    def _priced_of(self, size: int, load: Load) -> Priced:
-        if (size, load) not in self._priced:
-            seconds, policy = self._seconds_of(size, load), Layouts(byte_price=0.0).policy(self.loss, {})
-            self._priced[size, load] = price(self.gm, Axis("tp", size), policy, seconds, self.calls, self._offers(size))
-        return self._priced[size, load]
+    def _priced_of(self, size: int, load: Load, layouts: Layouts) -> Priced:
+        key = size, load, layouts.compute_price
+        if key not in self._priced:
+            bare = Layouts(byte_price=0.0, compute_price=layouts.compute_price)
+            policy, seconds = bare.policy(self.loss, {}), bare.prices(self._seconds_of(size, load))
+            self._priced[key] = price(self.gm, Axis("tp", size), policy, seconds, self.calls, self._offers(size))
+        return self._priced[key]
 
     def _offers(self, size: int) -> Offers:
         if size not in self._offered:
             self._offered[size] = offers(self.gm, Axis("tp", size), self.calls, "tensor")
         return self._offered[size]
 
-    def _kept_of(self, size: int) -> list[KeptAt]:
-        if size not in self._kept:
-            self._kept[size] = kept_at(self.calls, self.kept, self._offers(size))
-        return self._kept[size]
+    def _sized_of(self, size: int) -> Sized:
+        if size not in self._sized:
+            self._sized[size] = sized(self.calls, self.kept, self._offers(size))
+        return self._sized[size]
 
-    def least(self, size: int) -> Least:
-        """Of every placement over so many ranks."""
+    def least(self, size: int) -> PlacedCost:
+        """Bytes that no placement over so many ranks is below."""
         if size not in self._least:
             whole = self.cost(1, Layouts(), Load())
-            self._least[size] = Least(
+            self._least[size] = PlacedCost(
                 parameters=whole.parameters / size,
                 trainable=whole.trainable / size,
                 read_again=whole.read_again / size,

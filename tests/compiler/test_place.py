@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -26,16 +27,16 @@ from shardwright.compiler import emit as emission
 from shardwright.compiler.assign import Solution
 from shardwright.compiler.cost import Seconds
 from shardwright.compiler.emit import coordinates_of, lower
-from shardwright.compiler.keeping import keeping, kept_at
+from shardwright.compiler.keeping import keeping, sized
 from shardwright.compiler.needs import gathered_again
 from shardwright.compiler.offers import canonical, offers
-from shardwright.compiler.place import Placement, Policy, _Builder, place
+from shardwright.compiler.place import Placement, Policy, Sized, _Builder, place
 from shardwright.compiler.plan import Plan
 from shardwright.compiler.prepare import mark_twins
 from shardwright.compiler.prices import Prices, Volume, held, megatron_prices, size_of
 from shardwright.compiler.topology import Device, Level
 from shardwright.passes.check_schedules import check_schedules
-from shardwright.passes.convert import exists
+from shardwright.passes.convert import exists, makes_whole
 from shardwright.passes.graph_tools import Values, is_getitem, is_parameter, metas, op_calls
 from shardwright.passes.ops import use_communicator
 from shardwright.passes.rules.base import Axis, OpCall, TensorMeta
@@ -72,12 +73,16 @@ class Walk:
     def __init__(self, gm: fx.GraphModule, axis: Axis, policy: Policy, prices: Prices) -> None:
         self.gm, self.axis, self.prices, self.calls = gm, axis, prices, op_calls(gm)
         self.byte_price, self.kept_price = policy.byte_price or 0.0, policy.kept_price
+        self.stream_price, self.gather_price = policy.stream_price, next(iter(policy.gather_prices), 0.0)
         self.keeping = keeping(self.calls)
         self.offered = offers(gm, axis, self.calls, policy.role, policy.pinned, policy.slices)
-        self.rules = _Builder(gm, axis, policy, prices, self.calls, self.offered, ())  # of which it takes what is allowed
+        self.rules = _Builder(gm, axis, policy, prices, self.calls, self.offered, Sized())  # of which it takes what is allowed
         self.nodes = [n for n in gm.graph.nodes if n.op != "output" and not is_getitem(n)]
         self.known: dict[object, float] = {}
         self.first = {n.name: n for n in self.nodes}
+        sizes = {n: size_of(call.results[0]) for n, (call, _) in self.calls.items() if [m.grad for m in call.results] == [True]}
+        stream = Counter(sizes.values()).most_common(1)
+        self.stream = {n: size / stream[0][1] for n, size in sizes.items() if size == stream[0][0]}
         self.results = [n for n in gm.graph.nodes if n.op == "output"][0].args[0]
         self.prices_of = {n: [self.own(n, s) for s in self.options(n)] for n in self.nodes}
         least = [min(found) for found in self.prices_of.values()]
@@ -93,7 +98,8 @@ class Walk:
             return self.prices.placeholder(type_, meta, self.axis) + price * size_of(meta) * held(type_, self.axis)
         call, sources = self.calls[node]
         parameters = tuple(is_parameter(s) for s in sources)
-        return self.prices.node(call, strategy, self.axis, parameters)
+        crossing = self.stream.get(node, 0.0) * self.stream_price
+        return self.prices.node(call, strategy, self.axis, parameters) + crossing * held(strategy.outs[0], self.axis)
 
     def uses(self, k: int, strategy: NodeStrategy) -> Iterator[tuple[fx.Node, Type]]:
         node = self.nodes[k]
@@ -119,6 +125,8 @@ class Walk:
                     self.known[key] += self.prices.conversion(have, I, replace(meta, grad=False), self.axis, parameter)
             made.add((maker, result, want))
             total += self.known[key]
+            if is_parameter(maker) and makes_whole(have, want) and self.first[key[0]] is maker:
+                total += self.gather_price * size_of(meta)
         return total
 
     def cost(self, placement: Placement) -> float:
@@ -203,6 +211,10 @@ def policies(graph: fx.GraphModule, n: int) -> dict[str, tuple[Policy, Prices]]:
         "dice": (Policy("tensor", {}, LOSS, scatter=True), Dice(rows)),
         "time": (Policy("tensor", {}, LOSS, byte_price=1e-13), Seconds(MACHINE, Mesh(("x",), (n,)), share=0.5)),
         "kept": (Policy("tensor", {}, LOSS, byte_price=1e-13, kept_price=2e-10), Seconds(MACHINE, Mesh(("x",), (n,)))),
+        "gathered": (
+            Policy("tensor", {}, LOSS, byte_price=1e-10, stream_price=3e-10, gather_prices=(2e-10, 1e-10)),
+            Seconds(MACHINE, Mesh(("x",), (n,)), compute=0.5),
+        ),
     }
 
 
@@ -212,7 +224,7 @@ def check_exact(graph: fx.GraphModule, n: int, how: str) -> None:
     walk = Walk(graph, axis, policy, prices)
     try:
         found = place(
-            graph, axis, policy, prices, walk.calls, kept=kept_at(walk.calls, walk.keeping, walk.offered), offered=walk.offered
+            graph, axis, policy, prices, walk.calls, sized=sized(walk.calls, walk.keeping, walk.offered), offered=walk.offered
         )
     except ShardingError:
         assert walk.cheaper_than(math.inf) == math.inf
@@ -223,7 +235,7 @@ def check_exact(graph: fx.GraphModule, n: int, how: str) -> None:
     assert walk.cheaper_than(limit) == limit
 
 
-HOW = st.sampled_from(("tensor", "sequence", "data", "dice", "time", "kept"))
+HOW = st.sampled_from(("tensor", "sequence", "data", "dice", "time", "kept", "gathered"))
 
 
 @given(recipes(most=4), st.sampled_from((2, 3)), HOW)

@@ -1,47 +1,104 @@
-"""The search under a limit of bytes: what it proves of layouts that fit, and that it finds what is near."""
+"""The search under a limit of bytes: what it proves of plans that fit, and that it finds what is near."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 from harness import problem_of
-from programs import NEAR, case, machine
+from programs import FAR, NEAR, case, machine
 
 from shardwright import Strategy
 from shardwright.compiler import refine
 from shardwright.compiler.candidates import Candidate, Search
+from shardwright.compiler.plan import Plan
 from shardwright.compiler.strategy import resolve
-from shardwright.compiler.topology import Topology
+from shardwright.compiler.tensor_axis import Layouts
+from shardwright.compiler.topology import Level, Topology
+from shardwright.compiler.totals import totals_of
 
-PRICES = (0.0, 1e-10, 1e-8, 1e-6)
+PRICES = ((0.0, 0.0), (1e-11, 0.0), (1e-9, 0.0), (1e-8, 0.0), (1e-9, 1e-10), (1e-8, 1e-8), (1e-7, 1e-9), (1e-6, 1e-6))
+"""Of a byte held and of one kept."""
+
+TWO_LEVELS = replace(NEAR, levels=(Level("inner", 2, 1e8, 1e-9), Level("outer", 16, 1e10, 1e-9)))
+HIDES = replace(machine(1e8), overlap={"data": 0.8})
 
 
-def search_of(model: str, topology: Topology, strategy: Strategy, limit: float) -> Search:
-    found = case(model, batch=8)
-    request = resolve((4,), strategy)
-    return Search(problem_of(found, [found.batch]), request, topology, found.batch, "global", None, limit)
+def search_of(
+    model: str, topology: Topology, strategy: Strategy, limit: float, ranks: int = 4, mode: str = "global", rows: int = 8
+) -> Search:
+    found = case(model, batch=rows)
+    request = resolve((ranks,), strategy)
+    return Search(problem_of(found, [found.batch]), request, topology, found.batch, mode, None, limit)
 
 
 def searched(search: Search) -> list[Candidate]:
     return sorted((c for c in search.candidates() if search.fits(c)), key=lambda c: c.per_sample)
 
 
-@pytest.mark.parametrize("topology", [NEAR, machine(1e9)], ids=["fast", "slow"])
-@pytest.mark.parametrize("model", ["gpt", "gpt2", "bert"])
-def test_no_layouts_that_fit_take_less_than_is_proven(model: str, topology: Topology) -> None:
-    free = searched(search_of(model, topology, Strategy(), math.inf))[0]
-    for share in (0.8, 0.4):
-        search = search_of(model, topology, Strategy(pp=1), share * free.predicted.peak_bytes)
-        found = searched(search)
-        best = found[0].per_sample if found else math.inf
-        families = {(c.plan.mesh, c.plan.zero, c.plan.microbatches): c.plan for c in found if c.plan.byte_price is not None}
-        for plan, held, kept in itertools.product(families.values(), PRICES, PRICES):
-            tried = search.price(replace(plan, byte_price=held, kept_price=kept, whole=()))
-            if search.fits(tried):
-                assert tried.per_sample >= min(best, search.bound) * (1 - 1e-9), tried.plan.name
+def others(search: Search, plan: Plan) -> Iterator[Candidate]:
+    """Plans of a family: at prices that nobody asked, in Megatron's layouts, and with blocks kept whole."""
+    for held, kept in PRICES:
+        tried = replace(plan, byte_price=held, kept_price=kept, stream_price=0.0, gather_prices=(), compute_price=1.0, whole=())
+        yield from search.completed(search.price(tried))
+    for sequence in (False, True):
+        megatron = replace(tried, byte_price=None, kept_price=0.0, sequence_parallel=sequence)
+        yield from search.completed(search.price(megatron))
+
+
+CASES = {
+    "gpt": ("gpt", NEAR, Strategy(), 4, "local"),
+    "gpt, slow": ("gpt", machine(1e9), Strategy(), 4, "global"),
+    "gpt2, slow": ("gpt2", machine(1e9), Strategy(pp=1), 4, "local"),
+    "gpt, two networks": ("gpt", TWO_LEVELS, Strategy(), 8, "global"),
+    "bert, overlap": ("bert", HIDES, Strategy(pp=1), 4, "global"),
+    "vit, ZeRO over 2": ("vit", machine(1e9), Strategy(dp_shard=2, layouts="any"), 4, "global"),
+    "gpt2, ZeRO-3": ("gpt2", FAR, Strategy(zero=3, layouts="any"), 4, "global"),
+    "mixtral, stages": ("mixtral", machine(1e9), Strategy(pp=2, layouts="any"), 4, "local"),
+    "t5, overlap": ("t5", HIDES, Strategy(pp=1, layouts="any"), 4, "local"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_plan_that_fits_takes_less_than_is_proven(name: str) -> None:
+    model, topology, strategy, ranks, mode = CASES[name]
+    free = searched(search_of(model, topology, strategy, math.inf, ranks, mode))[0]
+    for share in (1.1, 0.7, 0.4):
+        search = search_of(model, topology, strategy, share * free.predicted.peak_bytes, ranks, mode)
+        made = list(search.candidates())
+        best = min((c.per_sample for c in made if search.fits(c)), default=math.inf)
+        assert search.bound <= best * (1 + 1e-9)
+        families = {(c.plan.mesh, c.plan.zero, c.plan.microbatches): c.plan for c in made if c.plan.byte_price is not None}
+        for plan in families.values():
+            if strategy.zero is None and plan.zero in (2, 3):
+                plan = replace(plan, zero=5 - plan.zero)
+            for tried in itertools.chain(others(search, plan), others(search, replace(plan, microbatches=2 * plan.microbatches))):
+                if search.fits(tried) and tried.plan.microbatches <= search.batch.local_rows(plan.mesh):
+                    assert tried.per_sample >= min(best, search.bound) * (1 - 1e-9), tried.plan.name
+
+
+@pytest.mark.parametrize("topology", [NEAR, HIDES], ids=["near", "overlap"])
+@pytest.mark.parametrize("model", ["gpt", "gpt2", "vit"])
+def test_a_step_takes_no_less_than_its_totals_say(model: str, topology: Topology) -> None:
+    """With any number of blocks whole between two; and exactly as much, but for bytes that have no totals, with just as many."""
+    search = search_of(model, topology, Strategy(), math.inf)
+    plans = {(c.plan.mesh, c.plan.zero): replace(c.plan, whole=()) for c in search.candidates() if c.plan.byte_price is not None}
+    for plan, (held, kept) in itertools.product(plans.values(), PRICES[::2]):
+        size = plan.mesh.size("tp")
+        cost = search.tensor.cost(size, Layouts(byte_price=held, kept_price=kept), search.load(plan))
+        least, whole = search.tensor.least(size), search.steps.whole(plan.stages)
+        few, most = (1, len(whole) - 1) if plan.zero == 3 else (0, 0)
+        between = search.steps.at_least(plan, whole[few], whole[most], least)(totals_of(cost))
+        for k in range(few, most + 1):
+            found = search.steps.predict(replace(plan, whole=whole[k].names), cost, whole[k])
+            seconds, size = search.steps.at_least(plan, whole[k], whole[k], least)(totals_of(cost))
+            assert between[0] <= seconds * (1 + 1e-9)
+            assert between[1] <= size * (1 + 1e-9)
+            assert seconds == pytest.approx(found.step_seconds, rel=1e-9)
+            assert size <= found.peak_bytes * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("share", [0.8, 0.5])
@@ -55,9 +112,20 @@ def test_what_is_not_asked_is_not_faster(share: float, monkeypatch: pytest.Monke
         return searched(search)[0].per_sample, search.bound
 
     seconds, bound = best()
-    assert bound >= 0.98 * seconds
     monkeypatch.setattr(refine, "CLOSE", -math.inf)
     monkeypatch.setattr(refine, "ASKED", math.inf)
     whole, _ = best()
-    assert seconds * (1 - 1e-3) <= whole <= seconds * (1 + 1e-9)
     assert whole >= min(seconds, bound) * (1 - 1e-9)
+    assert seconds <= whole * (1 + 1e-2)
+
+
+def test_where_everything_fits_nothing_is_left_to_find() -> None:
+    """With bytes to spare the plan is the fastest there is, but for a share that is not searched for."""
+    for model, topology in (("gpt", NEAR), ("gpt2", machine(1e9)), ("bert", HIDES)):
+        search = search_of(model, topology, Strategy(), math.inf)
+        assert search_bound_gap(search) <= 2 * refine.CLOSE
+
+
+def search_bound_gap(search: Search) -> float:
+    best = searched(search)[0].per_sample
+    return 1 - search.bound / best

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,7 @@ from shardwright.compiler.placed_cost import placed_cost
 from shardwright.compiler.plan import Plan
 from shardwright.compiler.tensor_axis import Layouts, Load, TensorAxis, tensor_placement
 from shardwright.compiler.topology import Device, Level
+from shardwright.compiler.totals import totals_of
 from shardwright.compiler.traffic import received
 from shardwright.passes.graph_tools import named_results, op_calls
 from shardwright.runtime.module import ParallelModule
@@ -53,13 +55,14 @@ def test_by_time_never_slower_than_megatron(model: str, topology: Topology) -> N
 @pytest.mark.parametrize("topology", [NEAR, FAR], ids=["near", "far"])
 @pytest.mark.parametrize("model", MODELS)
 def test_what_is_least_is_what_is_priced(model: str, topology: Topology) -> None:
-    """The sum that the search minimizes is what the placement takes, at the prices of bytes held and kept."""
+    """The sum that the search minimizes is what the placement takes, at the prices of its totals."""
     tensor = tensor_axis(model, topology)
-    for price, kept in ((0.0, 0.0), (1e-9, 0.0), (1e-8, 1e-8)):
-        layouts = Layouts(byte_price=price, kept_price=kept)
-        placement, cost = tensor.placement(4, layouts, Load()), tensor.cost(4, layouts, Load())
+    priced = Layouts(byte_price=1e-10, stream_price=1e-8, gather_prices=(1e-9, 2e-9), compute_price=0.6)
+    plain = [Layouts(byte_price=0.0), Layouts(byte_price=1e-9), Layouts(byte_price=1e-8, kept_price=1e-8)]
+    for layouts, load in itertools.product((*plain, priced), (Load(), Load(2.0, 4, 0.25))):
+        placement, cost = tensor.placement(4, layouts, load), tensor.cost(4, layouts, load)
         assert placement is not None and placement.gap == 0.0
-        assert placement.cost == pytest.approx(cost.seconds(1.0) + price * cost.parameters + kept * cost.activations, rel=1e-9)
+        assert placement.cost == pytest.approx(layouts.of_totals(layouts.load(load)) @ totals_of(cost), rel=1e-9)
 
 
 def test_a_smaller_share_of_the_batch_leaves_parameters_where_they_are() -> None:

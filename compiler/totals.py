@@ -1,0 +1,192 @@
+"""What is known of all placements of a graph over an axis at once: lines that the totals of none of them are below.
+
+What a plan takes depends on a placement through a few totals alone: seconds of compute, bytes held, bytes kept. A placement that is
+the cheapest at some prices of these says of all others that they cost no less at these prices. However many of that are known, the
+least that a plan can take within them is a linear program; and what holds of one mesh and batch holds of all with as many ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import highspy
+import numpy as np
+
+from .placed_cost import PlacedCost
+
+TOTALS = tuple("runs compute traffic sums parameters trainable read_again activations stream heaviest second".split())
+"""As `PlacedCost` has them; "runs": what every run takes besides, its launches, latencies and gathers."""
+
+RUNS, COMPUTE, TRAFFIC, SUMS, PARAMETERS, TRAINABLE, READ_AGAIN, ACTIVATIONS, STREAM, HEAVIEST, SECOND = range(len(TOTALS))
+
+SLACK = 1e-5
+"""The share by which a bound may be too high for a solver's rounding."""
+
+_TANGENTS = 6
+"""How often a bound is sought again with what is found to be too low of it."""
+
+
+def totals_of(cost: PlacedCost) -> np.ndarray:
+    rest = (getattr(cost, name) for name in TOTALS[1:])
+    return np.array([cost.launches + cost.latencies + cost.gathers, *rest])
+
+
+def cost_of(totals: np.ndarray, temporaries: float) -> PlacedCost:
+    """Of a placement with these totals, as far as they tell."""
+    rest = dict(zip(TOTALS[1:], map(float, totals[1:]), strict=True))
+    gathered = float(max(totals[HEAVIEST], totals[SECOND]))
+    return replace(PlacedCost(launches=float(totals[RUNS]), temporaries=temporaries, gathered=gathered), **rest)
+
+
+@dataclass(frozen=True)
+class Line:
+    """`slopes @ totals + constant`."""
+
+    slopes: np.ndarray
+    constant: float = 0.0
+
+    def at(self, totals: np.ndarray) -> float:
+        return float(self.slopes @ totals) + self.constant
+
+
+Function = Callable[[np.ndarray], tuple[float, float]]
+"""Seconds and bytes for totals, both convex in these."""
+
+
+def tangents(of: Function, totals: np.ndarray, scale: np.ndarray) -> tuple[Line, Line]:
+    """Lines that touch a function near `totals` and are nowhere above it. scale: of each total, about how large it is.
+
+    Near it, and not there: where the larger of two totals counts, slopes are those of one of them.
+    """
+    totals = totals + 1e-4 * scale / np.arange(2, 2 + len(scale))
+    here = np.array(of(totals))
+    slopes = np.zeros((2, len(totals)))
+    for j, size in enumerate(scale):
+        there = totals.copy()
+        there[j] += 1e-7 * size
+        slopes[:, j] = (np.array(of(there)) - here) / (there[j] - totals[j])
+    seconds, size = (Line(s, float(h - s @ totals)) for s, h in zip(slopes, here, strict=True))
+    return seconds, size
+
+
+def relations(low: np.ndarray, whole: np.ndarray, rate: float) -> list[Line]:
+    """Between totals of any placement, where these are the least and those of one that cuts nothing: what is at least 0.
+
+    Parameters that have no gradients, or that the backward does not read, are held cut at most and whole at least; and those whose
+    gradients are summed, at so many seconds a byte (`rate`), are held whole.
+    """
+
+    def line(constant: float = 0.0, **slopes: float) -> Line:
+        return Line(np.array([slopes.get(name, 0.0) for name in TOTALS]), constant)
+
+    found = []
+    for j, name in ((TRAINABLE, "trainable"), (READ_AGAIN, "read_again")):
+        least, most = (x[PARAMETERS] - x[j] for x in (low, whole))
+        found += [line(-least, **{"parameters": 1.0, name: -1.0}), line(most, **{"parameters": -1.0, name: 1.0})]
+    cut = 1 - low[TRAINABLE] / (whole[TRAINABLE] or 1.0)
+    return [*found, line(-rate * low[TRAINABLE], trainable=rate, sums=-cut)]
+
+
+@dataclass(frozen=True)
+class Least:
+    """seconds    that no placement is below; inf where none can be
+    prices     of totals: a placement that is the cheapest at these tells the most of it
+    """
+
+    seconds: float
+    prices: np.ndarray | None = None
+
+
+@dataclass
+class Known:
+    """Of placements over so many ranks.
+
+    low, high    totals that none is below, and above
+    lines        what is at least 0 for each
+    scale        about how large totals are
+    """
+
+    low: np.ndarray
+    high: np.ndarray
+    scale: np.ndarray
+    lines: list[Line]
+
+    def learn(self, prices: np.ndarray, least: float) -> None:
+        """No placement costs less at these prices."""
+        self.lines.append(Line(prices, -least))
+
+    def least(self, of: Function, limit: float, start: Sequence[np.ndarray]) -> Least:
+        """Of placements whose bytes are within the limit.
+
+        start    totals about which the function is looked at first
+        """
+        seconds: list[Line] = []
+        size: list[Line] = []
+        found = Least(math.inf)
+        totals = start
+        for _ in range(_TANGENTS):
+            for point in totals:
+                line, bytes_ = tangents(of, point, self.scale)
+                seconds.append(line)
+                size.append(bytes_)
+            solved = _solve(self, seconds, size if np.isfinite(limit) else [], limit)
+            if solved is None:
+                return Least(math.inf)
+            found, point = solved
+            s, m = of(point)
+            if s <= found.seconds * (1 + 1e-4) and m <= limit * (1 + 1e-4):
+                break
+            totals = [point]
+        return replace(found, seconds=found.seconds * (1 - SLACK))
+
+
+def _solve(known: Known, seconds: Sequence[Line], size: Sequence[Line], limit: float) -> tuple[Least, np.ndarray] | None:
+    """The least that the highest of the lines of seconds can be, and where. None: nowhere are all lines of bytes within the limit.
+
+    Columns are the totals, each over its scale, and the seconds.
+    """
+    scale = known.scale
+    unit = max(max(abs(line.constant), float(np.abs(line.slopes * scale).max())) for line in seconds) or 1.0
+    rows, lower, upper = [], [], []
+
+    def enter(line: Line, last: float, least: float, most: float, by: float) -> None:
+        row = np.append(line.slopes * scale, last * by) / by
+        rows.append(row)
+        lower.append((least - line.constant) / by)
+        upper.append((most - line.constant) / by)
+
+    for line in known.lines:
+        by = float(np.abs(line.slopes * scale).max()) or 1.0
+        enter(line, 0.0, 0.0, np.inf, by)
+    for line in seconds:
+        enter(line, -1.0, -np.inf, 0.0, unit)
+    for line in size:
+        enter(line, 0.0, -np.inf, limit, max(limit, 1.0))
+    matrix = np.array(rows)
+    model = highspy.HighsLp()
+    model.num_col_, model.num_row_ = len(scale) + 1, len(rows)
+    model.col_cost_ = np.append(np.zeros(len(scale)), 1.0)
+    model.col_lower_, model.col_upper_ = np.append(known.low / scale, -np.inf), np.append(known.high / scale, np.inf)
+    model.row_lower_, model.row_upper_ = np.array(lower), np.array(upper)
+    model.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+    model.a_matrix_.start_ = np.arange(0, matrix.size + 1, matrix.shape[1], dtype=np.int32)
+    model.a_matrix_.index_ = np.tile(np.arange(matrix.shape[1], dtype=np.int32), len(rows))
+    model.a_matrix_.value_ = matrix.ravel()
+    solver = highspy.Highs()
+    for option, setting in {"output_flag": False, "parallel": "off", "presolve": "off"}.items():
+        solver.setOptionValue(option, setting)
+    solver.passModel(model)
+    solver.run()
+    if solver.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
+        return None
+    if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+        return Least(0.0), known.low
+    solution = solver.getSolution()
+    point, duals = np.asarray(solution.col_value), np.asarray(solution.row_dual)
+    of_seconds, of_bytes = (np.abs(d) for d in np.split(duals[len(known.lines) :], [len(seconds)]))
+    prices = of_seconds @ np.array([line.slopes for line in seconds])
+    if size:
+        prices += of_bytes * unit / max(limit, 1.0) @ np.array([line.slopes for line in size])
+    return Least(float(point[-1]) * unit, prices), point[:-1] * scale

@@ -1,0 +1,96 @@
+"""What follows of all placements from those that were found."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from programs import FAR, NEAR, case, machine
+from properties import examples
+
+from shardwright.compiler.keeping import keeping
+from shardwright.compiler.tensor_axis import Layouts, Load, TensorAxis
+from shardwright.compiler.topology import Topology
+from shardwright.compiler.totals import PARAMETERS, SLACK, TOTALS, Known, tangents, totals_of
+from shardwright.passes.graph_tools import op_calls
+
+SIZE = len(TOTALS)
+
+
+def known(points: np.ndarray, prices: np.ndarray) -> Known:
+    """As if these points were all that there is."""
+    found = Known(np.zeros(SIZE), np.full(SIZE, np.inf), np.full(SIZE, 10.0), [])
+    for price in prices:
+        found.learn(price, float((points @ price).min()))
+    return found
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(1.0, 30.0))
+@examples(200)
+def test_nothing_is_below_what_is_least(seed: int, limit: float) -> None:
+    """Whatever is known of some points, for seconds and bytes that are convex in them."""
+    dice = np.random.default_rng(seed)
+    points, prices = dice.random((8, SIZE)) * 10, dice.random((6, SIZE)) * dice.integers(0, 2, (6, SIZE))
+    seconds, size = dice.random((3, SIZE)), dice.random((3, SIZE))
+
+    def of(totals: np.ndarray) -> tuple[float, float]:
+        return float((seconds @ totals).max()), float((size @ totals).max())
+
+    least = known(points, prices).least(of, limit, [points[0]])
+    fitting = [s for s, m in map(of, points) if m <= limit]
+    assert least.seconds <= min(fitting, default=math.inf) * (1 + 1e-9)
+
+
+def test_as_much_is_known_as_prices_tell() -> None:
+    """Of two points, asked at the price at which they cost the same, the least is their mixture; of fewer bytes there is none."""
+    fast, small = np.zeros(SIZE), np.zeros(SIZE)
+    fast[[0, PARAMETERS]], small[[0, PARAMETERS]] = (1.0, 30.0), (3.0, 10.0)
+    time, size = np.eye(SIZE)[0], np.eye(SIZE)[PARAMETERS]
+    found = known(np.array([fast, small]), np.array([time, size, time + 0.1 * size]))
+
+    def least(limit: float) -> float:
+        return found.least(lambda z: (float(z[0]), float(z[PARAMETERS])), limit, [fast]).seconds
+
+    assert least(20.0) == pytest.approx(2.0, rel=2 * SLACK)
+    assert least(math.inf) == pytest.approx(1.0, rel=2 * SLACK)
+    assert least(9.0) == math.inf
+
+
+def test_the_price_that_tells_the_most_is_told() -> None:
+    fast = np.zeros(SIZE)
+    fast[[0, PARAMETERS]] = 1.0, 30.0
+    found = known(np.array([fast]), np.array([np.eye(SIZE)[0] + 0.2 * np.eye(SIZE)[PARAMETERS]]))
+    least = found.least(lambda z: (float(z[0]), float(z[PARAMETERS])), 20.0, [fast])
+    assert least.seconds == pytest.approx(3.0, rel=2 * SLACK)
+    assert least.prices is not None
+    assert least.prices[[0, PARAMETERS]] == pytest.approx([1.0, 0.2], rel=1e-4)
+
+
+def test_tangents_are_of_the_larger_of_two() -> None:
+    """Where two totals are equal, their maximum has the slope of one, and not of both."""
+    seconds, _ = tangents(lambda z: (max(z[1], z[2]), 0.0), np.zeros(SIZE), np.ones(SIZE))
+    assert seconds.slopes[[1, 2]].sum() == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("topology", [NEAR, FAR, machine(1e9)], ids=["near", "far", "slow"])
+@pytest.mark.parametrize("model", ["gpt", "gpt2", "t5", "vit", "mixtral"])
+def test_what_is_known_holds_of_every_placement(model: str, topology: Topology) -> None:
+    """Found at any prices and loads, and in Megatron's layouts: within low and high, and above all lines."""
+    graph = case(model).graph
+    calls = op_calls(graph)
+    tensor = TensorAxis(graph, case(model).captured.loss, topology, calls, keeping(calls))
+    load = Load(1.0, 1, 0.25)
+    layouts = [Layouts(), Layouts(sequence=True)]
+    for held, kept, gathered in ((0.0, 0.0, 0.0), (1e-10, 0.0, 0.0), (1e-9, 1e-8, 0.0), (1e-7, 1e-10, 1e-8), (1e-7, 1e-6, 0.0)):
+        layouts.append(Layouts(False, held, kept, kept / 10, (gathered, 2 * gathered), 1.0 - 0.5 * (held == 1e-9)))
+    costs = [tensor.cost(2, option, other) for option in layouts for other in (load, Load(2.0, 2, 1.0))]
+    found = tensor.explored(2, load).known
+    assert len(found.lines) > 5
+    for totals in map(totals_of, costs):
+        assert (totals >= found.low * (1 - 1e-9)).all()
+        assert (totals <= found.high * (1 + 1e-9)).all()
+        for line in found.lines:
+            assert line.at(totals) >= -1e-9 * np.abs(line.slopes * totals).sum()
