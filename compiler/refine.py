@@ -14,6 +14,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,7 +37,7 @@ from .totals import (
     TRAINABLE,
     Function,
     Least,
-    tangents,
+    tangent,
     totals_of,
 )
 
@@ -170,9 +171,9 @@ class Refinement:
             counts.append((1, len(search.steps.whole(plan.stages)) - 1))
         unlimited = math.inf
         for few, many in counts:
-            family = Family(plan, fastest.samples, few, many, least)
-            unlimited = min(unlimited, self._least(family, math.inf).seconds)
-            self._estimate(family)
+            family = Family(plan, fastest.samples, few, many, least, known=0)
+            family.least = max(least, self._least(family, math.inf).seconds)
+            unlimited = min(unlimited, family.least)
             self._wait(family)
             if not few:
                 self._opened.append(family)
@@ -191,7 +192,7 @@ class Refinement:
     def _explored(self, plan: Plan) -> Explored:
         return self.search.tensor.explored(plan.mesh.size("tp"), self.search.load(plan))
 
-    def _function(self, family: Family) -> Function:
+    def _functions(self, family: Family) -> tuple[Function, Function]:
         search, plan = self.search, family.plan
         whole = search.steps.whole(plan.stages)
         return search.steps.at_least(plan, whole[family.few], whole[family.many], search.tensor.least(plan.mesh.size("tp")))
@@ -202,8 +203,8 @@ class Refinement:
         family.known = len(self._explored(family.plan).costs)
 
     def _least(self, family: Family, limit: float) -> Least:
-        explored, function = self._explored(family.plan), self._function(family)
-        return explored.known.least(function, limit, [totals_of(explored.costs[-1])])
+        explored = self._explored(family.plan)
+        return explored.known.least(*self._functions(family), limit, totals_of(explored.costs[-1]))
 
     def _may_ask(self, family: Family, most: int) -> bool:
         return self.search.tensor.placed < most and family.asked.vain < VAIN
@@ -217,18 +218,22 @@ class Refinement:
         else:
             prices = [times * self._unit(family) for times in (STEEPEST if not family.few else STEEPEST[:3])]
         slopes = [self._slopes(family, y) for y in prices]
-        held = _without(slopes[0], ACTIVATIONS, STREAM, HEAVIEST, SECOND)
         asked = [(found, False) for found in slopes]
         if family.prices is not None:
             asked += [(family.prices, False), (family.prices, True)]
-        asked += [(found, True) for found in slopes[:1]]
+        asked.append((slopes[0], True))
         if family.per_sample < self.best * (1 - FAR):
-            asked += [(held, False), (self._slopes(family, 0.0), False)]
-        for found, exact in asked:
-            priced = self._priced(family, found, exact)
-            if not family.asked.knows(self._prices(priced)):
-                return priced
-        return None
+            asked += [(found, False) for found in self._partly(family, slopes[0])]
+        return next((p for p in itertools.starmap(partial(self._priced, family), asked) if not self._known(family, p)), None)
+
+    def _partly(self, family: Family, slopes: np.ndarray) -> list[np.ndarray]:
+        """These prices, but for some of the bytes."""
+        time = self._slopes(family, 0.0)
+        found = [time]
+        for left in ([PARAMETERS, TRAINABLE, READ_AGAIN], [ACTIVATIONS, STREAM], [HEAVIEST, SECOND]):
+            found.append(time.copy())
+            found[-1][left] = slopes[left]
+        return found
 
     def _look(self, family: Family) -> None:
         """What the family's plans would take with the layouts that were found since."""
@@ -254,14 +259,15 @@ class Refinement:
                 yield from self._seen(self.search.completed(self.search.price(megatron)))
             for times in STEEPEST:
                 slopes = self._slopes(family, times * self._unit(family))
-                held = _without(slopes, ACTIVATIONS, STREAM, HEAVIEST, SECOND)
-                kept = _without(slopes, PARAMETERS, TRAINABLE, READ_AGAIN)
-                for found in (slopes, _without(slopes, HEAVIEST, SECOND), held, kept):
+                for found in (slopes, *self._partly(family, slopes)):
                     priced = self._priced(family, found, exact=False)
-                    if not family.asked.knows(self._prices(priced)):
+                    if not self._known(family, priced):
                         yield from self._ask(family, priced)
             if self.best < math.inf:
                 return
+
+    def _known(self, family: Family, plan: Plan) -> bool:
+        return family.asked.knows(self._prices(plan))
 
     @staticmethod
     def _prices(plan: Plan) -> np.ndarray:
@@ -273,8 +279,8 @@ class Refinement:
         self._look(family)
         explored = self._explored(family.plan)
         _, best = min(zip(family.points, explored.costs, strict=True), key=lambda found: found[0].at(price))
-        seconds, size = tangents(self._function(family), totals_of(best), explored.known.scale)
-        slopes = seconds.slopes + (price * size.slopes if price else 0.0)
+        seconds, size = (tangent(of, totals_of(best), explored.known.scale).slopes for of in self._functions(family))
+        slopes = seconds + (price * size if price else 0.0)
         slopes[[HEAVIEST, SECOND]] = max(slopes[HEAVIEST], slopes[SECOND])  # else the other one would gather what this does not
         return slopes
 
@@ -317,9 +323,3 @@ class Refinement:
             if self.search.fits(candidate):
                 self.best = min(self.best, candidate.per_sample)
             yield candidate
-
-
-def _without(slopes: np.ndarray, *totals: int) -> np.ndarray:
-    left = slopes.copy()
-    left[[*totals]] = 0.0
-    return left

@@ -106,7 +106,7 @@ class StepCost:
         traffic = self._received(plan, cost, whole, moved)
         return Prediction(sum(seconds.values()), sum(size.values()), traffic, parts, cost.gap)
 
-    def at_least(self, plan: Plan, few: Whole, many: Whole, least: PlacedCost) -> Function:
+    def at_least(self, plan: Plan, few: Whole, many: Whole, least: PlacedCost) -> tuple[Function, Function]:
         """Seconds, and bytes of the peak, that no step is below, for the totals of its placement (compiler/totals.py): of the plan
         with as many blocks kept whole as in `few`, in `many`, or any number between.
 
@@ -119,13 +119,16 @@ class StepCost:
         summed_more = (summed(more, many) - summed(fewer, few)) / plan.stages
         packed = self._packed(fewer, least, few)
 
-        def found(totals: np.ndarray) -> tuple[float, float]:
+        def seconds(totals: np.ndarray) -> float:
             cost = cost_of(totals, least.temporaries)
-            seconds = sum(self._seconds(more, cost, many, [*self._data_traffic(more, cost, many)]).values())
-            size = sum(self._bytes(fewer, cost, held).values())
-            return seconds - cost.sums * summed_more, size - self._packed(fewer, cost, few) + packed
+            found = sum(self._seconds(more, cost, many, [*self._data_traffic(more, cost, many)]).values())
+            return found - cost.sums * summed_more
 
-        return found
+        def size(totals: np.ndarray) -> float:
+            cost = cost_of(totals, least.temporaries)
+            return sum(self._bytes(fewer, cost, held).values()) - self._packed(fewer, cost, few) + packed
+
+        return seconds, size
 
     def _seconds(self, plan: Plan, cost: PlacedCost, whole: Whole, moved: Sequence[Moved]) -> dict[str, float]:
         mesh, stages, m, share = plan.mesh, plan.stages, plan.microbatches, self.batch.share(plan.mesh)

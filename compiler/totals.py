@@ -51,24 +51,23 @@ class Line:
         return float(self.slopes @ totals) + self.constant
 
 
-Function = Callable[[np.ndarray], tuple[float, float]]
-"""Seconds and bytes for totals, both convex in these."""
+Function = Callable[[np.ndarray], float]
+"""Of totals, and convex in these."""
 
 
-def tangents(of: Function, totals: np.ndarray, scale: np.ndarray) -> tuple[Line, Line]:
-    """Lines that touch a function near `totals` and are nowhere above it. scale: of each total, about how large it is.
+def tangent(of: Function, totals: np.ndarray, scale: np.ndarray) -> Line:
+    """A line that touches a function near `totals` and is nowhere above it. scale: of each total, about how large it is.
 
     Near it, and not there: where the larger of two totals counts, slopes are those of one of them.
     """
     totals = totals + 1e-4 * scale / np.arange(2, 2 + len(scale))
-    here = np.array(of(totals))
-    slopes = np.zeros((2, len(totals)))
+    here = of(totals)
+    slopes = np.zeros(len(totals))
     for j, size in enumerate(scale):
         there = totals.copy()
         there[j] += 1e-7 * size
-        slopes[:, j] = (np.array(of(there)) - here) / (there[j] - totals[j])
-    seconds, size = (Line(s, float(h - s @ totals)) for s, h in zip(slopes, here, strict=True))
-    return seconds, size
+        slopes[j] = (of(there) - here) / (there[j] - totals[j])
+    return Line(slopes, float(here - slopes @ totals))
 
 
 def relations(low: np.ndarray, whole: np.ndarray, rate: float) -> list[Line]:
@@ -117,28 +116,23 @@ class Known:
         """No placement costs less at these prices."""
         self.lines.append(Line(prices, -least))
 
-    def least(self, of: Function, limit: float, start: Sequence[np.ndarray]) -> Least:
-        """Of placements whose bytes are within the limit.
-
-        start    totals about which the function is looked at first
-        """
-        seconds: list[Line] = []
-        size: list[Line] = []
-        found = Least(math.inf)
-        totals = start
+    def least(self, seconds: Function, size: Function, limit: float, start: np.ndarray) -> Least:
+        """Of placements whose bytes, the `size` of their totals, are within the limit. start: where the functions are looked at
+        first."""
+        time: list[Line] = []
+        room: list[Line] = []
+        found, point = Least(0.0), start
         for _ in range(_TANGENTS):
-            for point in totals:
-                line, bytes_ = tangents(of, point, self.scale)
-                seconds.append(line)
-                size.append(bytes_)
-            solved = _solve(self, seconds, size if np.isfinite(limit) else [], limit)
+            time.append(tangent(seconds, point, self.scale))
+            if math.isfinite(limit):
+                room.append(tangent(size, point, self.scale))
+            solved = _solve(self, time, room, limit)
             if solved is None:
                 return Least(math.inf)
             found, point = solved
-            s, m = of(point)
-            if s <= found.seconds * (1 + 1e-4) and m <= limit * (1 + 1e-4):
+            near = seconds(point) <= found.seconds * (1 + 1e-4)
+            if near and (math.isinf(limit) or size(point) <= limit * (1 + 1e-4)):
                 break
-            totals = [point]
         return replace(found, seconds=found.seconds * (1 - SLACK))
 
 

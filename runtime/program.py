@@ -58,7 +58,7 @@ class Mesh:
         return rank
 
     def size(self, axis: str) -> int:
-        return dict(zip(self.axes, self.sizes, strict=True)).get(axis, 1)
+        return self.sizes[self.axes.index(axis)] if axis in self.axes else 1
 
     def ranks_on(self, rank: int, axis: str) -> tuple[int, ...]:
         """The ranks that `axis` joins with `rank`, by their index on it: `dp`, several flattened as `dp+tp`, or some indices alone

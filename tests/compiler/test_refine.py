@@ -91,10 +91,10 @@ def test_a_step_takes_no_less_than_its_totals_say(model: str, topology: Topology
         cost = search.tensor.cost(size, Layouts(byte_price=held, kept_price=kept), search.load(plan))
         least, whole = search.tensor.least(size), search.steps.whole(plan.stages)
         few, most = (1, len(whole) - 1) if plan.zero == 3 else (0, 0)
-        between = search.steps.at_least(plan, whole[few], whole[most], least)(totals_of(cost))
+        between = [of(totals_of(cost)) for of in search.steps.at_least(plan, whole[few], whole[most], least)]
         for k in range(few, most + 1):
             found = search.steps.predict(replace(plan, whole=whole[k].names), cost, whole[k])
-            seconds, size = search.steps.at_least(plan, whole[k], whole[k], least)(totals_of(cost))
+            seconds, size = (of(totals_of(cost)) for of in search.steps.at_least(plan, whole[k], whole[k], least))
             assert between[0] <= seconds * (1 + 1e-9)
             assert between[1] <= size * (1 + 1e-9)
             assert seconds == pytest.approx(found.step_seconds, rel=1e-9)

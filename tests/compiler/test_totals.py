@@ -14,7 +14,7 @@ from properties import examples
 from shardwright.compiler.keeping import keeping
 from shardwright.compiler.tensor_axis import Layouts, Load, TensorAxis
 from shardwright.compiler.topology import Topology
-from shardwright.compiler.totals import PARAMETERS, SLACK, TOTALS, Known, tangents, totals_of
+from shardwright.compiler.totals import PARAMETERS, SLACK, TOTALS, Known, tangent, totals_of
 from shardwright.passes.graph_tools import op_calls
 
 SIZE = len(TOTALS)
@@ -36,11 +36,14 @@ def test_nothing_is_below_what_is_least(seed: int, limit: float) -> None:
     points, prices = dice.random((8, SIZE)) * 10, dice.random((6, SIZE)) * dice.integers(0, 2, (6, SIZE))
     seconds, size = dice.random((3, SIZE)), dice.random((3, SIZE))
 
-    def of(totals: np.ndarray) -> tuple[float, float]:
-        return float((seconds @ totals).max()), float((size @ totals).max())
+    def time(totals: np.ndarray) -> float:
+        return float((seconds @ totals).max())
 
-    least = known(points, prices).least(of, limit, [points[0]])
-    fitting = [s for s, m in map(of, points) if m <= limit]
+    def room(totals: np.ndarray) -> float:
+        return float((size @ totals).max())
+
+    least = known(points, prices).least(time, room, limit, points[0])
+    fitting = [time(p) for p in points if room(p) <= limit]
     assert least.seconds <= min(fitting, default=math.inf) * (1 + 1e-9)
 
 
@@ -52,7 +55,7 @@ def test_as_much_is_known_as_prices_tell() -> None:
     found = known(np.array([fast, small]), np.array([time, size, time + 0.1 * size]))
 
     def least(limit: float) -> float:
-        return found.least(lambda z: (float(z[0]), float(z[PARAMETERS])), limit, [fast]).seconds
+        return found.least(lambda z: float(z[0]), lambda z: float(z[PARAMETERS]), limit, fast).seconds
 
     assert least(20.0) == pytest.approx(2.0, rel=2 * SLACK)
     assert least(math.inf) == pytest.approx(1.0, rel=2 * SLACK)
@@ -63,7 +66,7 @@ def test_the_price_that_tells_the_most_is_told() -> None:
     fast = np.zeros(SIZE)
     fast[[0, PARAMETERS]] = 1.0, 30.0
     found = known(np.array([fast]), np.array([np.eye(SIZE)[0] + 0.2 * np.eye(SIZE)[PARAMETERS]]))
-    least = found.least(lambda z: (float(z[0]), float(z[PARAMETERS])), 20.0, [fast])
+    least = found.least(lambda z: float(z[0]), lambda z: float(z[PARAMETERS]), 20.0, fast)
     assert least.seconds == pytest.approx(3.0, rel=2 * SLACK)
     assert least.prices is not None
     assert least.prices[[0, PARAMETERS]] == pytest.approx([1.0, 0.2], rel=1e-4)
@@ -71,8 +74,8 @@ def test_the_price_that_tells_the_most_is_told() -> None:
 
 def test_tangents_are_of_the_larger_of_two() -> None:
     """Where two totals are equal, their maximum has the slope of one, and not of both."""
-    seconds, _ = tangents(lambda z: (max(z[1], z[2]), 0.0), np.zeros(SIZE), np.ones(SIZE))
-    assert seconds.slopes[[1, 2]].sum() == pytest.approx(1.0, rel=1e-6)
+    line = tangent(lambda z: max(z[1], z[2]), np.zeros(SIZE), np.ones(SIZE))
+    assert line.slopes[[1, 2]].sum() == pytest.approx(1.0, rel=1e-6)
 
 
 @pytest.mark.parametrize("topology", [NEAR, FAR, machine(1e9)], ids=["near", "far", "slow"])
