@@ -6,6 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from ..passes.graph_tools import Calls, metas, op_calls
@@ -22,6 +23,7 @@ from .place import Placement, Policy, place
 from .plan import Plan, Prediction, data_size
 from .prices import Volume
 from .refine import Refinement
+from .samples import samples
 from .step_cost import Batch, StepCost, load_of
 from .strategy import Limits, Request, Strategy, StrategyError, divisors
 from .tensor_axis import Layouts, Load, TensorAxis
@@ -57,7 +59,8 @@ class Search:
         self.parameters = {n.meta["key"]: metas(n)[0] for n in placeholders if n.meta["key"].startswith("param.")}
         self.calls = op_calls(problem.graph)
         self.kept = keeping(self.calls)
-        self.tensor = TensorAxis(problem.graph, problem.loss, topology, self.calls, self.kept)
+        cut = partial(samples, problem.graph, self.batch.captured, problem.batch_inputs, problem.loss, self.calls)
+        self.tensor = TensorAxis(problem.graph, problem.loss, topology, self.calls, self.kept, cut)
         self.steps = StepCost(problem, topology, self.batch, self.calls)
         self.bound = math.inf  # seconds a sample; see `Refinement.bound`
         self._coupled: ShardingError | Literal[False] | None = None
@@ -210,7 +213,7 @@ class Search:
         return Candidate(plan, self.batch.samples(mesh), self.steps.predict(plan, cost, whole))
 
     def load(self, plan: Plan) -> Load:
-        return load_of(plan, self.batch.share(plan.mesh))
+        return load_of(plan, self.batch.share(plan.mesh), self.batch.captured)
 
     def with_layout(self, plan: Plan) -> Plan:
         """The plan with where its parameters lie over tp and pp: a rank, or a call, of other shapes would find other places."""

@@ -9,8 +9,9 @@ that is kept for the backward, and at higher prices layouts take fewer (compiler
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from .place import Barred, Placement, Policy, Priced, Sized, place, price
 from .placed_cost import PlacedCost, placed_cost
 from .plan import Plan
 from .prices import Prices, megatron_prices, size_of
+from .samples import Samples, without_cuts
 from .topology import Topology
 from .totals import (
     ACTIVATIONS,
@@ -53,11 +55,13 @@ class Load:
     share    of the captured batch
     runs     micro-batches that it is cut into
     sums     what a second in which gradients are summed over the axis, once a step, counts against one of the micro-batches
+    few      whether a micro-batch has fewer samples than the axis has ranks
     """
 
     share: float = 1.0
     runs: int = 1
     sums: float = 1.0
+    few: bool = False
 
     @property
     def size(self) -> float:
@@ -68,7 +72,7 @@ class Load:
     def rounded(self) -> Load:
         """To powers of two, and sums to all or nothing: where loads are nearly alike, the fastest placements hardly differ."""
         runs = int(power_of_two(self.runs))
-        return Load(power_of_two(self.share / self.runs) * runs, runs, float(self.sums > 0.1))
+        return Load(power_of_two(self.share / self.runs) * runs, runs, float(self.sums > 0.1), self.few)
 
 
 @dataclass(frozen=True)
@@ -169,16 +173,26 @@ class TensorAxis:
     gradients are summed.
     """
 
-    def __init__(self, gm: fx.GraphModule, loss: str | None, topology: Topology, calls: Calls, kept: Keeping) -> None:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        loss: str | None,
+        topology: Topology,
+        calls: Calls,
+        kept: Keeping,
+        find_samples: Callable[[], Samples] = dict,
+    ) -> None:
+        """`find_samples`: `samples(...)` of the graph (compiler/samples.py), for loads of few."""
         self.gm, self.loss, self.topology, self.calls, self.kept = gm, loss, topology, calls, kept
+        self._samples = cache(find_samples)
         self._machines: dict[int, Seconds] = {}
         self._seconds: dict[tuple[int, Load], Seconds] = {}
         self._placements: dict[tuple[int, Layouts, Load], Placement] = {}
         self._costs: dict[tuple[int, Layouts, Load], PlacedCost] = {}
-        self._offered: dict[int, Offers] = {}
+        self._offered: dict[tuple[int, bool], Offers] = {}
         self._priced: dict[tuple[int, Load, float], Priced] = {}
         self._sized: dict[int, Sized] = {}
-        self._explored: dict[tuple[int, float], Explored] = {}
+        self._explored: dict[tuple[int, float, bool], Explored] = {}
         self._least: dict[int, PlacedCost] = {}
 
     def cost(self, size: int, layouts: Layouts, load: Load) -> PlacedCost:
@@ -186,7 +200,7 @@ class TensorAxis:
         key = self._key(size, layouts, load)
         if key not in self._costs:
             placement = self.placement(size, layouts, load)
-            offered, counted = (self._offers(size), self._sized_of(size)) if placement is not None else (None, None)
+            offered, counted = (self._offers(size, key[2].few), self._sized_of(size)) if placement is not None else (None, None)
             seconds = self._seconds_of(size, key[2])
             cost = self._costs[key] = placed_cost(self.gm, seconds, placement, self.calls, self.kept, offered, counted)
             if placement is not None and layouts.byte_price is not None:
@@ -197,9 +211,10 @@ class TensorAxis:
 
     def explored(self, size: int, load: Load) -> Explored:
         """What is known where values are about as large as under a load: the ways in which they change their types are the same."""
-        if (size, load.size) not in self._explored:
-            self._explored[size, load.size] = Explored(self._known(size, self._seconds_of(size, load)), [])
-        return self._explored[size, load.size]
+        key = size, load.size, load.few
+        if key not in self._explored:
+            self._explored[key] = Explored(self._known(size, self._seconds_of(size, load)), [])
+        return self._explored[key]
 
     def _known(self, size: int, seconds: Seconds) -> Known:
         whole, least = self.cost(1, Layouts(), Load()), self.least(size)
@@ -216,7 +231,7 @@ class TensorAxis:
         """None where there is no such axis."""
         key = self._key(size, layouts, load)
         if size > 1 and key not in self._placements:
-            seconds, offered = self._seconds_of(size, key[2]), self._offers(size)
+            seconds, offered = self._seconds_of(size, key[2]), self._offers(size, key[2].few)
             counted = self._sized_of(size)
             priced = None if layouts.byte_price is None else self._priced_of(size, key[2], layouts)
             self._placements[key] = tensor_placement(
@@ -234,13 +249,14 @@ class TensorAxis:
         if key not in self._priced:
             bare = Layouts(byte_price=0.0, compute_price=layouts.compute_price)
             policy, seconds = bare.policy(self.loss, {}), bare.prices(self._seconds_of(size, load))
-            self._priced[key] = price(self.gm, Axis("tp", size), policy, seconds, self.calls, self._offers(size))
+            self._priced[key] = price(self.gm, Axis("tp", size), policy, seconds, self.calls, self._offers(size, load.few))
         return self._priced[key]
 
-    def _offers(self, size: int) -> Offers:
-        if size not in self._offered:
-            self._offered[size] = offers(self.gm, Axis("tp", size), self.calls, "tensor")
-        return self._offered[size]
+    def _offers(self, size: int, few: bool = False) -> Offers:
+        if (size, few) not in self._offered:
+            all_ = self._offers(size) if few else offers(self.gm, Axis("tp", size), self.calls, "tensor")
+            self._offered[size, few] = without_cuts(all_, self._samples()) if few else all_
+        return self._offered[size, few]
 
     def _sized_of(self, size: int) -> Sized:
         if size not in self._sized:
