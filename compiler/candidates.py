@@ -100,14 +100,26 @@ class Search:
     def completed(self, candidate: Candidate) -> Iterator[Candidate]:
         """It, and with blocks kept whole."""
         yield candidate
-        if self.request.strategy.zero is None:
+        if self.keeps_whole(candidate.plan):
             yield from self.filled(candidate)
 
+    def keeps_whole(self, plan: Plan) -> bool:
+        """Whether blocks may be kept whole: not by who pins ZeRO-3."""
+        return plan.zero == 3 and self.request.strategy.zero is None
+
+    def fits_whole(self, candidate: Candidate) -> bool:
+        """Whether it fits, with all blocks whole that may be."""
+        if not self.fits(candidate) or not self.keeps_whole(candidate.plan):
+            return self.fits(candidate)
+        whole = self.steps.whole(candidate.plan.stages)[-1]
+        return self.fits(self.price(replace(candidate.plan, whole=whole.names), whole))
+
     def accumulating(self, first: Candidate) -> Iterator[Candidate]:
-        """It, and while it does not fit, the same with twice the micro-batches, whose activations are not held together."""
+        """It, and while it does not fit with all that may be whole, the same with twice the micro-batches, whose activations are
+        not held together."""
         yield first
         candidate, plan = first, first.plan
-        while candidate.predicted.peak_bytes > self.limit:
+        while not self.fits_whole(candidate):
             parts, wanted = candidate.predicted.parts, 2 * plan.microbatches
             if parts["state bytes"] + parts["gathered bytes"] > self.limit or not self.may_accumulate(plan, wanted):
                 return
@@ -121,9 +133,9 @@ class Search:
         return free and not self.samples_are_coupled()
 
     def filled(self, candidate: Candidate) -> Iterator[Candidate]:
-        """Under ZeRO-3: the same with as many blocks kept whole as memory is left for, where some are but not all."""
+        """The same with as many blocks kept whole as memory is left for, where some are but not all."""
         plan = candidate.plan
-        if plan.zero != 3 or not self.fits(candidate):
+        if not self.fits(candidate):
             return
         whole = self.steps.whole(plan.stages)
 

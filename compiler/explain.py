@@ -26,8 +26,8 @@ def explain(plan: Plan, name: str | None = None, width: int = 110) -> str:
         if plan.mesh.size("tp") > 1 and plan.byte_price is None:
             proven = "proven optimal" if gap == 0 else f"within {max(gap, 1e-4):.2%} of the cheapest possible"
             console.print(f"Placement over tp={plan.mesh.size('tp')}: {proven}")
-        elif plan.mesh.size("tp") > 1:
-            console.print(f"Layouts over tp: by an estimate, none that fit take over {max(gap, 1e-4):.2%} less")
+        elif plan.mesh.size("tp") > 1 or gap:
+            console.print(f"Proven: no plan that fits takes over {max(gap, 1e-4):.2%} less time for a sample")
     for reason in plan.reasons:
         console.print(reason)
     if plan.layout:

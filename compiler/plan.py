@@ -37,8 +37,7 @@ def decode_type(value: Any) -> Type:
 class Prediction:
     """What a plan is expected to cost: seconds a step, bytes a rank at the peak, bytes received a rank and step by axis.
 
-    gap    how far the plan may be from the fastest that fits, relative to its time, by an estimate for layouts over tp: 0
-           where none is known to be faster
+    gap    by how much at most, relative to its time, a plan that fits could be faster, of those that the search is for: proven
     """
 
     step_seconds: float

@@ -164,10 +164,10 @@ class Refinement:
 
     def _open(self, fastest: Candidate, least: float = 0.0) -> Iterator[Candidate]:
         """The families of a level of ZeRO, a mesh and a number of micro-batches, whose fastest layouts were found; and where these
-        do not fit the same with twice the micro-batches, which takes no less time."""
+        do not fit, with all that may be whole, the same with twice the micro-batches, which takes no less time."""
         search, plan = self.search, fastest.plan
         counts = [(0, 0)]
-        if plan.zero == 3 and search.request.strategy.zero is None:
+        if search.keeps_whole(plan):
             counts.append((1, len(search.steps.whole(plan.stages)) - 1))
         unlimited = math.inf
         for few, many in counts:
@@ -177,7 +177,7 @@ class Refinement:
             self._wait(family)
             if not few:
                 self._opened.append(family)
-        if search.fits(fastest):
+        if search.fits_whole(fastest):
             return
         if search.may_accumulate(plan, 2 * plan.microbatches):
             self._wait(Family(replace(plan, microbatches=2 * plan.microbatches), fastest.samples, 0, 0, unlimited))
@@ -211,20 +211,27 @@ class Refinement:
 
     def _next(self, family: Family) -> Plan | None:
         """The plan whose layouts are to be found next; None where they are all known."""
+        priced = itertools.starmap(partial(self._priced, family), self._tries(family))
+        return next((plan for plan in priced if not self._known(family, plan)), None)
+
+    def _tries(self, family: Family) -> Iterator[tuple[np.ndarray, bool]]:
+        """Prices of totals, and whether they are meant exactly: those first that may tell the most."""
         self._look(family)
         price = balance(family.points)
         if price is not None:
             prices = [times * price for times in (STEEPER if not family.asked.fits and price else (1.0,))]
         else:
             prices = [times * self._unit(family) for times in (STEEPEST if not family.few else STEEPEST[:3])]
-        slopes = [self._slopes(family, y) for y in prices]
-        asked = [(found, False) for found in slopes]
+        for y in prices:
+            yield self._slopes(family, y), False
         if family.prices is not None:
-            asked += [(family.prices, False), (family.prices, True)]
-        asked.append((slopes[0], True))
+            yield family.prices, False
+            yield family.prices, True
+        first = self._slopes(family, prices[0])
+        yield first, True
         if family.per_sample < self.best * (1 - FAR):
-            asked += [(found, False) for found in self._partly(family, slopes[0])]
-        return next((p for p in itertools.starmap(partial(self._priced, family), asked) if not self._known(family, p)), None)
+            for found in self._partly(family, first):
+                yield found, False
 
     def _partly(self, family: Family, slopes: np.ndarray) -> list[np.ndarray]:
         """These prices, but for some of the bytes."""

@@ -63,7 +63,7 @@ Moved = tuple[str, CollectiveKind, float, int]
 def load_of(plan: Plan, share: float, captured: int | None = None) -> Load:
     """What a placement over the plan's tp is made for, where a data rank gets a share of the captured batch, of so many samples."""
     few = captured is not None and share * captured / plan.microbatches < plan.mesh.size("tp") <= captured
-    return Load(share, plan.microbatches, rounded_down(sums_count(plan), 4.0, least=1 / 64), few)
+    return Load(share, plan.microbatches, rounded_down(sums_count(plan), 2**0.25, least=1 / 64), few)
 
 
 def sums_count(plan: Plan) -> float:

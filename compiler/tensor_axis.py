@@ -100,7 +100,7 @@ class Layouts:
     def load(self, load: Load) -> Load:
         """What a placement in these layouts is made for. With no price on bytes it is a first one, for loads nearly alike."""
         if self.byte_price is None:
-            return Load()
+            return Load(few=load.few)
         return load if self.byte_price else load.rounded
 
     def policy(self, loss: str | None, pinned: Mapping[str, Type], share: float = 1.0, runs: int = 1) -> Policy:

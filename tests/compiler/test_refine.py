@@ -20,7 +20,7 @@ from shardwright.compiler.tensor_axis import Layouts
 from shardwright.compiler.topology import Level, Topology
 from shardwright.compiler.totals import totals_of
 
-PRICES = ((0.0, 0.0), (1e-11, 0.0), (1e-9, 0.0), (1e-8, 0.0), (1e-9, 1e-10), (1e-8, 1e-8), (1e-7, 1e-9), (1e-6, 1e-6))
+PRICES = ((0.0, 0.0), (1e-11, 0.0), (1e-9, 0.0), (1e-9, 1e-10), (1e-8, 1e-8), (1e-7, 1e-9))
 """Of a byte held and of one kept."""
 
 TWO_LEVELS = replace(NEAR, levels=(Level("inner", 2, 1e8, 1e-9), Level("outer", 16, 1e10, 1e-9)))
@@ -58,7 +58,6 @@ CASES = {
     "vit, ZeRO over 2": ("vit", machine(1e9), Strategy(dp_shard=2, layouts="any"), 4, "global"),
     "gpt2, ZeRO-3": ("gpt2", FAR, Strategy(zero=3, layouts="any"), 4, "global"),
     "mixtral, stages": ("mixtral", machine(1e9), Strategy(pp=2, layouts="any"), 4, "local"),
-    "t5, overlap": ("t5", HIDES, Strategy(pp=1, layouts="any"), 4, "local"),
 }
 
 
@@ -66,7 +65,7 @@ CASES = {
 def test_no_plan_that_fits_takes_less_than_is_proven(name: str) -> None:
     model, topology, strategy, ranks, mode = CASES[name]
     free = searched(search_of(model, topology, strategy, math.inf, ranks, mode))[0]
-    for share in (1.1, 0.7, 0.4):
+    for share in (0.7, 0.4):
         search = search_of(model, topology, strategy, share * free.predicted.peak_bytes, ranks, mode)
         made = list(search.candidates())
         best = min((c.per_sample for c in made if search.fits(c)), default=math.inf)
