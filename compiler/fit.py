@@ -31,7 +31,7 @@ def why_nothing_fits(search: Search, candidates: Sequence[Candidate], limit: flo
     rows = int(search.batch.rows * (limit - state - gathered) / kept) if kept else 0
     if 1 <= rows < search.batch.rows:
         ways.append((1.0, f"a batch of {rows} instead of {search.batch.rows} samples"))
-    if not fitting:
+    if not fitting and limit > 0:
         ways.append((peak / limit, f"about {math.ceil(peak / limit)} x the devices"))
     ways.append((math.inf, f"memory_limit={math.ceil(peak):d} where the devices have it"))
     besides = f", {bytes_text(gathered)} of parameters and gradients that are whole for a while" if gathered else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -234,6 +235,23 @@ def test_micro_batches_where_memory_asks_for_them() -> None:
         assert made.plan.predicted.peak_bytes == pytest.approx(program_memory(emit(made, 0)).peak, rel=0.15)
     with pytest.raises(DoesNotFit):
         chosen(0.9 * state)
+
+
+@pytest.mark.parametrize("strategy", [Strategy(), Strategy(tp=2, layouts="any")], ids=["auto", "tp"])
+def test_what_is_said_to_fit_fits(strategy: Strategy) -> None:
+    """The memory that is named where nothing fits is that of a plan: with as much one is found."""
+    options = {"example_inputs": {"x": torch.randint(9, (16,)), "y": torch.randint(9, (16,))}, "strategy": strategy}
+
+    def named(limit: float) -> int:
+        with pytest.raises(DoesNotFit) as refused:
+            plan(Tables(), Topology.preset("h100", devices=4), memory_limit=limit, **options)
+        return int(re.findall(r"memory_limit=(\d+)", str(refused.value))[0])
+
+    least = named(1.0)
+    found = plan(Tables(), Topology.preset("h100", devices=4), memory_limit=least, **options).plan.predicted
+    assert found is not None and found.peak_bytes <= least
+    assert named(0.9 * least) >= 0.9 * least
+    assert named(0.0) > 0
 
 
 def data_seconds(overlap: float, zero: Any) -> tuple[float, float]:
