@@ -11,7 +11,7 @@ from torch import fx
 from ..passes.convert import is_free, makes_whole
 from ..passes.graph_tools import Calls, is_getitem, is_parameter, metas
 from ..passes.reshard import steps
-from ..passes.rules.base import Axis, OpCall, TensorMeta
+from ..passes.rules.base import Axis, TensorMeta
 from ..passes.rules.base import Strategy as NodeStrategy
 from ..passes.types import I, R, Type
 from .cost import Seconds, Timing, conversion_bytes, size_of
@@ -88,7 +88,7 @@ def placed_cost(
     parameters = trainable = sums = received_once = 0.0
     for node, count in _distinct(gm):
         if node in calls:
-            timing = _timing(node, calls[node][0], placement, seconds)
+            timing = _timing(node, calls, placement, seconds)
             compute, launches = compute + timing.work * count, launches + timing.fixed * count
         elif node.op == "placeholder" and node.meta["key"].startswith("param."):
             meta, type_ = metas(node)[0], placement.placeholders[node.meta["key"]] if placement else I
@@ -132,10 +132,12 @@ def _distinct(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, int]]:
     return ((node, counts[node.name]) for node in gm.graph.nodes if twins.get(node.name, node.name) == node.name)
 
 
-def _timing(node: fx.Node, call: OpCall, placement: Placement | None, seconds: Seconds) -> Timing:
+def _timing(node: fx.Node, calls: Calls, placement: Placement | None, seconds: Seconds) -> Timing:
+    """Of parameters alone as much for any batch, as in `Seconds.node`."""
+    call, sources = calls[node]
     whole = NodeStrategy("whole", (I,) * len(call.operands), (I,) * len(call.results))
     timing = seconds.node_timing(call, placement.choice[node.name] if placement else whole)
-    return Timing(timing.once, 0.0) if is_parameter(node) else timing
+    return Timing(timing.once, 0.0) if sources and all(map(is_parameter, sources)) else timing
 
 
 @dataclass(frozen=True)

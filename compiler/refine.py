@@ -163,12 +163,13 @@ class Refinement:
                 self.bound = min(self.bound, family.per_sample)
 
     def _open(self, fastest: Candidate, least: float = 0.0) -> Iterator[Candidate]:
-        """The families of a level of ZeRO, a mesh and a number of micro-batches, whose fastest layouts were found; and where these
-        do not fit, with all that may be whole, the same with twice the micro-batches, which takes no less time."""
+        """The families of a level of ZeRO, a mesh and a number of micro-batches, whose fastest layouts were found; and of twice the
+        micro-batches, which take no less time, whatever fits."""
         search, plan = self.search, fastest.plan
         counts = [(0, 0)]
-        if search.keeps_whole(plan):
-            counts.append((1, len(search.steps.whole(plan.stages)) - 1))
+        whole = search.steps.whole(plan.stages)
+        if search.keeps_whole(plan) and len(whole) > 1:
+            counts.append((1, len(whole) - 1))
         unlimited = math.inf
         for few, many in counts:
             family = Family(plan, fastest.samples, few, many, least, known=0)
@@ -177,11 +178,9 @@ class Refinement:
             self._wait(family)
             if not few:
                 self._opened.append(family)
-        if search.fits_whole(fastest):
-            return
         if search.may_accumulate(plan, 2 * plan.microbatches):
             self._wait(Family(replace(plan, microbatches=2 * plan.microbatches), fastest.samples, 0, 0, unlimited))
-        if search.request.strategy.layouts is None:  # Megatron's gather no parameters for an op, which has no price
+        if search.request.strategy.layouts is None and not search.fits(fastest):  # Megatron's gather no parameters for an op
             megatron = replace(plan, byte_price=None, sequence_parallel=True)
             yield from self._seen(search.completed(search.price(megatron)))
 
@@ -194,8 +193,8 @@ class Refinement:
 
     def _functions(self, family: Family) -> tuple[Function, Function]:
         search, plan = self.search, family.plan
-        whole = search.steps.whole(plan.stages)
-        return search.steps.at_least(plan, whole[family.few], whole[family.many], search.tensor.least(plan.mesh.size("tp")))
+        whole = search.steps.whole(plan.stages)[family.few : family.many + 1]
+        return search.steps.at_least(plan, whole, search.tensor.least(plan.mesh.size("tp")))
 
     def _estimate(self, family: Family) -> None:
         least = self._least(family, self.search.limit)
@@ -235,8 +234,9 @@ class Refinement:
 
     def _partly(self, family: Family, slopes: np.ndarray) -> list[np.ndarray]:
         """These prices, but for some of the bytes."""
-        time = self._slopes(family, 0.0)
-        found = [time]
+        time, free = self._slopes(family, 0.0), slopes.copy()
+        free[[HEAVIEST, SECOND]] = time[[HEAVIEST, SECOND]]
+        found = [free, time]
         for left in ([PARAMETERS, TRAINABLE, READ_AGAIN], [ACTIVATIONS, STREAM], [HEAVIEST, SECOND]):
             found.append(time.copy())
             found[-1][left] = slopes[left]

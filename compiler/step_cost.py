@@ -107,15 +107,21 @@ class StepCost:
         traffic = self._received(plan, cost, whole, moved)
         return Prediction(sum(seconds.values()), sum(size.values()), traffic, parts, cost.gap)
 
-    def at_least(self, plan: Plan, few: Whole, many: Whole, least: PlacedCost) -> tuple[Function, Function]:
+    def at_least(self, plan: Plan, whole: Sequence[Whole], least: PlacedCost) -> tuple[Function, Function]:
         """Seconds, and bytes of the peak, that no step is below, for the totals of its placement (compiler/totals.py): of the plan
-        with as many blocks kept whole as in `few`, in `many`, or any number between.
+        with any of these blocks kept whole, each of which are more than those before.
 
         Both are convex in the totals, and grow with each. The more blocks are whole, the less is gathered and the more is held; but
-        more gradients are summed over tp by each rank, and the largest block that is still gathered may be smaller. What buckets
-        pack is not convex, and counts as of `least`, which no placement is below.
+        more gradients are summed over tp by each rank, the largest block that is still gathered may be smaller, and where blocks
+        have other shares of the gradients than of the bytes, the gather once a step may cost more than the others save. What
+        buckets pack is not convex, and counts as of `least`, which no placement is below.
         """
+        few, many = whole[0], whole[-1]
         fewer, more = replace(plan, whole=few.names), replace(plan, whole=many.names)
+        uneven = max(many.trained - w.trained - (many.held - w.held) for w in whole)
+        span = self.topology.span(plan.mesh, "dp_shard")
+        once = [collective_seconds("all_gather", size, span) for size in (uneven / plan.stages, 0.0)]
+        gathered = once[0] - once[1]
         held = replace(few, left=many.left, largest=many.largest, alone=many.alone)
         summed_more = (summed(more, many) - summed(fewer, few)) / plan.stages
         packed = self._packed(fewer, least, few)
@@ -123,7 +129,7 @@ class StepCost:
         def seconds(totals: np.ndarray) -> float:
             cost = cost_of(totals, least.temporaries)
             found = sum(self._seconds(more, cost, many, [*self._data_traffic(more, cost, many)]).values())
-            return found - cost.sums * summed_more
+            return found - cost.sums * summed_more - cost.trainable * gathered
 
         def size(totals: np.ndarray) -> float:
             cost = cost_of(totals, least.temporaries)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import torch
 import zoo
 from harness import Case, mesh, prepare, problem_of
 
@@ -24,6 +25,13 @@ Options = tuple[tuple[str, Any], ...]
 def case(model: str, **options: Any) -> Case:
     """The captured model `zoo.MODELS[model](**options)` and what one device computes."""
     return _case(model, tuple(sorted(options.items())))
+
+
+@cache
+def adapted(batch: int = 8) -> Case:
+    """Adapters on frozen layers: parameters without gradients, and ops on parameters alone."""
+    torch.manual_seed(0)
+    return prepare(zoo.Adapted().train(), {"x": torch.randn(batch, 6, 24), "y": torch.randn(batch, 6, 24)})
 
 
 @cache

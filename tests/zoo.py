@@ -154,6 +154,22 @@ class HandBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class Adapted(nn.Module):
+    """Frozen layers with low-rank adapters, merged into their weights in the forward, and a head that is trained."""
+
+    def __init__(self, width: int = 24, layers: int = 3, rank: int = 4) -> None:
+        super().__init__()
+        self.frozen = nn.ParameterList(nn.Parameter(torch.randn(width, width) * 0.1, requires_grad=False) for _ in range(layers))
+        self.down = nn.ParameterList(nn.Parameter(torch.randn(rank, width) * 0.1) for _ in range(layers))
+        self.up = nn.ParameterList(nn.Parameter(torch.randn(width, rank) * 0.1) for _ in range(layers))
+        self.head = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        for weight, down, up in zip(self.frozen, self.down, self.up, strict=True):
+            x = torch.tanh(F.linear(x, weight + up @ down))
+        return F.mse_loss(self.head(x), y)
+
+
 class HandGPT(nn.Module):
     """A GPT written by hand: fused qkv, learned positions, untied head; nothing about it is a power of two."""
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 from harness import problem_of
-from programs import FAR, NEAR, case, machine
+from programs import FAR, NEAR, adapted, case, machine
 
 from shardwright import Strategy
 from shardwright.compiler import refine
@@ -30,7 +30,7 @@ HIDES = replace(machine(1e8), overlap={"data": 0.8})
 def search_of(
     model: str, topology: Topology, strategy: Strategy, limit: float, ranks: int = 4, mode: str = "global", rows: int = 8
 ) -> Search:
-    found = case(model, batch=rows)
+    found = adapted(rows) if model == "adapted" else case(model, batch=rows)
     request = resolve((ranks,), strategy)
     return Search(problem_of(found, [found.batch]), request, topology, found.batch, mode, None, limit)
 
@@ -57,6 +57,7 @@ CASES = {
     "bert, overlap": ("bert", HIDES, Strategy(pp=1), 4, "global"),
     "vit, ZeRO over 2": ("vit", machine(1e9), Strategy(dp_shard=2, layouts="any"), 4, "global"),
     "gpt2, ZeRO-3": ("gpt2", FAR, Strategy(zero=3, layouts="any"), 4, "global"),
+    "adapters": ("adapted", machine(1e9), Strategy(), 4, "global"),
     "mixtral, stages": ("mixtral", machine(1e9), Strategy(pp=2, layouts="any"), 4, "local"),
 }
 
@@ -80,7 +81,7 @@ def test_no_plan_that_fits_takes_less_than_is_proven(name: str) -> None:
 
 
 @pytest.mark.parametrize("topology", [NEAR, HIDES], ids=["near", "overlap"])
-@pytest.mark.parametrize("model", ["gpt", "gpt2", "vit"])
+@pytest.mark.parametrize("model", ["gpt", "gpt2", "vit", "adapted"])
 def test_a_step_takes_no_less_than_its_totals_say(model: str, topology: Topology) -> None:
     """With any number of blocks whole between two; and exactly as much, but for bytes that have no totals, with just as many."""
     search = search_of(model, topology, Strategy(), math.inf)
@@ -90,10 +91,10 @@ def test_a_step_takes_no_less_than_its_totals_say(model: str, topology: Topology
         cost = search.tensor.cost(size, Layouts(byte_price=held, kept_price=kept), search.load(plan))
         least, whole = search.tensor.least(size), search.steps.whole(plan.stages)
         few, most = (1, len(whole) - 1) if plan.zero == 3 else (0, 0)
-        between = [of(totals_of(cost)) for of in search.steps.at_least(plan, whole[few], whole[most], least)]
+        between = [of(totals_of(cost)) for of in search.steps.at_least(plan, whole[few : most + 1], least)]
         for k in range(few, most + 1):
             found = search.steps.predict(replace(plan, whole=whole[k].names), cost, whole[k])
-            seconds, size = (of(totals_of(cost)) for of in search.steps.at_least(plan, whole[k], whole[k], least))
+            seconds, size = (of(totals_of(cost)) for of in search.steps.at_least(plan, whole[k : k + 1], least))
             assert between[0] <= seconds * (1 + 1e-9)
             assert between[1] <= size * (1 + 1e-9)
             assert seconds == pytest.approx(found.step_seconds, rel=1e-9)

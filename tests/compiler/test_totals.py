@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from programs import FAR, NEAR, case, machine
+from programs import FAR, NEAR, adapted, case, machine
 from properties import examples
 
 from shardwright.compiler.keeping import keeping
@@ -79,21 +79,21 @@ def test_tangents_are_of_the_larger_of_two() -> None:
 
 
 @pytest.mark.parametrize("topology", [NEAR, FAR, machine(1e9)], ids=["near", "far", "slow"])
-@pytest.mark.parametrize("model", ["gpt", "gpt2", "t5", "vit", "mixtral"])
+@pytest.mark.parametrize("model", ["gpt", "gpt2", "t5", "vit", "mixtral", "adapted"])
 def test_what_is_known_holds_of_every_placement(model: str, topology: Topology) -> None:
     """Found at any prices and loads, and in Megatron's layouts: within low and high, and above all lines."""
-    graph = case(model).graph
-    calls = op_calls(graph)
-    tensor = TensorAxis(graph, case(model).captured.loss, topology, calls, keeping(calls))
-    load = Load(1.0, 1, 0.25)
+    found = adapted() if model == "adapted" else case(model)
+    calls = op_calls(found.graph)
+    tensor = TensorAxis(found.graph, found.captured.loss, topology, calls, keeping(calls))
+    load = Load(0.5, 2, 0.25)
     layouts = [Layouts(), Layouts(sequence=True)]
     for held, kept, gathered in ((0.0, 0.0, 0.0), (1e-10, 0.0, 0.0), (1e-9, 1e-8, 0.0), (1e-7, 1e-10, 1e-8), (1e-7, 1e-6, 0.0)):
         layouts.append(Layouts(False, held, kept, kept / 10, (gathered, 2 * gathered), 1.0 - 0.5 * (held == 1e-9)))
-    costs = [tensor.cost(2, option, other) for option in layouts for other in (load, Load(2.0, 2, 1.0))]
-    found = tensor.explored(2, load).known
-    assert len(found.lines) > 5
+    costs = [tensor.cost(2, option, other) for option in layouts for other in (load, Load(1.0, 4, 1.0))]
+    known_ = tensor.explored(2, load).known
+    assert len(known_.lines) > 5
     for totals in map(totals_of, costs):
-        assert (totals >= found.low * (1 - 1e-9)).all()
-        assert (totals <= found.high * (1 + 1e-9)).all()
-        for line in found.lines:
+        assert (totals >= known_.low * (1 - 1e-9)).all()
+        assert (totals <= known_.high * (1 + 1e-9)).all()
+        for line in known_.lines:
             assert line.at(totals) >= -1e-9 * np.abs(line.slopes * totals).sum()
