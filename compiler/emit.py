@@ -156,7 +156,7 @@ def lower(
     for axis, index, policy, prices in steps:
         calls = op_calls(gm)
         offered = counted = None
-        if policy.kept_price or policy.stream_price or any(policy.gather_prices):
+        if policy.prices_sizes:
             offered = offers(gm, axis, calls, policy.role, policy.pinned)
             counted = sized(calls, keeping(calls), offered)
         find = partial(place, gm, axis, policy, prices, calls, like=decided.get(axis.name), sized=counted, offered=offered)

@@ -55,6 +55,11 @@ class Policy:
     gather_prices: Sequence[float] = ()
     slices: Mapping[str, Type] = field(default_factory=dict)
 
+    @property
+    def prices_sizes(self) -> bool:
+        """Whether values have a price by their bytes (`Sized`)."""
+        return bool(self.kept_price or self.stream_price or any(self.gather_prices))
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -196,7 +201,7 @@ class _Builder:
         self.gm, self.axis, self.policy, self.prices = gm, axis, policy, prices
         self.calls, self.offers, self.sized = calls, offers, sized
         self.decisions, self.meta = offers.decisions, offers.meta
-        self.order = list(offers.decisions.values())
+        self.order = offers.order
         self.options = [d.offered for d in self.order]
         self.output = next(n for n in gm.graph.nodes if n.op == "output")
         self.followed: Placement | None = None

@@ -63,10 +63,6 @@ class PlacedCost:
     stream: float = 0.0
     gap: float = 0.0
 
-    def seconds(self, share: float, runs: int = 1, sums: float = 1.0) -> float:
-        """Of a step with a share of the batch in so many micro-batches, where so large a part of the sums of gradients counts."""
-        return (self.compute + self.traffic) * share + (self.launches + self.latencies + self.gathers) * runs + self.sums * sums
-
 
 def placed_cost(
     gm: fx.GraphModule,
@@ -161,7 +157,7 @@ def _with_conversions(
     cost: PlacedCost, seconds: Seconds, placement: Placement, calls: Calls, offered: Offers, counted: Sized
 ) -> PlacedCost:
     """The cost, with what values go through to be of the types that ops need, and with the bytes of them that count."""
-    nodes = [d.node for d in offered.decisions.values()]
+    nodes = [d.node for d in offered.order]
     traffic = latencies = gathers = received = received_gathers = 0.0
     blocks: Counter[object] = Counter()
     heaviest = [0.0] * COUNT

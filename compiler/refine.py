@@ -180,12 +180,16 @@ class Refinement:
                 self._opened.append(family)
         if search.may_accumulate(plan, 2 * plan.microbatches):
             self._wait(Family(replace(plan, microbatches=2 * plan.microbatches), fastest.samples, 0, 0, unlimited))
-        if search.request.strategy.layouts is None and not search.fits(fastest):  # Megatron's gather no parameters for an op
-            megatron = replace(plan, byte_price=None, sequence_parallel=True)
-            yield from self._seen(search.completed(search.price(megatron)))
+        if search.request.strategy.layouts is None and not search.fits(fastest):
+            yield from self._megatron(plan)
+
+    def _megatron(self, plan: Plan) -> Iterator[Candidate]:
+        """In Megatron's layouts, which gather no parameters for an op."""
+        sequence = replace(plan, byte_price=None, sequence_parallel=True)
+        yield from self._seen(self.search.completed(self.search.price(sequence)))
 
     def _wait(self, family: Family) -> None:
-        if family.few <= family.many and family.least < math.inf:
+        if family.least < math.inf:
             heapq.heappush(self._waiting, (family.per_sample, next(self._order), family))
 
     def _explored(self, plan: Plan) -> Explored:
@@ -262,8 +266,7 @@ class Refinement:
         smallest = sorted(self._opened, key=lambda f: min(p.excess for p in f.points))
         for family in smallest[:SMALLEST]:
             if self.search.request.strategy.layouts == "any":
-                megatron = replace(family.plan, byte_price=None, sequence_parallel=True)
-                yield from self._seen(self.search.completed(self.search.price(megatron)))
+                yield from self._megatron(family.plan)
             for times in STEEPEST:
                 slopes = self._slopes(family, times * self._unit(family))
                 for found in (slopes, *self._partly(family, slopes)):

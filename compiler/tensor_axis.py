@@ -153,7 +153,7 @@ def tensor_placement(
     calls = op_calls(gm) if calls is None else calls
     axis = Axis("tp", size)
     offered = offered or offers(gm, axis, calls, "tensor", policy.pinned)
-    if counted is None and (policy.kept_price or policy.stream_price or any(policy.gather_prices)):
+    if counted is None and policy.prices_sizes:
         counted = sized(calls, keeping(calls), offered)
     return place(gm, axis, policy, layouts.prices(seconds), calls, barred, sized=counted, offered=offered, priced=priced)
 
