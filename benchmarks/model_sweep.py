@@ -187,8 +187,9 @@ def measure_replicated(case: Case, finding: Finding) -> None:
 
     from shardwright.compiler.capture import capture
     from shardwright.compiler.cost import op_flops
+    from shardwright.compiler.layouts import Layouts
     from shardwright.compiler.prepare import prepare
-    from shardwright.compiler.tensor_axis import Layouts, tensor_placement
+    from shardwright.compiler.tensor_axis import tensor_placement
     from shardwright.passes.graph_tools import op_calls, where
     from shardwright.passes.types import Varying
 

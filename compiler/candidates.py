@@ -19,6 +19,7 @@ from .emit import Problem
 from .gathers import Whole
 from .keeping import keeping
 from .layout import with_places
+from .layouts import Layouts
 from .place import Placement, Policy, place
 from .plan import Plan, Prediction, data_size
 from .prices import Volume
@@ -26,7 +27,7 @@ from .refine import Refinement
 from .samples import samples
 from .step_cost import Batch, StepCost, load_of
 from .strategy import Limits, Request, Strategy, StrategyError, divisors
-from .tensor_axis import Layouts, Load, TensorAxis
+from .tensor_axis import Load, TensorAxis
 from .topology import Topology
 
 
@@ -78,7 +79,7 @@ class Search:
         for mesh in self.request.meshes(limits):
             for plan in self.variants(mesh, pins):
                 first = self.price(plan)
-                searched = plan.byte_price is not None  # what fits is searched for (compiler/refine.py)
+                searched = plan.layouts.any  # what fits is searched for (compiler/refine.py)
                 if searched:
                     fastest.append(first)
                 for candidate in self.completed(first) if searched else self.like(first):
@@ -174,9 +175,7 @@ class Search:
                     yield Plan(
                         mesh=mesh,
                         zero=int(zero if shard else 0),
-                        sequence_parallel=layouts.sequence,
-                        byte_price=layouts.byte_price,
-                        kept_price=layouts.kept_price,
+                        layouts=layouts,
                         schedule=pins.schedule or "1f1b",
                         microbatches=count,
                     )
@@ -216,12 +215,12 @@ class Search:
 
     def placement(self, plan: Plan) -> Placement | None:
         """Over tp; None where there is no such axis."""
-        return self.tensor.placement(plan.mesh.size("tp"), Layouts.of(plan), self.load(plan))
+        return self.tensor.placement(plan.mesh.size("tp"), plan.layouts, self.load(plan))
 
     def price(self, plan: Plan, whole: Whole | None = None) -> Candidate:
         """`whole`: the shares of `plan.whole`."""
         mesh = plan.mesh
-        cost = self.tensor.cost(mesh.size("tp"), Layouts.of(plan), self.load(plan))
+        cost = self.tensor.cost(mesh.size("tp"), plan.layouts, self.load(plan))
         return Candidate(plan, self.batch.samples(mesh), self.steps.predict(plan, cost, whole))
 
     def load(self, plan: Plan) -> Load:

@@ -49,12 +49,13 @@ from .collector import without_collection
 from .cost import Seconds
 from .keeping import keeping, sized
 from .known_placements import KnownPlacements
+from .layouts import Layouts
 from .offers import offers
 from .place import Placement, Policy, place
 from .plan import Plan
 from .prices import Prices, Volume
 from .schedules import Step, build, crossing, part_name
-from .tensor_axis import Layouts
+from .tensor_axis import policy_of, prices_of
 
 SEGMENT_BYTES = 8 * 2**20
 """Gradients in a part of the backward graph: enough that latency does not count, few enough that most are summed while others
@@ -150,8 +151,8 @@ def lower(
         steps.append((Axis(TIME, plan.microbatches), microbatch, policy, Volume()))
     if plan.mesh.size("tp") > 1:
         # Ranks with sequences of other lengths place each by itself: alike by bytes, which grow together, but not by time.
-        layouts = Layouts() if problem.ragged else Layouts.of(plan)
-        policy, prices = layouts.policy(problem.loss, plan.layout), layouts.prices(seconds)
+        layouts = Layouts() if problem.ragged else plan.layouts
+        policy, prices = policy_of(layouts, problem.loss, plan.layout), prices_of(layouts, seconds)
         steps.append((Axis("tp", plan.mesh.size("tp")), coordinates["tp"], policy, prices))
     for axis, index, policy, prices in steps:
         calls = op_calls(gm)

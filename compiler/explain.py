@@ -23,7 +23,7 @@ def explain(plan: Plan, name: str | None = None, width: int = 110) -> str:
         step, peak = seconds_text(plan.predicted.step_seconds), bytes_text(plan.predicted.peak_bytes)
         console.print(f"Predicted: {step} a step, {peak} a rank at the peak")
         gap = plan.predicted.gap
-        if plan.mesh.size("tp") > 1 and plan.byte_price is None:
+        if plan.mesh.size("tp") > 1 and not plan.layouts.any:
             proven = "proven optimal" if gap == 0 else f"within {max(gap, 1e-4):.2%} of the cheapest possible"
             console.print(f"Placement over tp={plan.mesh.size('tp')}: {proven}")
         elif plan.mesh.size("tp") > 1 or gap:

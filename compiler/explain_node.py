@@ -22,7 +22,7 @@ from .placed_cost import placed_cost, produced
 from .plan import Plan
 from .prices import held
 from .step_cost import load_of
-from .tensor_axis import Layouts, tensor_mesh, tensor_placement
+from .tensor_axis import load_for, tensor_mesh, tensor_placement
 from .topology import Topology
 from .units import bytes_text, seconds_text
 
@@ -146,7 +146,7 @@ def next_best(
     seconds = _tensor_seconds(plan, topology)
     chosen = chosen or _placement(problem, plan, seconds, calls)
     outs = _outs(chosen, node)
-    size, layouts, barred = plan.mesh.size("tp"), Layouts.of(plan), {node.name: [outs]}
+    size, layouts, barred = plan.mesh.size("tp"), plan.layouts, {node.name: [outs]}
     other = tensor_placement(problem.graph, problem.loss, size, layouts, seconds, calls, barred)
     before, after = (placed_cost(problem.graph, seconds, p, calls) for p in (chosen, other))
     share = _share(plan)
@@ -166,13 +166,13 @@ def next_best(
 
 def _tensor_seconds(plan: Plan, topology: Topology) -> Seconds:
     """For the load that the search placed for."""
-    load = Layouts.of(plan).load(load_of(plan, 1 / plan.data_size))
+    load = load_for(plan.layouts, load_of(plan, 1 / plan.data_size))
     return Seconds(topology, tensor_mesh(plan.mesh.size("tp")), load.share, load.runs, load.sums)
 
 
 def _placement(problem: Problem, plan: Plan, seconds: Seconds, calls: Calls) -> Placement:
     """The plan's own."""
-    size, layouts = plan.mesh.size("tp"), Layouts.of(plan)
+    size, layouts = plan.mesh.size("tp"), plan.layouts
     return tensor_placement(problem.graph, problem.loss, size, layouts, seconds, calls, pinned=plan.layout)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..passes.types import I, P, R, Type, Varying
 from ..runtime.program import Mesh
+from .layouts import Layouts
 from .topology import Topology
 
 DATA_AXES = ("dp_replicate", "dp_shard")
@@ -65,25 +66,14 @@ class Plan:
     layout           parameter -> its type over "tp" before ZeRO; "I" where absent
     stage_of         parameter -> its first pipeline stage
     microbatches     micro-batches of one data rank's batch
-    byte_price       None: over tp values lie in Megatron's layouts. Else in whatever take the least time on `topology`, with this
-                     price, in seconds, for each byte of parameters held
-    kept_price       with a byte_price: seconds, of a micro-batch's, for each byte that it keeps for its backward
-    stream_price     with a byte_price: the same for each byte of the residual stream
-    gather_prices    with a byte_price: the same for each byte of parameters that one of the heaviest blocks gathers, in their order
-                     (compiler/heaviest.py)
-    compute_price    with a byte_price: what a second of compute counts: less than 1 where it hides traffic over the data axes
+    layouts          how values lie over tp: those that are not Megatron's are by time on `topology`
     topology         the machine it was made for: how values change their types depends on it; None where no machine is known
     """
 
     mesh: Mesh
     zero: int = 0
     whole: tuple[str, ...] = ()
-    sequence_parallel: bool = False
-    byte_price: float | None = None
-    kept_price: float = 0.0
-    stream_price: float = 0.0
-    gather_prices: tuple[float, ...] = ()
-    compute_price: float = 1.0
+    layouts: Layouts = Layouts()
     schedule: str = "1f1b"
     microbatches: int = 1
     layout: Mapping[str, Type] = field(default_factory=dict)
@@ -114,9 +104,9 @@ class Plan:
             extra = ""
             if axis == "dp_shard" and self.zero:
                 extra = f" (zero {self.zero}{f', {len(self.whole)} parameters whole' if self.whole else ''})"
-            if axis == "tp" and self.byte_price is not None:
+            if axis == "tp" and self.layouts.any:
                 extra = " (any layouts)"
-            elif axis == "tp" and self.sequence_parallel:
+            elif axis == "tp" and self.layouts.sequence:
                 extra = " (sequence parallel)"
             if axis == "pp":
                 extra = f" ({self.schedule}, {self.microbatches} micro-batches)"
@@ -158,12 +148,7 @@ class Plan:
             mesh=mesh,
             zero=data["zero"],
             whole=tuple(data.get("whole", ())),
-            sequence_parallel=data["sequence_parallel"],
-            byte_price=data.get("byte_price"),
-            kept_price=data.get("kept_price", 0.0),
-            stream_price=data.get("stream_price", 0.0),
-            gather_prices=tuple(data.get("gather_prices", ())),
-            compute_price=data.get("compute_price", 1.0),
+            layouts=Layouts.from_data(data["layouts"]),
             schedule=data["schedule"],
             microbatches=data["microbatches"],
             layout={k: decode_type(t) for k, t in data["layout"].items()},

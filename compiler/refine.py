@@ -21,6 +21,7 @@ import numpy as np
 
 from .dual import Point, balance
 from .heaviest import COUNT
+from .layouts import Layouts
 from .plan import Plan
 from .step_cost import rounded_down
 from .tensor_axis import Explored
@@ -185,7 +186,7 @@ class Refinement:
 
     def _megatron(self, plan: Plan) -> Iterator[Candidate]:
         """In Megatron's layouts, which gather no parameters for an op."""
-        sequence = replace(plan, byte_price=None, sequence_parallel=True)
+        sequence = replace(plan, layouts=Layouts(sequence=True))
         yield from self._seen(self.search.completed(self.search.price(sequence)))
 
     def _wait(self, family: Family) -> None:
@@ -281,8 +282,9 @@ class Refinement:
 
     @staticmethod
     def _prices(plan: Plan) -> np.ndarray:
-        gathered = plan.gather_prices or (0.0,) * COUNT
-        return np.array([plan.byte_price or 0.0, plan.kept_price, plan.stream_price, *gathered, plan.compute_price])
+        found = plan.layouts
+        gathered = found.gather_prices or (0.0,) * COUNT
+        return np.array([found.byte_price or 0.0, found.kept_price, found.stream_price, *gathered, found.compute_price])
 
     def _slopes(self, family: Family, price: float) -> np.ndarray:
         """Of seconds, and of bytes at their price: about the placement that costs the least of those known."""
@@ -309,14 +311,14 @@ class Refinement:
         slopes = slopes.copy()
         slopes[PARAMETERS] = max(of_bytes, least)
         gathered = price(HEAVIEST, load.runs), price(SECOND, load.runs)
-        return replace(
-            family.plan,
+        layouts = Layouts(
             byte_price=price(PARAMETERS, 1.0),
             kept_price=price(ACTIVATIONS, load.share),
             stream_price=price(STREAM, load.share),
             gather_prices=gathered if any(gathered) else (),
             compute_price=round(32 * min(1.0, float(slopes[COMPUTE]) / load.share / run)) / 32,
         )
+        return replace(family.plan, layouts=layouts)
 
     def _ask(self, family: Family, plan: Plan) -> Iterator[Candidate]:
         before, asked = (family.least, self.best), family.asked

@@ -23,10 +23,10 @@ from ..passes.types import Type
 from ..runtime.program import Mesh
 from .cost import Seconds, power_of_two
 from .keeping import Keeping, keeping, least_backward_bytes, sized
+from .layouts import Layouts
 from .offers import Offers, offers
 from .place import Barred, Placement, Policy, Priced, Sized, place, price
 from .placed_cost import PlacedCost, placed_cost
-from .plan import Plan
 from .prices import Prices, megatron_prices, size_of
 from .samples import Samples, without_cuts
 from .topology import Topology
@@ -75,57 +75,38 @@ class Load:
         return Load(power_of_two(self.share / self.runs) * runs, runs, float(self.sums > 0.1), self.few)
 
 
-@dataclass(frozen=True)
-class Layouts:
-    """sequence      Megatron's: activations between sharded products are cut by their tokens
-    byte_price    any layouts: seconds that a byte of parameters costs which a rank holds. None: Megatron's
-    kept_price    any layouts: seconds, of a micro-batch's, that a byte costs which it keeps for its backward
-    stream_price  any layouts: the same of the residual stream, which crosses the borders of stages
-    gather_prices   any layouts: the same of what one of the heaviest blocks gathers (compiler/heaviest.py), in their order
-    compute_price   any layouts: what a second of compute counts, less than 1 where it hides traffic over the data axes
-    """
+def load_for(layouts: Layouts, load: Load) -> Load:
+    """What a placement in these layouts is made for. With no price on bytes it is a first one, for loads nearly alike."""
+    if not layouts.any:
+        return Load(few=load.few)
+    return load if layouts.byte_price else load.rounded
 
-    sequence: bool = False
-    byte_price: float | None = None
-    kept_price: float = 0.0
-    stream_price: float = 0.0
-    gather_prices: tuple[float, ...] = ()
-    compute_price: float = 1.0
 
-    @classmethod
-    def of(cls, plan: Plan) -> Layouts:
-        prices = plan.byte_price, plan.kept_price, plan.stream_price, plan.gather_prices, plan.compute_price
-        return cls(plan.sequence_parallel, *prices)
+def policy_of(layouts: Layouts, loss: str | None, pinned: Mapping[str, Type], share: float = 1.0, runs: int = 1) -> Policy:
+    """For a graph of which a step runs so large a share, in so many micro-batches. `pinned`: types of parameters, by name."""
+    keys = {f"param.{name}": type_ for name, type_ in pinned.items()}
+    kept, stream, gathered = layouts.kept_price * share, layouts.stream_price * share, [p * runs for p in layouts.gather_prices]
+    return Policy("tensor", keys, loss, layouts.sequence, layouts.byte_price, kept, stream, gathered)
 
-    def load(self, load: Load) -> Load:
-        """What a placement in these layouts is made for. With no price on bytes it is a first one, for loads nearly alike."""
-        if self.byte_price is None:
-            return Load(few=load.few)
-        return load if self.byte_price else load.rounded
 
-    def policy(self, loss: str | None, pinned: Mapping[str, Type], share: float = 1.0, runs: int = 1) -> Policy:
-        """For a graph of which a step runs so large a share, in so many micro-batches. `pinned`: types of parameters, by name."""
-        keys = {f"param.{name}": type_ for name, type_ in pinned.items()}
-        kept, stream, gathered = self.kept_price * share, self.stream_price * share, [p * runs for p in self.gather_prices]
-        return Policy("tensor", keys, loss, self.sequence, self.byte_price, kept, stream, gathered)
+def totals_prices(layouts: Layouts, load: Load) -> np.ndarray:
+    """What a placement in these layouts pays for its totals."""
+    found = np.zeros(len(TOTALS))
+    found[[RUNS, TRAFFIC, SUMS, PARAMETERS]] = load.runs, load.share, load.sums, layouts.byte_price or 0.0
+    found[[COMPUTE, ACTIVATIONS, STREAM]] = layouts.compute_price, layouts.kept_price, layouts.stream_price
+    found[[COMPUTE, ACTIVATIONS, STREAM]] *= load.share
+    if layouts.gather_prices:
+        found[[HEAVIEST, SECOND]] = np.array(layouts.gather_prices) * load.runs
+    return found
 
-    def of_totals(self, load: Load) -> np.ndarray:
-        """What a placement in these layouts pays for its totals."""
-        found = np.zeros(len(TOTALS))
-        found[[RUNS, TRAFFIC, SUMS, PARAMETERS]] = load.runs, load.share, load.sums, self.byte_price or 0.0
-        found[[COMPUTE, ACTIVATIONS, STREAM]] = self.compute_price, self.kept_price, self.stream_price
-        found[[COMPUTE, ACTIVATIONS, STREAM]] *= load.share
-        if self.gather_prices:
-            found[[HEAVIEST, SECOND]] = np.array(self.gather_prices) * load.runs
-        return found
 
-    def prices(self, seconds: Seconds | None) -> Prices:
-        """Raises ValueError for layouts by time on an unknown machine."""
-        if self.byte_price is None:
-            return megatron_prices(self.sequence)
-        if seconds is None:
-            raise ValueError("a plan with a byte_price places by time, and needs the topology whose times are meant")
-        return seconds.at(seconds.share, seconds.runs, seconds.sums, self.compute_price)
+def prices_of(layouts: Layouts, seconds: Seconds | None) -> Prices:
+    """Raises ValueError for layouts by time on an unknown machine."""
+    if not layouts.any:
+        return megatron_prices(layouts.sequence)
+    if seconds is None:
+        raise ValueError("a plan whose layouts have prices places by time, and needs the topology whose times are meant")
+    return seconds.at(seconds.share, seconds.runs, seconds.sums, layouts.compute_price)
 
 
 def tensor_placement(
@@ -149,13 +130,13 @@ def tensor_placement(
     offered, priced    as `place` takes them
     """
     load = (seconds.share, seconds.runs) if seconds is not None else (1.0, 1)
-    policy = layouts.policy(loss, pinned or {}, *load)
+    policy = policy_of(layouts, loss, pinned or {}, *load)
     calls = op_calls(gm) if calls is None else calls
     axis = Axis("tp", size)
     offered = offered or offers(gm, axis, calls, "tensor", policy.pinned)
     if counted is None and policy.prices_sizes:
         counted = sized(calls, keeping(calls), offered)
-    return place(gm, axis, policy, layouts.prices(seconds), calls, barred, sized=counted, offered=offered, priced=priced)
+    return place(gm, axis, policy, prices_of(layouts, seconds), calls, barred, sized=counted, offered=offered, priced=priced)
 
 
 @dataclass
@@ -203,9 +184,9 @@ class TensorAxis:
             offered, counted = (self._offers(size, key[2].few), self._sized_of(size)) if placement is not None else (None, None)
             seconds = self._seconds_of(size, key[2])
             cost = self._costs[key] = placed_cost(self.gm, seconds, placement, self.calls, self.kept, offered, counted)
-            if placement is not None and layouts.byte_price is not None:
+            if placement is not None and layouts.any:
                 explored = self.explored(size, load)
-                explored.known.learn(layouts.of_totals(key[2]), placement.bound)
+                explored.known.learn(totals_prices(layouts, key[2]), placement.bound)
                 explored.costs.append(cost)
         return self._costs[key]
 
@@ -233,7 +214,7 @@ class TensorAxis:
         if size > 1 and key not in self._placements:
             seconds, offered = self._seconds_of(size, key[2]), self._offers(size, key[2].few)
             counted = self._sized_of(size)
-            priced = None if layouts.byte_price is None else self._priced_of(size, key[2], layouts)
+            priced = self._priced_of(size, key[2], layouts) if layouts.any else None
             self._placements[key] = tensor_placement(
                 self.gm, self.loss, size, layouts, seconds, self.calls, counted=counted, offered=offered, priced=priced
             )
@@ -248,7 +229,7 @@ class TensorAxis:
         key = size, load, layouts.compute_price
         if key not in self._priced:
             bare = Layouts(byte_price=0.0, compute_price=layouts.compute_price)
-            policy, seconds = bare.policy(self.loss, {}), bare.prices(self._seconds_of(size, load))
+            policy, seconds = policy_of(bare, self.loss, {}), prices_of(bare, self._seconds_of(size, load))
             self._priced[key] = price(self.gm, Axis("tp", size), policy, seconds, self.calls, self._offers(size, load.few))
         return self._priced[key]
 
@@ -279,7 +260,7 @@ class TensorAxis:
 
     @staticmethod
     def _key(size: int, layouts: Layouts, load: Load) -> tuple[int, Layouts, Load]:
-        return size, layouts, layouts.load(load)
+        return size, layouts, load_for(layouts, load)
 
     def _seconds_of(self, size: int, load: Load) -> Seconds:
         if size not in self._machines:

@@ -12,6 +12,7 @@ from harness import Case, mesh, prepare, problem_of
 
 from shardwright.compiler.emit import Lowered, Problem, coordinates_of, emit, lower
 from shardwright.compiler.layout import with_layout
+from shardwright.compiler.layouts import Layouts
 from shardwright.compiler.plan import Plan
 from shardwright.compiler.topology import Device, Level, Topology
 from shardwright.passes.graph_tools import Values
@@ -50,9 +51,8 @@ def plan(
     return Plan(
         mesh(**axes),
         zero=zero,
-        sequence_parallel=sequence_parallel,
+        layouts=Layouts(sequence_parallel, byte_price),
         microbatches=microbatches,
-        byte_price=byte_price,
         topology=topology,
     )
 

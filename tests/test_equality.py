@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from shardwright.compiler.choose import choose
 from shardwright.compiler.gathers import gather_groups
+from shardwright.compiler.layouts import Layouts
 from shardwright.compiler.plan import Plan
 from shardwright.compiler.strategy import Strategy, resolve
 from shardwright.compiler.topology import Topology
@@ -29,7 +30,7 @@ STRATEGIES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "zero2": ({"dp_shard": 4}, {"zero": 2}),
     "zero3": ({"dp_shard": 4}, {"zero": 3}),
     "tp4": ({"tp": 4}, {}),
-    "sp4": ({"tp": 4}, {"sequence_parallel": True}),
+    "sp4": ({"tp": 4}, {"layouts": Layouts(sequence=True)}),
     "dp2tp2": ({"dp_shard": 2, "tp": 2}, {}),
     "zero3tp2": ({"dp_shard": 2, "tp": 2}, {"zero": 3}),
     "pp2": ({"pp": 2}, M2),
@@ -37,7 +38,7 @@ STRATEGIES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "gpipe": ({"pp": 2, "dp_shard": 2}, {"schedule": "gpipe", **M2}),
     "dp2pp2": ({"pp": 2, "dp_shard": 2}, M2),
     "tp2pp2": ({"pp": 2, "tp": 2}, M2),
-    "sp2pp2": ({"pp": 2, "tp": 2}, {"sequence_parallel": True, "microbatches": 3}),
+    "sp2pp2": ({"pp": 2, "tp": 2}, {"layouts": Layouts(sequence=True), "microbatches": 3}),
     "dp2tp2pp2": ({"pp": 2, "dp_shard": 2, "tp": 2}, M2),
     "zero3pp2": ({"pp": 2, "dp_shard": 2}, {"zero": 3, **M2}),
     "zero3tp2pp2": ({"pp": 2, "dp_shard": 2, "tp": 2}, {"zero": 3, **M2}),
@@ -106,8 +107,8 @@ def test_equals_one_device_in_any_layouts(
     axes, options = STRATEGIES[strategy]
     if model in COUPLED and "microbatches" in options:
         options = {**options, "microbatches": 1}
-    prices: dict[str, Any] = {"byte_price": byte_price, "kept_price": kept_price, "topology": topology}
-    check(case_of(model), Plan(mesh(**axes), **prices, **options))
+    layouts = Layouts(byte_price=byte_price, kept_price=kept_price)
+    check(case_of(model), Plan(mesh(**axes), layouts=layouts, topology=topology, **options))
 
 
 class FrozenScale(nn.Module):

@@ -13,7 +13,8 @@ from shardwright import Strategy, Topology, plan
 from shardwright.compiler.api import PlannedModel
 from shardwright.compiler.cost import Seconds
 from shardwright.compiler.explain_node import next_best
-from shardwright.compiler.tensor_axis import Layouts, tensor_placement
+from shardwright.compiler.layouts import Layouts
+from shardwright.compiler.tensor_axis import tensor_placement
 from shardwright.passes.graph_tools import op_calls
 from shardwright.passes.shard import ShardingError
 from shardwright.runtime.program import Mesh

@@ -10,12 +10,13 @@ from programs import NEAR, case
 from shardwright import Strategy, Topology, emit, plan
 from shardwright.compiler.cost import Seconds, size_of
 from shardwright.compiler.keeping import keeping, kept_at, kept_bytes
+from shardwright.compiler.layouts import Layouts
 from shardwright.compiler.memory import program_memory
 from shardwright.compiler.needs import read_again
 from shardwright.compiler.offers import offers
 from shardwright.compiler.placed_cost import placed_cost
 from shardwright.compiler.prices import held
-from shardwright.compiler.tensor_axis import Layouts, tensor_mesh, tensor_placement
+from shardwright.compiler.tensor_axis import tensor_mesh, tensor_placement
 from shardwright.passes.graph_tools import metas, op_calls
 from shardwright.passes.rules.base import Axis
 

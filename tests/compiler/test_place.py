@@ -28,6 +28,7 @@ from shardwright.compiler.assign import Solution
 from shardwright.compiler.cost import Seconds
 from shardwright.compiler.emit import coordinates_of, lower
 from shardwright.compiler.keeping import keeping, sized
+from shardwright.compiler.layouts import Layouts
 from shardwright.compiler.needs import gathered_again
 from shardwright.compiler.offers import canonical, offers
 from shardwright.compiler.place import Placement, Policy, Sized, _Builder, place
@@ -268,7 +269,13 @@ def test_no_choice_for_repeated_blocks_is_cheaper(recipe: Recipe, how: str) -> N
 
 
 CPU = Topology.preset("cpu", devices=4)
-AXES = [{"tp": 2}, {"tp": 4}, {"tp": 4, "sequence_parallel": True}, {"dp_shard": 2, "tp": 2}, {"dp_shard": 2, "microbatches": 2}]
+AXES = [
+    {"tp": 2},
+    {"tp": 4},
+    {"tp": 4, "layouts": Layouts(sequence=True)},
+    {"dp_shard": 2, "tp": 2},
+    {"dp_shard": 2, "microbatches": 2},
+]
 
 
 @pytest.mark.parametrize("model", [m for m in zoo.MODELS if m not in ("llama4", "gpt")])

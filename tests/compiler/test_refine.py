@@ -14,9 +14,9 @@ from programs import FAR, NEAR, adapted, case, machine
 from shardwright import Strategy
 from shardwright.compiler import refine
 from shardwright.compiler.candidates import Candidate, Search
+from shardwright.compiler.layouts import Layouts
 from shardwright.compiler.plan import Plan
 from shardwright.compiler.strategy import resolve
-from shardwright.compiler.tensor_axis import Layouts
 from shardwright.compiler.topology import Level, Topology
 from shardwright.compiler.totals import totals_of
 
@@ -42,10 +42,10 @@ def searched(search: Search) -> list[Candidate]:
 def others(search: Search, plan: Plan) -> Iterator[Candidate]:
     """Plans of a family: at prices that nobody asked, in Megatron's layouts, and with blocks kept whole."""
     for held, kept in PRICES:
-        tried = replace(plan, byte_price=held, kept_price=kept, stream_price=0.0, gather_prices=(), compute_price=1.0, whole=())
+        tried = replace(plan, layouts=Layouts(byte_price=held, kept_price=kept), whole=())
         yield from search.completed(search.price(tried))
     for sequence in (False, True):
-        megatron = replace(tried, byte_price=None, kept_price=0.0, sequence_parallel=sequence)
+        megatron = replace(tried, layouts=Layouts(sequence=sequence))
         yield from search.completed(search.price(megatron))
 
 
@@ -71,7 +71,7 @@ def test_no_plan_that_fits_takes_less_than_is_proven(name: str) -> None:
         made = list(search.candidates())
         best = min((c.per_sample for c in made if search.fits(c)), default=math.inf)
         assert search.bound <= best * (1 + 1e-9)
-        families = {(c.plan.mesh, c.plan.zero, c.plan.microbatches): c.plan for c in made if c.plan.byte_price is not None}
+        families = {(c.plan.mesh, c.plan.zero, c.plan.microbatches): c.plan for c in made if c.plan.layouts.any}
         for plan in families.values():
             if strategy.zero is None and plan.zero in (2, 3):
                 plan = replace(plan, zero=5 - plan.zero)
@@ -85,7 +85,7 @@ def test_no_plan_that_fits_takes_less_than_is_proven(name: str) -> None:
 def test_a_step_takes_no_less_than_its_totals_say(model: str, topology: Topology) -> None:
     """With any number of blocks whole between two; and exactly as much, but for bytes that have no totals, with just as many."""
     search = search_of(model, topology, Strategy(), math.inf)
-    plans = {(c.plan.mesh, c.plan.zero): replace(c.plan, whole=()) for c in search.candidates() if c.plan.byte_price is not None}
+    plans = {(c.plan.mesh, c.plan.zero): replace(c.plan, whole=()) for c in search.candidates() if c.plan.layouts.any}
     for plan, (held, kept) in itertools.product(plans.values(), PRICES[::2]):
         size = plan.mesh.size("tp")
         cost = search.tensor.cost(size, Layouts(byte_price=held, kept_price=kept), search.load(plan))

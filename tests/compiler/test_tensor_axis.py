@@ -20,9 +20,10 @@ from shardwright import Strategy, Topology, emit, plan
 from shardwright.compiler.cost import Seconds
 from shardwright.compiler.emit import emit as emit_rank
 from shardwright.compiler.keeping import keeping
+from shardwright.compiler.layouts import Layouts
 from shardwright.compiler.placed_cost import PlacedCost, placed_cost
 from shardwright.compiler.plan import Plan
-from shardwright.compiler.tensor_axis import Layouts, Load, TensorAxis, tensor_placement
+from shardwright.compiler.tensor_axis import Load, TensorAxis, load_for, tensor_placement, totals_prices
 from shardwright.compiler.topology import Device, Level
 from shardwright.compiler.totals import totals_of
 from shardwright.compiler.traffic import received
@@ -42,7 +43,7 @@ def tensor_axis(model: str, topology: Topology) -> TensorAxis:
 
 def seconds(cost: PlacedCost) -> float:
     """Of a step with the captured batch."""
-    return float(Layouts(byte_price=0.0).of_totals(Load()) @ totals_of(cost))
+    return float(totals_prices(Layouts(byte_price=0.0), Load()) @ totals_of(cost))
 
 
 @pytest.mark.parametrize("topology", [NEAR, FAR], ids=["near", "far"])
@@ -67,7 +68,7 @@ def test_what_is_least_is_what_is_priced(model: str, topology: Topology) -> None
     for layouts, load in itertools.product((*plain, priced), (Load(), Load(2.0, 4, 0.25))):
         placement, cost = tensor.placement(4, layouts, load), tensor.cost(4, layouts, load)
         assert placement is not None and placement.gap == 0.0
-        assert placement.cost == pytest.approx(layouts.of_totals(layouts.load(load)) @ totals_of(cost), rel=1e-9)
+        assert placement.cost == pytest.approx(totals_prices(layouts, load_for(layouts, load)) @ totals_of(cost), rel=1e-9)
 
 
 def test_a_smaller_share_of_the_batch_leaves_parameters_where_they_are() -> None:
@@ -83,7 +84,7 @@ def test_a_smaller_share_of_the_batch_leaves_parameters_where_they_are() -> None
 
 def test_time_needs_a_machine() -> None:
     with pytest.raises(ValueError, match="needs the topology"):
-        emit_rank(problem_of(case("gpt"), [case("gpt").batch]), Plan(mesh(tp=2), byte_price=0.0), 0)
+        emit_rank(problem_of(case("gpt"), [case("gpt").batch]), Plan(mesh(tp=2), layouts=Layouts(byte_price=0.0)), 0)
 
 
 def planned(strategy: Strategy, **options: Any) -> Plan:
@@ -92,11 +93,11 @@ def planned(strategy: Strategy, **options: Any) -> Plan:
 
 
 def test_who_pins_the_axis_gets_megatron_s_layouts() -> None:
-    assert planned(Strategy(tp=4)).byte_price is None
-    assert planned(Strategy(dp=1, pp=1)).byte_price is not None, "nobody asked for tp"
-    assert planned(Strategy(tp=4, layouts="any")).byte_price is not None
-    assert planned(Strategy(dp=1, pp=1, layouts="megatron")).byte_price is None
-    assert planned(Strategy(dp=1, pp=1, sequence_parallel=True)).byte_price is None
+    assert not planned(Strategy(tp=4)).layouts.any
+    assert planned(Strategy(dp=1, pp=1)).layouts.any, "nobody asked for tp"
+    assert planned(Strategy(tp=4, layouts="any")).layouts.any
+    assert not planned(Strategy(dp=1, pp=1, layouts="megatron")).layouts.any
+    assert not planned(Strategy(dp=1, pp=1, sequence_parallel=True)).layouts.any
 
 
 def test_a_plan_by_time_says_where_parameters_lie_and_survives_json() -> None:
@@ -105,7 +106,7 @@ def test_a_plan_by_time_says_where_parameters_lie_and_survives_json() -> None:
     assert set(found.layout) <= {name for name, _ in model.named_parameters()} and found.layout
     assert "any layouts" in found.name
     assert Plan.from_json(found.to_json()) == found
-    assert replace(found, byte_price=None).hash != found.hash
+    assert replace(found, layouts=Layouts()).hash != found.hash
 
 
 def test_less_memory_takes_a_dearer_price() -> None:
@@ -113,8 +114,8 @@ def test_less_memory_takes_a_dearer_price() -> None:
     free = planned(Strategy(tp=4, layouts="any"))
     assert free.predicted is not None
     tight = planned(Strategy(tp=4, layouts="any"), memory_limit=0.55 * free.predicted.peak_bytes)
-    assert tight.predicted is not None and tight.byte_price is not None and free.byte_price is not None
-    assert tight.byte_price > free.byte_price
+    assert tight.predicted is not None and tight.layouts.byte_price is not None and free.layouts.byte_price is not None
+    assert tight.layouts.byte_price > free.layouts.byte_price
     assert tight.predicted.parts["state bytes"] < 0.9 * free.predicted.parts["state bytes"]
     assert tight.predicted.step_seconds > free.predicted.step_seconds
 
@@ -139,11 +140,12 @@ def test_where_the_fastest_do_not_fit_fewer_activations_are_kept() -> None:
         return plan(model, FAR, example_inputs=batch, strategy=pins, batch="global", memory_limit=limit).plan
 
     free = found(None)
-    assert free.predicted is not None and free.kept_price == 0.0
+    assert free.predicted is not None and free.layouts.kept_price == 0.0
     tight = found(0.7 * free.predicted.peak_bytes)
-    assert tight.predicted is not None and tight.kept_price > 0.0
+    assert tight.predicted is not None and tight.layouts.kept_price > 0.0
     assert tight.predicted.step_seconds < 1.05 * free.predicted.step_seconds
-    assert Plan.from_json(tight.to_json()) == tight and replace(tight, kept_price=0.0).hash != tight.hash
+    assert Plan.from_json(tight.to_json()) == tight
+    assert replace(tight, layouts=replace(tight.layouts, kept_price=0.0)).hash != tight.hash
 
 
 def gathers(gm: fx.GraphModule) -> list[fx.Node]:
@@ -154,7 +156,7 @@ def gathers(gm: fx.GraphModule) -> list[fx.Node]:
 def test_a_parameter_gathered_for_an_op_is_not_kept_for_its_backward() -> None:
     """As under ZeRO-3, but over the tensor axis: where samples are many and weights small and dear, these travel."""
     found = case("mlp", batch=256)
-    wanted = Plan(mesh(tp=4), byte_price=1e-3, topology=NEAR)
+    wanted = Plan(mesh(tp=4), layouts=Layouts(byte_price=1e-3), topology=NEAR)
     programs = emit_all(found, wanted, shares(found, wanted))
     forward, backward = programs[0].graphs["forward"], programs[0].graphs["backward"]
     assert gathers(forward.graph) and gathers(backward.graph)
@@ -168,7 +170,7 @@ def test_one_sample_on_one_data_rank(axis: str, byte_price: float) -> None:
     """What it cannot cut, a rank with more must not: the fewest samples decide."""
     slow = Topology(Device("slow", {"float64": 7.75e8}, 1e12, 3.8e11, launch=9e-8), (Level("near", 4, 2.15e9, 4e-7),))
     found = case("t5", batch=3)
-    programs = emit_all(found, Plan(mesh(**{axis: 2, "tp": 2}), byte_price=byte_price, topology=slow), [2, 1])
+    programs = emit_all(found, Plan(mesh(**{axis: 2, "tp": 2}), layouts=Layouts(byte_price=byte_price), topology=slow), [2, 1])
     compare(found, programs, run(found, programs))
 
 
@@ -176,7 +178,7 @@ def test_one_sample_on_one_data_rank(axis: str, byte_price: float) -> None:
 def test_micro_batches_of_other_sizes(model: str) -> None:
     """Of two samples and of one: their outputs are joined, so they are cut alike."""
     found = case(model, batch=6)
-    wanted = Plan(mesh(dp_shard=2, tp=2), byte_price=0.0, topology=NEAR, microbatches=2)
+    wanted = Plan(mesh(dp_shard=2, tp=2), layouts=Layouts(byte_price=0.0), topology=NEAR, microbatches=2)
     programs = emit_all(found, wanted, [3, 3])
     compare(found, programs, run(found, programs))
 
@@ -217,7 +219,7 @@ def test_gathers_over_two_axes() -> None:
     torch.manual_seed(0)
     found = prepare(Penalized(), {"x": torch.randn(256, 16), "y": torch.randn(256, 16)})
     slow = Topology(Device("slow", {"float64": 1e9}, 1e12, 1e9, launch=1e-9), (Level("near", 4, 1e9, 1e-9),))
-    programs = emit_all(found, Plan(mesh(dp_shard=2, tp=2), zero=3, byte_price=1e-3, topology=slow), [128, 128])
+    programs = emit_all(found, Plan(mesh(dp_shard=2, tp=2), zero=3, layouts=Layouts(byte_price=1e-3), topology=slow), [128, 128])
     assert any(n.args[1] == "tp" for n in gathers(programs[0].graphs["forward"].graph))
     compare(found, programs, run(found, programs))
 
@@ -233,7 +235,7 @@ def test_a_cast_of_a_parameter_is_one() -> None:
     placement = tensor_placement(graph, found.problem.loss, 2, dear, Seconds(NEAR, Mesh(("tp",), (2,))), calls)
     cost = placed_cost(graph, Seconds(NEAR, Mesh(("tp",), (2,))), placement, calls)
     assert cost.gathers > 0 and cost.gathered > 0
-    program = emit(replace(found, plan=replace(found.plan, byte_price=1e-3, layout={})), 0)
+    program = emit(replace(found, plan=replace(found.plan, layouts=dear, layout={})), 0)
     values = [n.meta["val"] for n in gathers(program.graphs["backward"].graph)]
     whole = [t for value in values for t in (value if isinstance(value, (tuple, list)) else (value,))]
     assert whole and {t.dtype for t in whole} == {torch.bfloat16}

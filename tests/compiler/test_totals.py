@@ -12,7 +12,8 @@ from programs import FAR, NEAR, adapted, case, machine
 from properties import examples
 
 from shardwright.compiler.keeping import keeping
-from shardwright.compiler.tensor_axis import Layouts, Load, TensorAxis
+from shardwright.compiler.layouts import Layouts
+from shardwright.compiler.tensor_axis import Load, TensorAxis
 from shardwright.compiler.topology import Topology
 from shardwright.compiler.totals import PARAMETERS, SLACK, TOTALS, Known, tangent, totals_of
 from shardwright.passes.graph_tools import op_calls

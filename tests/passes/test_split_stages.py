@@ -10,6 +10,7 @@ from harness import Case, compare, emit_all, prepare, run
 from programs import case, plan, shares
 from torch import Tensor, fx, nn
 
+from shardwright.compiler.layouts import Layouts
 from shardwright.compiler.plan import Plan
 from shardwright.compiler.topology import Device, Level, Topology
 from shardwright.passes.graph_tools import extract, named_results
@@ -119,7 +120,7 @@ def test_borders_lie_alike_where_shares_differ() -> None:
     found = case("mlp")
     slow = Device("slow", {"float64": 4e7}, 1e12, 1.8e8, launch=1e-7)
     topology = Topology(slow, (Level("near", 8, 3.6e11, 1e-7),))
-    wanted = replace(plan(pp=2, tp=2, microbatches=2), byte_price=1e-6, topology=topology)
+    wanted = replace(plan(pp=2, tp=2, microbatches=2), layouts=Layouts(byte_price=1e-6), topology=topology)
     made = emit_all(found, wanted, shares(found, wanted))
     sent_keys = [{key.split("[")[0] for key in p.transfers} for p in made]
     shapes = {tuple(shape) for p in made for shape, _ in p.transfers.values()}

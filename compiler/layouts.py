@@ -1,0 +1,38 @@
+"""How values lie over a tensor axis, as a plan says it: in Megatron's layouts, or in whatever take the least time at some prices.
+
+Where each value lies follows from this, by a search that is exact (compiler/place.py), anew at each shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """sequence      Megatron's: activations between sharded products are cut by their tokens
+    byte_price    any layouts: seconds that a byte of parameters costs which a rank holds. None: Megatron's
+    kept_price    any layouts: seconds, of a micro-batch's, that a byte costs which it keeps for its backward
+    stream_price  any layouts: the same of the residual stream, which crosses the borders of stages
+    gather_prices   any layouts: the same of what one of the heaviest blocks gathers (compiler/heaviest.py), in their order
+    compute_price   any layouts: what a second of compute counts, less than 1 where it hides traffic over the data axes
+    """
+
+    sequence: bool = False
+    byte_price: float | None = None
+    kept_price: float = 0.0
+    stream_price: float = 0.0
+    gather_prices: tuple[float, ...] = ()
+    compute_price: float = 1.0
+
+    @property
+    def any(self) -> bool:
+        """Whether they are whatever take the least time, and not Megatron's."""
+        return self.byte_price is not None
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> Layouts:
+        """Of what `dataclasses.asdict` gives, or JSON of it."""
+        return cls(**{**data, "gather_prices": tuple(data["gather_prices"])})
