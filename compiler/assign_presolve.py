@@ -276,4 +276,4 @@ class Network:
 
 def _class_count(matrix: np.ndarray) -> int:
     """How many flow variables a pairwise matrix needs: distinct rows x distinct columns."""
-    return len(np.unique(matrix, axis=0)) * len(np.unique(matrix, axis=1).T)
+    return len({row.tobytes() for row in matrix}) * len({column.tobytes() for column in matrix.T})

@@ -17,6 +17,7 @@ from ..passes.types import Type, Varying, balanced_sizes
 from ..runtime.program import Mesh
 from .emit import Problem
 from .gathers import Whole
+from .groups import runs
 from .keeping import keeping
 from .layout import with_places
 from .layouts import Layouts
@@ -63,6 +64,7 @@ class Search:
         cut = partial(samples, problem.graph, self.batch.captured, problem.batch_inputs, problem.loss, self.calls)
         self.tensor = TensorAxis(problem.graph, problem.loss, topology, self.calls, self.kept, cut)
         self.steps = StepCost(problem, topology, self.batch, self.calls)
+        self.runs = runs(problem.graph)
         self.bound = math.inf  # seconds a sample; see `Refinement.bound`
         self._coupled: ShardingError | Literal[False] | None = None
 

@@ -7,6 +7,7 @@ more of what fits (the Lagrangian dual of a problem with one constraint, Everett
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,33 @@ class Point:
     @property
     def fits(self) -> bool:
         return self.excess <= 0
+
+
+@dataclass(frozen=True)
+class Between:
+    """Two choices, by number, of which a share of the second and the rest of the first would take these seconds and fit."""
+
+    over: int
+    within: int
+    share: float
+    seconds: float
+
+
+def between(points: Sequence[Point]) -> Between | None:
+    """The two whose mixture that fits is the fastest; None where one is faster, or nothing fits."""
+    fitting = [k for k, p in enumerate(points) if p.fits]
+    found: Between | None = None
+    least = min((points[k].seconds for k in fitting), default=math.inf)
+    for i, over in enumerate(points):
+        for j in fitting:
+            within = points[j]
+            if over.fits or over.seconds >= within.seconds:
+                continue
+            share = over.excess / (over.excess - within.excess)
+            seconds = over.seconds + share * (within.seconds - over.seconds)
+            if seconds < least:
+                found, least = Between(i, j, share, seconds), seconds
+    return found
 
 
 def balance(points: Sequence[Point]) -> float | None:

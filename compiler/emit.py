@@ -6,7 +6,7 @@ for each data axis, then micro-batches, then tp:  place ▶ shard ▶ check
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -47,15 +47,16 @@ from ..runtime.program import (
 )
 from .collector import without_collection
 from .cost import Seconds
+from .groups import Groups, regrouped
 from .keeping import keeping, sized
 from .known_placements import KnownPlacements
 from .layouts import Layouts
 from .offers import offers
-from .place import Placement, Policy, place
+from .place import Placement, Policy, Rules, place
 from .plan import Plan
 from .prices import Prices, Volume
 from .schedules import Step, build, crossing, part_name
-from .tensor_axis import policy_of, prices_of
+from .tensor_axis import mixed_rules, rules
 
 SEGMENT_BYTES = 8 * 2**20
 """Gradients in a part of the backward graph: enough that latency does not count, few enough that most are summed while others
@@ -138,35 +139,57 @@ def lower(
         sizes = coordinates_of(plan, 0).sizes
         with use_communicator(StaticCommunicator(sizes, {**leader, TIME: last})):
             decided = lower(problem, plan, leader, values, last, known).placements
-    cuts = data_sections(plan, problem.local_batches, coordinates)
     seconds = Seconds(plan.topology, plan.mesh) if plan.topology is not None else None
-    steps: list[tuple[Axis, int, Policy, Prices]] = []
+    for step in _axis_steps(problem, plan, coordinates, microbatch, seconds):
+        axis, policy = step.axis, step.policy
+        calls = op_calls(gm)
+        offered = counted = None
+        priced = any(found.prices_sizes for found in (policy, *(step.mixed or ())[:1]))
+        if priced or step.groups:
+            offered = offers(gm, axis, calls, policy.role, policy.pinned, groups=step.groups)
+            counted = sized(calls, keeping(calls), offered) if priced else None
+        like = decided.get(axis.name)
+        find = partial(place, gm, axis, policy, step.prices, calls, like=like, sized=counted, offered=offered, mixed=step.mixed)
+        placement = find() if known is None else known.of(gm, axis, policy, calls, like is not None, find)
+        ways = seconds.ways(axis) if seconds is not None and axis.name != TIME else None
+        twins = regrouped(gm, step.groups)
+        gm = shard(gm, axis, step.index, placement.choice, placement.placeholders, placement.outputs, values, calls, ways, twins)
+        check(gm, axis, step.index, placement.placeholders)
+        placements[axis.name] = placement
+    return Lowered(gm, placements)
+
+
+@dataclass(frozen=True)
+class _AxisStep:
+    """How the graph is placed along one axis, and at which of its ranks. mixed, groups: as `place` and `offers` take them."""
+
+    axis: Axis
+    index: int
+    policy: Policy
+    prices: Prices
+    mixed: Rules | None = None
+    groups: Groups = field(default_factory=dict)
+
+
+def _axis_steps(
+    problem: Problem, plan: Plan, coordinates: Mapping[str, int], microbatch: int, seconds: Seconds | None
+) -> Iterator[_AxisStep]:
+    cuts = data_sections(plan, problem.local_batches, coordinates)
     for axis in plan.data_axes:
         pinned: dict[str, Type] = {key: Varying(0, cuts[axis]) for key in problem.batch_inputs}
-        steps.append((Axis(axis, plan.mesh.size(axis)), coordinates[axis], Policy("data", pinned, problem.loss), Volume()))
+        policy = Policy("data", pinned, problem.loss)
+        yield _AxisStep(Axis(axis, plan.mesh.size(axis)), coordinates[axis], policy, Volume())
     if plan.microbatches > 1:
         rows = problem.local_batches[plan.data_rank(coordinates)]
         slices: dict[str, Type] = {key: Varying(0, (balanced_sizes(rows, plan.microbatches),)) for key in problem.batch_inputs}
-        policy = Policy("time", {}, problem.loss, slices=slices)
-        steps.append((Axis(TIME, plan.microbatches), microbatch, policy, Volume()))
+        yield _AxisStep(Axis(TIME, plan.microbatches), microbatch, Policy("time", {}, problem.loss, slices=slices), Volume())
     if plan.mesh.size("tp") > 1:
         # Ranks with sequences of other lengths place each by itself: alike by bytes, which grow together, but not by time.
         layouts = Layouts() if problem.ragged else plan.layouts
-        policy, prices = policy_of(layouts, problem.loss, plan.layout), prices_of(layouts, seconds)
-        steps.append((Axis("tp", plan.mesh.size("tp")), coordinates["tp"], policy, prices))
-    for axis, index, policy, prices in steps:
-        calls = op_calls(gm)
-        offered = counted = None
-        if policy.prices_sizes:
-            offered = offers(gm, axis, calls, policy.role, policy.pinned)
-            counted = sized(calls, keeping(calls), offered)
-        find = partial(place, gm, axis, policy, prices, calls, like=decided.get(axis.name), sized=counted, offered=offered)
-        placement = find() if known is None else known.of(gm, axis, policy, calls, axis.name in decided, find)
-        ways = seconds.ways(axis) if seconds is not None and axis.name != TIME else None
-        gm = shard(gm, axis, index, placement.choice, placement.placeholders, placement.outputs, values, calls, ways)
-        check(gm, axis, index, placement.placeholders)
-        placements[axis.name] = placement
-    return Lowered(gm, placements)
+        policy, prices = rules(layouts, problem.loss, plan.layout, seconds)
+        mixed = mixed_rules(layouts, problem.loss, seconds)
+        axis = Axis("tp", plan.mesh.size("tp"))
+        yield _AxisStep(axis, coordinates["tp"], policy, prices, mixed, plan.layouts.groups)
 
 
 def _leader(problem: Problem, plan: Plan, coordinates: Mapping[str, int]) -> dict[str, int]:

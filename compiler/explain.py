@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections import Counter
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -27,7 +29,11 @@ def explain(plan: Plan, name: str | None = None, width: int = 110) -> str:
             proven = "proven optimal" if gap == 0 else f"within {max(gap, 1e-4):.2%} of the cheapest possible"
             console.print(f"Placement over tp={plan.mesh.size('tp')}: {proven}")
         elif plan.mesh.size("tp") > 1 or gap:
-            console.print(f"Proven: no plan that fits takes over {max(gap, 1e-4):.2%} less time for a sample")
+            console.print(
+                f"Proven: with like blocks placed alike, no plan that fits takes over {max(gap, 1e-4):.2%} less time for a sample"
+            )
+    if plan.layouts.mixed is not None:
+        console.print(f"In other layouts than the rest: blocks {_ranges(plan.layouts.mixed.blocks)}")
     for reason in plan.reasons:
         console.print(reason)
     if plan.layout:
@@ -52,6 +58,12 @@ def explain(plan: Plan, name: str | None = None, width: int = 110) -> str:
             table.add_row(other.name, seconds_text(other.step_seconds), bytes_text(other.peak_bytes), other.reason)
         console.print(table)
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`0-3, 8`, of numbers that ascend."""
+    runs = [[n for _, n in run] for _, run in itertools.groupby(enumerate(numbers), key=lambda found: found[1] - found[0])]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _parameter(plan: Plan, name: str) -> str:

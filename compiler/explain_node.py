@@ -16,7 +16,9 @@ from ..passes.types import I, Type
 from .cost import Seconds, size_of
 from .emit import Lowered, Problem, coordinates_of, lower
 from .explain import describe
+from .groups import regrouped
 from .needs import gathered_again
+from .offers import offers
 from .place import Placement
 from .placed_cost import placed_cost, produced
 from .plan import Plan
@@ -117,7 +119,9 @@ def _tensor_costs(problem: Problem, plan: Plan, topology: Topology, node: fx.Nod
     seconds = _tensor_seconds(plan, topology)
     chosen = _placement(problem, plan, seconds, calls)
     own = _own_seconds(node, chosen, seconds, Axis("tp", plan.mesh.size("tp")), calls)
-    copies = sum(_first(problem.graph, n) == _first(problem.graph, node) for n in problem.graph.graph.nodes) - 1
+    twins = regrouped(problem.graph, plan.layouts.groups)
+    first = twins.get(node.name, node.name)
+    copies = sum(twins.get(n.name, n.name) == first for n in problem.graph.graph.nodes) - 1
     alike = f"; {copies} more like it in other blocks lie the same" if copies else ""
     lines = [f"cost: {seconds_text(own)} a step on each rank{alike}"]
     try:
@@ -148,7 +152,8 @@ def next_best(
     outs = _outs(chosen, node)
     size, layouts, barred = plan.mesh.size("tp"), plan.layouts, {node.name: [outs]}
     other = tensor_placement(problem.graph, problem.loss, size, layouts, seconds, calls, barred)
-    before, after = (placed_cost(problem.graph, seconds, p, calls) for p in (chosen, other))
+    offered = offers(problem.graph, chosen.axis, calls, "tensor", groups=layouts.groups)
+    before, after = (placed_cost(problem.graph, seconds, p, calls, offered=offered) for p in (chosen, other))
     share = _share(plan)
 
     def more(part: str) -> float:
@@ -183,10 +188,6 @@ def _share(plan: Plan) -> float:
 
 def _outs(placement: Placement, node: fx.Node) -> tuple[Type, ...]:
     return (placement.placeholders[node.meta["key"]],) if node.op == "placeholder" else placement.choice[node.name].outs
-
-
-def _first(gm: fx.GraphModule, node: fx.Node) -> str:
-    return (gm.meta.get("twins") or {}).get(node.name, node.name)
 
 
 def _own_seconds(node: fx.Node, placement: Placement, seconds: Seconds, axis: Axis, calls: Calls) -> float:

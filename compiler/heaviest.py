@@ -10,6 +10,7 @@ from collections import Counter
 
 from ..passes.graph_tools import is_parameter
 from .offers import Offers, Uses, Value
+from .place import Heavy
 from .prices import size_of
 
 COUNT = 2
@@ -22,11 +23,20 @@ def block_of(offered: Offers, uses: Uses) -> object:
     return offered.order[reader].node.meta.get("block") if reader < len(offered.order) else None
 
 
-def heaviest(offered: Offers) -> dict[tuple[Value, Uses], int]:
-    """The parameters of these blocks, as `Offers.uses` has them, each with the number of its block: 0 for the heaviest."""
+def heaviest(offered: Offers) -> dict[tuple[Value, Uses], Heavy]:
+    """The parameters of these blocks, as `Offers.uses` has them."""
     blocks = {(v, uses): block_of(offered, uses) for v, uses in offered.uses if is_parameter(offered.decisions[v[0]].node)}
     sizes = Counter[object]()
     for (value, _), block in blocks.items():
         sizes[block] += size_of(offered.meta[value])
-    order = {block: k for k, (block, _) in enumerate(sizes.most_common(COUNT))}
-    return {key: order[block] for key, block in blocks.items() if block in order}
+    runs = Counter[object]()
+    for block, size in sizes.items():
+        run, _ = offered.stand_ins.get(block, (block, 1.0))
+        runs[run] = max(runs[run], size)
+    order = {run: k for k, (run, _) in enumerate(runs.most_common(COUNT))}
+    heavy = {}
+    for block in sizes:
+        run, share = offered.stand_ins.get(block, (block, 1.0))
+        if run in order:
+            heavy[block] = Heavy(order[run], block, share)
+    return {key: heavy[block] for key, block in blocks.items() if block in heavy}

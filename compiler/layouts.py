@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .groups import Groups, together
+
 
 @dataclass(frozen=True)
 class Layouts:
@@ -18,6 +20,7 @@ class Layouts:
     stream_price  any layouts: the same of the residual stream, which crosses the borders of stages
     gather_prices   any layouts: the same of what one of the heaviest blocks gathers (compiler/heaviest.py), in their order
     compute_price   any layouts: what a second of compute counts, less than 1 where it hides traffic over the data axes
+    mixed         any layouts: others, that some of the repeated blocks lie in
     """
 
     sequence: bool = False
@@ -26,13 +29,31 @@ class Layouts:
     stream_price: float = 0.0
     gather_prices: tuple[float, ...] = ()
     compute_price: float = 1.0
+    mixed: Mixed | None = None
 
     @property
     def any(self) -> bool:
         """Whether they are whatever take the least time, and not Megatron's."""
         return self.byte_price is not None
 
+    @property
+    def groups(self) -> Groups:
+        """The blocks whose layouts are found together."""
+        return together(self.mixed.blocks) if self.mixed else {}
+
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Layouts:
         """Of what `dataclasses.asdict` gives, or JSON of it."""
-        return cls(**{**data, "gather_prices": tuple(data["gather_prices"])})
+        mixed = data["mixed"]
+        found = Mixed(tuple(mixed["blocks"]), cls.from_data(mixed["layouts"])) if mixed else None
+        return cls(**{**data, "gather_prices": tuple(data["gather_prices"]), "mixed": found})
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """blocks     of the repeated ones, by number
+    layouts    theirs
+    """
+
+    blocks: tuple[int, ...]
+    layouts: Layouts

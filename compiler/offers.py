@@ -1,6 +1,7 @@
 """What an axis offers each node of a graph, found from the rules once: placements at other prices choose from the same.
 
-Nodes at the same position of identical blocks (meta["twins"] of the graph) are one decision.
+Nodes at the same position of identical blocks (meta["twins"] of the graph) are one decision; where blocks are in groups, of those
+of a group.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ..passes.graph_tools import Calls, is_getitem, metas
 from ..passes.rules.base import Axis, OpCall, Strategy, TensorMeta, find_rule, strategies
 from ..passes.splits import Cuts, Site, Value, spread
 from ..passes.types import I, R, Type, Varying, even_sections
+from .groups import Groups, group_of, regrouped, stand_ins
 
 Role = Literal["data", "time", "tensor"]
 
@@ -32,6 +34,7 @@ class Decision:
     operands    its own
     places      how many of the nodes take which operands: later ones have others where one block hands values to the next
     offered     the ways in which it may run
+    group       of the blocks that it is in
     """
 
     name: str
@@ -43,6 +46,7 @@ class Decision:
     call: OpCall | None = None
     site: Site | None = None
     offered: Sequence[Strategy] = ()
+    group: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Offers:
     exits        the value that each output of the graph is
     uses         how many nodes at a value's place give it to the same uses: a block's last repetition may serve others than the
                  first ones do, and pays for the conversions that these need alone
+    stand_ins    `groups.stand_ins`
     """
 
     axis: Axis
@@ -61,6 +66,7 @@ class Offers:
     uses: Mapping[tuple[Value, Uses], int]
     twins: Mapping[str, str]
     cuts: Cuts
+    stand_ins: Mapping[object, tuple[int, float]]
 
     def first(self, node: fx.Node) -> str:
         """The name of the decision that a node is part of."""
@@ -87,10 +93,14 @@ def offers(
     role: Role,
     pinned: Mapping[str, Type] | None = None,
     slices: Mapping[str, Type] | None = None,
+    groups: Groups | None = None,
 ) -> Offers:
-    """What `axis` offers in a role; `role`, `pinned` and `slices` are those of `place.Policy`."""
-    pinned, slices = pinned or {}, slices or {}
-    twins: Mapping[str, str] = gm.meta.get("twins", {})
+    """What `axis` offers in a role; `role`, `pinned` and `slices` are those of `place.Policy`.
+
+    groups    of blocks that are placed each by themselves
+    """
+    pinned, slices, groups = pinned or {}, slices or {}, groups or {}
+    twins = regrouped(gm, groups)
     decisions: dict[str, Decision] = {}
     meta: dict[Value, TensorMeta] = {}
     cut: dict[Value, Varying] = {}
@@ -110,7 +120,8 @@ def offers(
             continue
         results = {(name, k): m for k, m in enumerate(metas(node))}
         meta.update(results)
-        decision = decisions[name] = Decision(name, len(decisions), node, tuple(results), operands, Counter([operands]))
+        own, group = tuple(results), group_of(node, groups)
+        decision = decisions[name] = Decision(name, len(decisions), node, own, operands, Counter([operands]), group=group)
         if node.op == "placeholder":
             type_ = pinned.get(node.meta["key"]) or slices.get(node.meta["key"])
             if isinstance(type_, Varying):
@@ -129,7 +140,7 @@ def offers(
             decision.offered = [Strategy(str(t), (), (t,)) for t in types]
     results = list(next(n for n in gm.graph.nodes if n.op == "output").args[0])  # type: ignore[arg-type]
     uses = _uses(calls, results, decisions, twins)
-    return Offers(axis, decisions, meta, [*map(value_of, results)], uses, twins, cuts)
+    return Offers(axis, decisions, meta, [*map(value_of, results)], uses, twins, cuts, stand_ins(gm, groups))
 
 
 def made_by(node: fx.Node) -> tuple[fx.Node, int]:

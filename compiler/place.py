@@ -78,6 +78,9 @@ class Placement:
         return relative_gap(self.cost, self.bound)
 
 
+Rules = tuple[Policy, Prices]
+"""By which the decisions of some blocks are made."""
+
 Barred = Mapping[str, Sequence[tuple[Type, ...]]]
 """By node name: types, of all its results, that it must not give."""
 
@@ -111,13 +114,23 @@ class KeptAt:
 
 
 @dataclass(frozen=True)
+class Heavy:
+    """Of a parameter: which of the heaviest blocks it is in (0 is the heaviest), of those of its group which one, and of all blocks
+    like it how large a share the group is: what the group gathers counts so much of the block's price."""
+
+    number: int
+    block: object
+    share: float
+
+
+@dataclass(frozen=True)
 class Sized:
     """Values whose bytes may have a price: kept for the backward; of the residual stream, each with its share in the mean; and
-    parameters of the heaviest blocks, where they are gathered, with the number of their block (compiler/heaviest.py)."""
+    parameters of the heaviest blocks, where they are gathered (compiler/heaviest.py)."""
 
     kept: Sequence[KeptAt] = ()
     stream: Sequence[KeptAt] = ()
-    heaviest: Mapping[tuple[Value, Uses], int] = field(default_factory=dict)
+    heaviest: Mapping[tuple[Value, Uses], Heavy] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -142,6 +155,7 @@ def place(
     sized: Sized | None = None,
     offered: Offers | None = None,
     priced: Priced | None = None,
+    mixed: Rules | None = None,
 ) -> Placement:
     """The cheapest placement of `gm` along `axis`. Raises ShardingError naming the node where none exists.
 
@@ -151,10 +165,12 @@ def place(
     sized     what the policy's `kept_price` and `stream_price` are paid for (compiler/keeping.py)
     offered   `offers(...)`, where the caller has it, and what is sized is of it
     priced    `price(...)` at these prices and of what is offered, whatever the policy's prices of bytes: where the caller has it
+    mixed     what holds, instead of the policy's prices of bytes and of `prices`, in the blocks of groups that are offered ways of
+              their own
     """
     calls = op_calls(gm) if calls is None else calls
     offered = offered or offers(gm, axis, calls, policy.role, policy.pinned, policy.slices)
-    builder = _Builder(gm, axis, policy, prices, calls, offered, sized or Sized(), priced)
+    builder = _Builder(gm, axis, (policy, prices), calls, offered, sized or Sized(), priced, mixed)
     for name, left_out in (barred or {}).items():
         builder.bar(name, left_out)
     if like is not None:
@@ -167,9 +183,11 @@ def place(
     return builder.placement(solution)
 
 
-def price(gm: fx.GraphModule, axis: Axis, policy: Policy, prices: Prices, calls: Calls, offered: Offers) -> Priced:
+def price(
+    gm: fx.GraphModule, axis: Axis, policy: Policy, prices: Prices, calls: Calls, offered: Offers, mixed: Rules | None = None
+) -> Priced:
     """What `place` finds out first, for calls that differ in the prices of bytes alone."""
-    return _Builder(gm, axis, policy, prices, calls, offered, Sized()).priced()
+    return _Builder(gm, axis, (policy, prices), calls, offered, Sized(), mixed=mixed).priced()
 
 
 def _kinds(types: Sequence[Type]) -> tuple[object, ...]:
@@ -191,14 +209,15 @@ class _Builder:
         self,
         gm: fx.GraphModule,
         axis: Axis,
-        policy: Policy,
-        prices: Prices,
+        rules: Rules,
         calls: Calls,
         offers: Offers,
         sized: Sized,
         priced: Priced | None = None,
+        mixed: Rules | None = None,
     ) -> None:
-        self.gm, self.axis, self.policy, self.prices = gm, axis, policy, prices
+        self.gm, self.axis, self.rules = gm, axis, (rules, mixed or rules)
+        self.policy = rules[0]
         self.calls, self.offers, self.sized = calls, offers, sized
         self.decisions, self.meta = offers.decisions, offers.meta
         self.order = offers.order
@@ -233,14 +252,14 @@ class _Builder:
         base = self.known or self.priced()
         self.exit_types = base.exit_types
         costs, values = list(base.costs), list(base.values)
-        if self.policy.byte_price:
-            self._price_held(costs)
-        if any(self.policy.gather_prices):
-            self._price_gathered(base, values)
-        for price, sized in ((self.policy.kept_price, self.sized.kept), (self.policy.stream_price, self.sized.stream)):
-            if price:
-                self._price_sized(price, sized, costs, values)
+        self._price_held(costs)
+        self._price_gathered(base, values)
+        self._price_sized(lambda policy: policy.kept_price, self.sized.kept, costs, values)
+        self._price_sized(lambda policy: policy.stream_price, self.sized.stream, costs, values)
         return Problem(tuple(costs), tuple(values))
+
+    def _rules(self, d: Decision) -> Rules:
+        return self.rules[min(d.group, 1)]
 
     def priced(self) -> Priced:
         costs = [self._option_costs(d) for d in self.order]
@@ -257,21 +276,30 @@ class _Builder:
 
     def _price_held(self, costs: list[np.ndarray]) -> None:
         for d in self.order:
-            if d.node.op == "placeholder" and is_parameter(d.node):
-                price = (self.policy.byte_price or 0.0) * size_of(metas(d.node)[0]) * d.places.total()
+            each = self._rules(d)[0].byte_price
+            if each and d.node.op == "placeholder" and is_parameter(d.node):
+                price = each * size_of(metas(d.node)[0]) * d.places.total()
                 costs[d.index] = costs[d.index] + price * np.array(self._shares((d.index, 0)))
 
     def _price_gathered(self, base: Priced, values: list[AssignValue]) -> None:
         for i, key in enumerate(self.offers.uses):
-            if key in self.sized.heaviest:
+            prices = self._rules(self.decisions[key[0][0]])[0].gather_prices
+            if any(prices) and key in self.sized.heaviest:
+                heavy = self.sized.heaviest[key]
                 gathered = np.array([[makes_whole(a, b) for b in base.types[i]] for a in base.types[i]])
-                price = self.policy.gather_prices[self.sized.heaviest[key]] * size_of(self.meta[key[0]])
+                price = prices[heavy.number] * heavy.share * size_of(self.meta[key[0]])
                 values[i] = replace(values[i], conversion=values[i].conversion + np.where(gathered, price, 0.0))
 
-    def _price_sized(self, price: float, sized: Sequence[KeptAt], costs: list[np.ndarray], values: list[AssignValue]) -> None:
+    def _price_sized(
+        self, each: Callable[[Policy], float], sized: Sequence[KeptAt], costs: list[np.ndarray], values: list[AssignValue]
+    ) -> None:
         """What is kept is paid for once for each share that a use takes of it, as conversions are."""
         for kept in sized:
-            at, made = kept.maker[0], self._shares(kept.maker)
+            at = kept.maker[0]
+            price = each(self._rules(self.order[at])[0])
+            if not price:
+                continue
+            made = self._shares(kept.maker)
             if not kept.uses:
                 costs[at] = costs[at] + price * np.array([kept.cost(share, share) for share in made])
                 continue
@@ -321,16 +349,16 @@ class _Builder:
         for t in (*produced, *(t for _, types in uses for t in types)):
             ids.setdefault(t, len(ids))
         types = list(ids)
-        of_parameter = is_parameter(d.node)
+        of_parameter, (_, prices) = is_parameter(d.node), self._rules(d)
         conversion = np.full((len(types), len(types)), np.inf)
         for i, a in enumerate(types):
             for j, b in enumerate(types):
                 if is_free(a, b, meta.grad):
                     conversion[i, j] = 0.0
                 elif exists(a, b, meta.grad) and self._allowed(a, b, meta, d):
-                    price = self.prices.conversion(a, b, meta, self.axis, of_parameter)
+                    price = prices.conversion(a, b, meta, self.axis, of_parameter)
                     if gathered_again(d.node, a, b, self.calls):
-                        price += self.prices.conversion(a, I, replace(meta, grad=False), self.axis, of_parameter)
+                        price += prices.conversion(a, I, replace(meta, grad=False), self.axis, of_parameter)
                     conversion[i, j] = price * count
         asked = tuple(Use(node, tuple(ids[t] for t in needed)) for node, needed in uses)
         return AssignValue(d.index, tuple(ids[t] for t in produced), conversion, asked), types
@@ -366,18 +394,18 @@ class _Builder:
         return True
 
     def _option_costs(self, d: Decision) -> np.ndarray:
-        options = self.options[d.index]
+        options, (_, prices) = self.options[d.index], self._rules(d)
         if d.node.op == "placeholder":
             meta = metas(d.node)[0]
-            prices = [self.prices.placeholder(s.outs[0], meta, self.axis) for s in options]
-            return np.array(prices, dtype=float) * d.places.total()
+            found = [prices.placeholder(s.outs[0], meta, self.axis) for s in options]
+            return np.array(found, dtype=float) * d.places.total()
         assert d.call is not None
         counts: Counter[tuple[bool, ...]] = Counter()
         for operands, count in d.places.items():
             counts[tuple(is_parameter(self.decisions[name].node) for name, _ in operands)] += count
         total = np.zeros(len(options))
         for from_parameters, count in counts.items():
-            total += count * np.array([self.prices.node(d.call, s, self.axis, from_parameters) for s in options], dtype=float)
+            total += count * np.array([prices.node(d.call, s, self.axis, from_parameters) for s in options], dtype=float)
         return total
 
     def explain(self, error: AssignError) -> ShardingError:

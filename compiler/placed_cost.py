@@ -19,7 +19,7 @@ from .heaviest import COUNT, block_of
 from .keeping import Keeping, keeping, kept_bytes, largest_backward_bytes, sized
 from .needs import gathered_again, read_again
 from .offers import Offers, Uses, Value, made_by, offers
-from .place import Place, Placement, Sized
+from .place import Heavy, Place, Placement, Sized
 from .prices import held
 from .stream import stream_bytes
 from .topology import collective_bytes
@@ -82,7 +82,7 @@ def placed_cost(
     kept = kept or keeping(calls)
     compute = launches = 0.0
     parameters = trainable = sums = received_once = 0.0
-    for node, count in _distinct(gm):
+    for node, count in _distinct(gm, offered.twins if offered else gm.meta.get("twins", {})):
         if node in calls:
             timing = _timing(node, calls, placement, seconds)
             compute, launches = compute + timing.work * count, launches + timing.fixed * count
@@ -121,9 +121,8 @@ def _read_again(gm: fx.GraphModule, placement: Placement | None, calls: Calls, a
     return found
 
 
-def _distinct(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, int]]:
+def _distinct(gm: fx.GraphModule, twins: Mapping[str, str]) -> Iterator[tuple[fx.Node, int]]:
     """Of the nodes at the same place of identical blocks the first, and how many they are."""
-    twins: Mapping[str, str] = gm.meta.get("twins", {})
     counts = Counter(twins.get(node.name, node.name) for node in gm.graph.nodes)
     return ((node, counts[node.name]) for node in gm.graph.nodes if twins.get(node.name, node.name) == node.name)
 
@@ -160,7 +159,7 @@ def _with_conversions(
     nodes = [d.node for d in offered.order]
     traffic = latencies = gathers = received = received_gathers = 0.0
     blocks: Counter[object] = Counter()
-    heaviest = [0.0] * COUNT
+    heavy: Counter[Heavy] = Counter()
     for c in _conversions(placement, calls, offered, nodes):
         timing, size = _price(c, seconds, placement.axis)
         if not is_parameter(c.source):
@@ -170,7 +169,9 @@ def _with_conversions(
         if makes_whole(c.have, c.needed):
             blocks[block_of(offered, c.uses)] += size_of(c.meta)
             if (c.value, c.uses) in counted.heaviest:
-                heaviest[counted.heaviest[c.value, c.uses]] += size_of(c.meta)
+                heavy[counted.heaviest[c.value, c.uses]] += size_of(c.meta)
+
+    largest = [float(max((size for of, size in heavy.items() if of.number == k), default=0)) for k in range(COUNT)]
 
     def share(place: Place) -> float:
         strategy = placement.choice[nodes[place[0]].name]
@@ -182,8 +183,8 @@ def _with_conversions(
         latencies=latencies,
         gathers=gathers,
         gathered=float(max(blocks.values(), default=0)),
-        heaviest=heaviest[0],
-        second=heaviest[1],
+        heaviest=largest[0],
+        second=largest[1],
         activations=sum(k.held(share) for k in counted.kept),
         stream=sum(k.held(share) for k in counted.stream),
         received=received,

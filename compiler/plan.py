@@ -38,7 +38,8 @@ def decode_type(value: Any) -> Type:
 class Prediction:
     """What a plan is expected to cost: seconds a step, bytes a rank at the peak, bytes received a rank and step by axis.
 
-    gap    by how much at most, relative to its time, a plan that fits could be faster, of those that the search is for: proven
+    gap    by how much at most, relative to its time, a plan that fits could be faster, of those that the search is for and in which
+           like blocks lie alike: proven
     """
 
     step_seconds: float
@@ -105,7 +106,8 @@ class Plan:
             if axis == "dp_shard" and self.zero:
                 extra = f" (zero {self.zero}{f', {len(self.whole)} parameters whole' if self.whole else ''})"
             if axis == "tp" and self.layouts.any:
-                extra = " (any layouts)"
+                mixed = self.layouts.mixed
+                extra = f" (any layouts, {len(mixed.blocks)} blocks in others)" if mixed else " (any layouts)"
             elif axis == "tp" and self.layouts.sequence:
                 extra = " (sequence parallel)"
             if axis == "pp":

@@ -6,7 +6,7 @@ of a run of blocks the first in each pipeline stage, and one more, so that a blo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -15,6 +15,7 @@ from ..passes.blocks import Run, find_blocks
 from ..passes.graph_tools import extract, named_results
 from ..runtime.program import Mesh
 from .emit import Problem
+from .groups import group_of
 from .plan import Plan
 from .prepare import mark_twins
 
@@ -69,18 +70,33 @@ def fewer_blocks(sample: Sample) -> Sample:
                 node.replace_all_uses_with(twin, delete_user_cb=lambda user: user not in gone)
     unread = {n.meta["key"] for n in gm.graph.nodes if n.op == "placeholder" and n.users and all(u in gone for u in n.users)}
     small = extract(gm, [(key, node) for key, node in named_results(gm) if key not in unread], {})
+    before = [(node, node.meta.get("block")) for node in small.graph.nodes]
     mark_twins(small)
+    plan = _renumbered(sample.plan, {(number, node.meta.get("block")) for node, number in before})
     keys = {n.meta["key"] for n in small.graph.nodes if n.op == "placeholder"}
     constants = {k: v for k, v in sample.problem.constants.items() if k in keys}
     left_out = (*sample.left_out, f"{count} of {total} blocks")
-    return Sample(replace(sample.problem, graph=small, constants=constants), sample.plan, left_out)
+    return Sample(replace(sample.problem, graph=small, constants=constants), plan, left_out)
+
+
+def _renumbered(plan: Plan, numbers: Iterable[tuple[int | None, int | None]]) -> Plan:
+    """The plan for blocks that have other numbers: what they were, and what they are; None outside of blocks."""
+    mixed = plan.layouts.mixed
+    if mixed is None:
+        return plan
+    blocks = tuple(sorted({new for old, new in numbers if old in mixed.blocks and new is not None}))
+    return replace(plan, layouts=replace(plan.layouts, mixed=replace(mixed, blocks=blocks)))
 
 
 def _kept(run: Run, plan: Plan) -> set[int]:
-    """Instances to keep: the first of each stage and ZeRO level, and the second of all."""
+    """Instances to keep: the first of each stage, ZeRO level and layouts, and the second of all."""
     names = [[str(n.meta.get("key", "")).removeprefix("param.") for n in leaves] for leaves in run.leaves]
     decided = [
-        (max((plan.stage_of.get(name, 0) for name in each), default=0), any(plan.zero_of(name) < plan.zero for name in each))
-        for each in names
+        (
+            max((plan.stage_of.get(name, 0) for name in each), default=0),
+            any(plan.zero_of(name) < plan.zero for name in each),
+            group_of(instance[0], plan.layouts.groups),
+        )
+        for each, instance in zip(names, run.instances, strict=True)
     ]
     return {decided.index(kind) for kind in set(decided)} | {0, 1}

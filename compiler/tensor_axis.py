@@ -25,7 +25,7 @@ from .cost import Seconds, power_of_two
 from .keeping import Keeping, keeping, least_backward_bytes, sized
 from .layouts import Layouts
 from .offers import Offers, offers
-from .place import Barred, Placement, Policy, Priced, Sized, place, price
+from .place import Barred, Placement, Policy, Priced, Rules, Sized, place, price
 from .placed_cost import PlacedCost, placed_cost
 from .prices import Prices, megatron_prices, size_of
 from .samples import Samples, without_cuts
@@ -129,14 +129,32 @@ def tensor_placement(
     counted    `sized(...)`, where the caller has it and the layouts' prices of bytes need it
     offered, priced    as `place` takes them
     """
-    load = (seconds.share, seconds.runs) if seconds is not None else (1.0, 1)
-    policy = policy_of(layouts, loss, pinned or {}, *load)
     calls = op_calls(gm) if calls is None else calls
-    axis = Axis("tp", size)
-    offered = offered or offers(gm, axis, calls, "tensor", policy.pinned)
-    if counted is None and policy.prices_sizes:
+    axis, (policy, prices) = Axis("tp", size), rules(layouts, loss, pinned or {}, seconds)
+    mixed = mixed_rules(layouts, loss, seconds)
+    offered = offered or offers(gm, axis, calls, "tensor", policy.pinned, groups=layouts.groups)
+    if counted is None and (policy.prices_sizes or (mixed and mixed[0].prices_sizes)):
         counted = sized(calls, keeping(calls), offered)
-    return place(gm, axis, policy, prices_of(layouts, seconds), calls, barred, sized=counted, offered=offered, priced=priced)
+    return place(gm, axis, policy, prices, calls, barred, sized=counted, offered=offered, priced=priced, mixed=mixed)
+
+
+def rules(layouts: Layouts, loss: str | None, pinned: Mapping[str, Type], seconds: Seconds | None) -> Rules:
+    """What `place` is to go by, for the load of these seconds."""
+    load = (seconds.share, seconds.runs) if seconds is not None else (1.0, 1)
+    return policy_of(layouts, loss, pinned, *load), prices_of(layouts, seconds)
+
+
+def mixed_rules(layouts: Layouts, loss: str | None, seconds: Seconds | None) -> Rules | None:
+    """The same in the blocks that lie in other layouts."""
+    return rules(layouts.mixed.layouts, loss, {}, seconds) if layouts.mixed else None
+
+
+_Groups = tuple[tuple[int, int], ...]
+"""`groups.Groups`, to look things up by."""
+
+
+def _groups(layouts: Layouts) -> _Groups:
+    return tuple(layouts.groups.items())
 
 
 @dataclass
@@ -145,6 +163,7 @@ class Explored:
 
     known: Known
     costs: list[PlacedCost]
+    layouts: list[Layouts]
 
 
 class TensorAxis:
@@ -170,9 +189,9 @@ class TensorAxis:
         self._seconds: dict[tuple[int, Load], Seconds] = {}
         self._placements: dict[tuple[int, Layouts, Load], Placement] = {}
         self._costs: dict[tuple[int, Layouts, Load], PlacedCost] = {}
-        self._offered: dict[tuple[int, bool], Offers] = {}
+        self._offered: dict[tuple[int, bool, _Groups], Offers] = {}
         self._priced: dict[tuple[int, Load, float], Priced] = {}
-        self._sized: dict[int, Sized] = {}
+        self._sized: dict[tuple[int, _Groups], Sized] = {}
         self._explored: dict[tuple[int, float, bool], Explored] = {}
         self._least: dict[int, PlacedCost] = {}
 
@@ -181,20 +200,23 @@ class TensorAxis:
         key = self._key(size, layouts, load)
         if key not in self._costs:
             placement = self.placement(size, layouts, load)
-            offered, counted = (self._offers(size, key[2].few), self._sized_of(size)) if placement is not None else (None, None)
+            groups = _groups(layouts)
+            offered = self._offers(size, key[2].few, groups) if placement is not None else None
+            counted = self._sized_of(size, groups) if placement is not None else None
             seconds = self._seconds_of(size, key[2])
             cost = self._costs[key] = placed_cost(self.gm, seconds, placement, self.calls, self.kept, offered, counted)
-            if placement is not None and layouts.any:
+            if placement is not None and layouts.any and layouts.mixed is None:
                 explored = self.explored(size, load)
                 explored.known.learn(totals_prices(layouts, key[2]), placement.bound)
                 explored.costs.append(cost)
+                explored.layouts.append(layouts)
         return self._costs[key]
 
     def explored(self, size: int, load: Load) -> Explored:
         """What is known where values are about as large as under a load: the ways in which they change their types are the same."""
         key = size, load.size, load.few
         if key not in self._explored:
-            self._explored[key] = Explored(self._known(size, self._seconds_of(size, load)), [])
+            self._explored[key] = Explored(self._known(size, self._seconds_of(size, load)), [], [])
         return self._explored[key]
 
     def _known(self, size: int, seconds: Seconds) -> Known:
@@ -212,9 +234,10 @@ class TensorAxis:
         """None where there is no such axis."""
         key = self._key(size, layouts, load)
         if size > 1 and key not in self._placements:
-            seconds, offered = self._seconds_of(size, key[2]), self._offers(size, key[2].few)
-            counted = self._sized_of(size)
-            priced = self._priced_of(size, key[2], layouts) if layouts.any else None
+            groups = _groups(layouts)
+            seconds, offered = self._seconds_of(size, key[2]), self._offers(size, key[2].few, groups)
+            counted = self._sized_of(size, groups)
+            priced = self._priced_of(size, key[2], layouts) if layouts.any and layouts.mixed is None else None
             self._placements[key] = tensor_placement(
                 self.gm, self.loss, size, layouts, seconds, self.calls, counted=counted, offered=offered, priced=priced
             )
@@ -233,16 +256,19 @@ class TensorAxis:
             self._priced[key] = price(self.gm, Axis("tp", size), policy, seconds, self.calls, self._offers(size, load.few))
         return self._priced[key]
 
-    def _offers(self, size: int, few: bool = False) -> Offers:
-        if (size, few) not in self._offered:
-            all_ = self._offers(size) if few else offers(self.gm, Axis("tp", size), self.calls, "tensor")
-            self._offered[size, few] = without_cuts(all_, self._samples()) if few else all_
-        return self._offered[size, few]
+    def _offers(self, size: int, few: bool = False, groups: _Groups = ()) -> Offers:
+        key = size, few, groups
+        if key not in self._offered:
+            if few:
+                self._offered[key] = without_cuts(self._offers(size, False, groups), self._samples())
+            else:
+                self._offered[key] = offers(self.gm, Axis("tp", size), self.calls, "tensor", groups=dict(groups))
+        return self._offered[key]
 
-    def _sized_of(self, size: int) -> Sized:
-        if size not in self._sized:
-            self._sized[size] = sized(self.calls, self.kept, self._offers(size))
-        return self._sized[size]
+    def _sized_of(self, size: int, groups: _Groups = ()) -> Sized:
+        if (size, groups) not in self._sized:
+            self._sized[size, groups] = sized(self.calls, self.kept, self._offers(size, False, groups))
+        return self._sized[size, groups]
 
     def least(self, size: int) -> PlacedCost:
         """Bytes that no placement over so many ranks is below."""

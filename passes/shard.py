@@ -47,6 +47,7 @@ def shard(
     values: Values,
     calls: Calls | None = None,
     ways: Ways | None = None,
+    twins: Mapping[str, str] | None = None,
 ) -> fx.GraphModule:
     """The graph of rank `index` of `axis`.
 
@@ -55,6 +56,7 @@ def shard(
     outputs         position among the outputs -> the type it must leave with; as it comes where absent
     calls           `op_calls(gm)`, where the caller has it
     ways            how a value changes its type; by the fewest bytes where None
+    twins           nodes that are placed alike, where these are fewer than gm.meta["twins"]
     """
     lowering = _Lowering(axis, index, values, op_calls(gm) if calls is None else calls, ways or ways_by_bytes(axis.size))
     for node in gm.graph.nodes:
@@ -68,7 +70,8 @@ def shard(
             lowering.op(node, choice[node.name])
     result = LazyGraphModule(gm, lowering.graph)
     result.meta.update(gm.meta)
-    result.meta["twins"] = {**gm.meta.get("twins", {}), **lowering.twins(gm.meta.get("twins", {}))}
+    alike: Mapping[str, str] = gm.meta.get("twins", {}) if twins is None else twins
+    result.meta["twins"] = {**alike, **lowering.twins(alike)}
     return result
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from shardwright.compiler.choose import choose
 from shardwright.compiler.gathers import gather_groups
-from shardwright.compiler.layouts import Layouts
+from shardwright.compiler.layouts import Layouts, Mixed
 from shardwright.compiler.plan import Plan
 from shardwright.compiler.strategy import Strategy, resolve
 from shardwright.compiler.topology import Topology
@@ -109,6 +109,20 @@ def test_equals_one_device_in_any_layouts(
         options = {**options, "microbatches": 1}
     layouts = Layouts(byte_price=byte_price, kept_price=kept_price)
     check(case_of(model), Plan(mesh(**axes), layouts=layouts, topology=topology, **options))
+
+
+MIXED = [
+    ("tp4", NEAR, Mixed((0,), Layouts(byte_price=1e-3))),
+    ("zero3tp2", FAR, Mixed((1, 2), Layouts(byte_price=0.0, kept_price=1e-5))),
+]
+
+
+@pytest.mark.parametrize(("strategy", "topology", "mixed"), MIXED, ids=[row[0] for row in MIXED])
+@pytest.mark.parametrize("model", [m for m in MODELS if m not in COUPLED])
+def test_equals_one_device_with_blocks_in_other_layouts(model: str, strategy: str, topology: Topology, mixed: Mixed) -> None:
+    axes, options = STRATEGIES[strategy]
+    layouts = Layouts(byte_price=1e-9, mixed=mixed)
+    check(case_of(model, layers=4), Plan(mesh(**axes), layouts=layouts, topology=topology, **options))
 
 
 class FrozenScale(nn.Module):

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from shardwright import PlannedModel, Strategy, Topology, plan, verify
 from shardwright.compiler import certify as module
 from shardwright.compiler import emit as emission
+from shardwright.compiler.layout import with_layout
+from shardwright.compiler.layouts import Layouts, Mixed
 from shardwright.compiler.reduce import Sample, fewer_blocks, fewer_ranks
 from shardwright.compiler.verify import VerificationError, random_state, reference
 from shardwright.passes.ops.collectives import take_shard
@@ -106,6 +108,18 @@ def test_every_stage_keeps_a_block() -> None:
     assert len(_parameters(small)) < len(_parameters(Sample(made.problem, made.plan)))
     found = verify(made, memory_limit=module.comparison_bytes(small.problem, small.plan))
     assert "reduced" in found.numbers and found.compared
+
+
+def test_every_layout_keeps_a_block() -> None:
+    """And blocks are counted anew."""
+    made = planned(Strategy(dp=1, tp=4, pp=1, layouts="any"))
+    layouts = Layouts(byte_price=0.0, mixed=Mixed((3, 4), Layouts(byte_price=1e-3)))
+    mixed = with_layout(made.problem, replace(made.plan, layouts=layouts, layout={}))
+    assert mixed.layout["layers.3.up.weight"] != mixed.layout["layers.0.up.weight"] == mixed.layout["layers.2.up.weight"]
+    small = fewer_blocks(Sample(made.problem, mixed))
+    assert small.plan.layouts.mixed == Mixed((2,), Layouts(byte_price=1e-3))
+    assert {name.split(".")[2] for name in _parameters(small) if "layers" in name} == {"0", "1", "3"}
+    assert module.compare_sample(small, made.example)[1] < 1e-9
 
 
 def _parameters(sample: Sample) -> set[str]:

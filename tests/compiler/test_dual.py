@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from properties import examples
 
-from shardwright.compiler.dual import Point, balance
+from shardwright.compiler.dual import Point, balance, between
 
 CHOICES = st.lists(st.tuples(st.floats(1.0, 100.0), st.floats(0.0, 100.0)), min_size=1, max_size=12)
 """Seconds and bytes."""
@@ -41,6 +41,22 @@ def test_no_price_says_more(choices: list[tuple[float, float]], limit: float) ->
     cheapest = [p for p in points if p.at(price) <= least + 1e-9 * abs(least)]
     assert any(p.fits for p in cheapest)
     assert price == 0 or any(not p.fits for p in cheapest)
+
+
+@given(CHOICES, st.floats(1.0, 100.0))
+@examples(400)
+def test_the_best_mixture_is_of_two(choices: list[tuple[float, float]], limit: float) -> None:
+    """So fast that no other mixture of two is faster, and within the limit; none where a choice is as fast."""
+    points = [Point(seconds, size - limit) for seconds, size in choices]
+    found = between(points)
+    fitting = min((p.seconds for p in points if p.fits), default=math.inf)
+    if found is None:
+        assert hull(points) >= fitting * (1 - 1e-9)
+        return
+    over, within = points[found.over], points[found.within]
+    assert found.seconds < fitting and math.isclose(found.seconds, hull(points), rel_tol=1e-9)
+    assert math.isclose(over.excess + found.share * (within.excess - over.excess), 0.0, abs_tol=1e-9 * limit)
+    assert math.isclose(over.seconds + found.share * (within.seconds - over.seconds), found.seconds, rel_tol=1e-9)
 
 
 def test_the_fastest_that_fits_needs_no_price() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from torch import nn
 from shardwright import Strategy, Topology, plan
 from shardwright.compiler.api import PlannedModel
 from shardwright.compiler.cost import Seconds
-from shardwright.compiler.explain_node import next_best
-from shardwright.compiler.layouts import Layouts
+from shardwright.compiler.explain_node import explain_node, next_best
+from shardwright.compiler.layout import with_layout
+from shardwright.compiler.layouts import Layouts, Mixed
 from shardwright.compiler.tensor_axis import tensor_placement
 from shardwright.passes.graph_tools import op_calls
 from shardwright.passes.shard import ShardingError
@@ -34,6 +36,16 @@ def test_a_parameter(planned: PlannedModel) -> None:
     assert "over tp=2: Shard(1)" in text
     assert "more like it in other blocks" in text
     assert re.search(r"next best: \S+, \S+ \S+ (more|less) a step", text)
+
+
+def test_a_parameter_of_a_block_in_other_layouts(planned: PlannedModel) -> None:
+    """It is placed with those of its group, and the next best is searched for there."""
+    layouts = Layouts(byte_price=0.0, mixed=Mixed((1,), Layouts(byte_price=1e-3)))
+    bare = replace(planned.plan, layouts=layouts, layout={}, topology=CPU)
+    text = explain_node(planned.problem, with_layout(planned.problem, bare), CPU, "model.layers.1.mlp.down_proj.weight")
+    assert re.search(r"next best: \S+, \S+ \S+ (more|less) a step", text) and "more like it" not in text
+    text = explain_node(planned.problem, with_layout(planned.problem, bare), CPU, "model.layers.0.mlp.down_proj.weight")
+    assert "; 1 more like it in other blocks" in text
 
 
 def test_an_op_with_its_source(planned: PlannedModel) -> None:

@@ -27,11 +27,12 @@ from shardwright.compiler import emit as emission
 from shardwright.compiler.assign import Solution
 from shardwright.compiler.cost import Seconds
 from shardwright.compiler.emit import coordinates_of, lower
+from shardwright.compiler.groups import Groups, group_of, together
 from shardwright.compiler.keeping import keeping, sized
 from shardwright.compiler.layouts import Layouts
 from shardwright.compiler.needs import gathered_again
 from shardwright.compiler.offers import canonical, offers
-from shardwright.compiler.place import Placement, Policy, Sized, _Builder, place
+from shardwright.compiler.place import Placement, Policy, Rules, Sized, _Builder, place
 from shardwright.compiler.plan import Plan
 from shardwright.compiler.prepare import mark_twins
 from shardwright.compiler.prices import Prices, Volume, held, megatron_prices, size_of
@@ -71,13 +72,14 @@ class Dice:
 class Walk:
     """The cost of a choice, node after node along the graph: another way to say what `place` and `assign` make a problem of."""
 
-    def __init__(self, gm: fx.GraphModule, axis: Axis, policy: Policy, prices: Prices) -> None:
-        self.gm, self.axis, self.prices, self.calls = gm, axis, prices, op_calls(gm)
-        self.byte_price, self.kept_price = policy.byte_price or 0.0, policy.kept_price
-        self.stream_price, self.gather_price = policy.stream_price, next(iter(policy.gather_prices), 0.0)
+    def __init__(
+        self, gm: fx.GraphModule, axis: Axis, rules: Rules, mixed: Rules | None = None, groups: Groups | None = None
+    ) -> None:
+        self.gm, self.axis, self.calls, self.groups = gm, axis, op_calls(gm), groups or {}
+        self.by_group, policy = (rules, mixed or rules), rules[0]
         self.keeping = keeping(self.calls)
-        self.offered = offers(gm, axis, self.calls, policy.role, policy.pinned, policy.slices)
-        self.rules = _Builder(gm, axis, policy, prices, self.calls, self.offered, Sized())  # of which it takes what is allowed
+        self.offered = offers(gm, axis, self.calls, policy.role, policy.pinned, policy.slices, self.groups)
+        self.rules = _Builder(gm, axis, rules, self.calls, self.offered, Sized())  # of which it takes what is allowed
         self.nodes = [n for n in gm.graph.nodes if n.op != "output" and not is_getitem(n)]
         self.known: dict[object, float] = {}
         self.first = {n.name: n for n in self.nodes}
@@ -86,21 +88,32 @@ class Walk:
         self.stream = {n: size / stream[0][1] for n, size in sizes.items() if size == stream[0][0]}
         self.results = [n for n in gm.graph.nodes if n.op == "output"][0].args[0]
         self.prices_of = {n: [self.own(n, s) for s in self.options(n)] for n in self.nodes}
+        self.shares = {n: self.share_of(n) for n in self.nodes if is_parameter(n)}
         least = [min(found) for found in self.prices_of.values()]
         self.rest = [math.fsum(least[k:]) for k in range(len(least) + 1)]
+
+    def rules_of(self, node: fx.Node) -> Rules:
+        return self.by_group[group_of(node, self.groups)]
+
+    def share_of(self, node: fx.Node) -> float:
+        """Of all blocks like the one that reads a parameter, those of its group."""
+        twins = self.gm.meta.get("twins", {})
+        like = [n for n in self.nodes if twins.get(n.name, n.name) == twins.get(node.name, node.name)]
+        return sum(group_of(n, self.groups) == group_of(node, self.groups) for n in like) / len(like)
 
     def options(self, node: fx.Node) -> Sequence[NodeStrategy]:
         return self.offered.decisions[self.offered.first(node)].offered
 
     def own(self, node: fx.Node, strategy: NodeStrategy) -> float:
+        policy, prices = self.rules_of(node)
         if node.op == "placeholder":
             (meta,), (type_,) = metas(node), strategy.outs
-            price = self.byte_price if is_parameter(node) else 0.0
-            return self.prices.placeholder(type_, meta, self.axis) + price * size_of(meta) * held(type_, self.axis)
+            price = (policy.byte_price or 0.0) if is_parameter(node) else 0.0
+            return prices.placeholder(type_, meta, self.axis) + price * size_of(meta) * held(type_, self.axis)
         call, sources = self.calls[node]
         parameters = tuple(is_parameter(s) for s in sources)
-        crossing = self.stream.get(node, 0.0) * self.stream_price
-        return self.prices.node(call, strategy, self.axis, parameters) + crossing * held(strategy.outs[0], self.axis)
+        crossing = self.stream.get(node, 0.0) * policy.stream_price
+        return prices.node(call, strategy, self.axis, parameters) + crossing * held(strategy.outs[0], self.axis)
 
     def uses(self, k: int, strategy: NodeStrategy) -> Iterator[tuple[fx.Node, Type]]:
         node = self.nodes[k]
@@ -117,17 +130,18 @@ class Walk:
             if have == want or (maker, result, want) in made:
                 continue
             key = self.offered.first(maker), result, have, want  # type: ignore[arg-type]
+            policy, prices = self.rules_of(maker)
             if key not in self.known:
                 decision = self.offered.decisions[key[0]]
                 possible = exists(have, want, meta.grad) and self.rules._allowed(have, want, meta, decision)
                 parameter = maker.op == "placeholder" and maker.meta["key"].startswith("param.")
-                self.known[key] = self.prices.conversion(have, want, meta, self.axis, parameter) if possible else math.inf
+                self.known[key] = prices.conversion(have, want, meta, self.axis, parameter) if possible else math.inf
                 if possible and gathered_again(maker, have, want, self.calls):
-                    self.known[key] += self.prices.conversion(have, I, replace(meta, grad=False), self.axis, parameter)
+                    self.known[key] += prices.conversion(have, I, replace(meta, grad=False), self.axis, parameter)
             made.add((maker, result, want))
             total += self.known[key]
             if is_parameter(maker) and makes_whole(have, want) and self.first[key[0]] is maker:
-                total += self.gather_price * size_of(meta)
+                total += next(iter(policy.gather_prices), 0.0) * size_of(meta) * self.shares[maker]
         return total
 
     def cost(self, placement: Placement) -> float:
@@ -146,19 +160,18 @@ class Walk:
 
     def kept(self, choice: Mapping[str, NodeStrategy]) -> float:
         """The price of what is kept: a value once for each share in which it is taken, but for those that are computed again."""
-
-        if not self.kept_price:
-            return 0.0
         total = 0.0
         for value, uses in self.keeping.uses.items():
             node, k = value
             made = held(choice[node.name].outs[k], self.axis)
             taken = {held(choice[user.name].ins[i], self.axis) for user, i in uses} or {made}
             size = size_of(self.calls[node][0].results[k])
-            total += size * sum(t for t in taken if not (value in self.keeping.rebuilt and t == made))
+            bytes_ = size * sum(t for t in taken if not (value in self.keeping.rebuilt and t == made))
+            total += self.rules_of(node)[0].kept_price * bytes_
         for node, k in self.keeping.returned:
-            total += size_of(self.calls[node][0].results[k]) * held(choice[node.name].outs[k], self.axis)
-        return self.kept_price * total
+            bytes_ = size_of(self.calls[node][0].results[k]) * held(choice[node.name].outs[k], self.axis)
+            total += self.rules_of(node)[0].kept_price * bytes_
+        return total
 
     def cheaper_than(self, limit: float) -> float:
         """The least cost of all choices, or `limit` where none is below it: every choice is looked at but those that cost as much
@@ -219,14 +232,13 @@ def policies(graph: fx.GraphModule, n: int) -> dict[str, tuple[Policy, Prices]]:
     }
 
 
-def check_exact(graph: fx.GraphModule, n: int, how: str) -> None:
-    axis = Axis("x", n)
-    policy, prices = policies(graph, n)[how]
-    walk = Walk(graph, axis, policy, prices)
+def check_exact(graph: fx.GraphModule, n: int, how: str, mixed: str | None = None, groups: Groups | None = None) -> None:
+    axis, rules = Axis("x", n), policies(graph, n)
+    others = rules[mixed] if mixed is not None else None
+    walk = Walk(graph, axis, rules[how], others, groups)
+    counted = sized(walk.calls, walk.keeping, walk.offered)
     try:
-        found = place(
-            graph, axis, policy, prices, walk.calls, sized=sized(walk.calls, walk.keeping, walk.offered), offered=walk.offered
-        )
+        found = place(graph, axis, *rules[how], walk.calls, sized=counted, offered=walk.offered, mixed=others)
     except ShardingError:
         assert walk.cheaper_than(math.inf) == math.inf
         return
@@ -266,6 +278,18 @@ def test_no_choice_for_repeated_blocks_is_cheaper(recipe: Recipe, how: str) -> N
     mark_twins(graph)
     assume(graph.meta["twins"])
     check_exact(graph, 2, how)
+
+
+BY_TIME = st.sampled_from(("time", "kept", "gathered"))
+
+
+@given(repeated(), BY_TIME, BY_TIME, st.sampled_from(((0,), (1,), (2,), (0, 1))))
+@examples(25)
+def test_no_choice_for_blocks_in_groups_is_cheaper(recipe: Recipe, how: str, mixed: str, blocks: tuple[int, ...]) -> None:
+    graph = build(recipe).graph
+    mark_twins(graph)
+    assume(graph.meta["twins"])
+    check_exact(graph, 2, how, mixed, together(blocks))
 
 
 CPU = Topology.preset("cpu", devices=4)

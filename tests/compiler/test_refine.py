@@ -101,6 +101,30 @@ def test_a_step_takes_no_less_than_its_totals_say(model: str, topology: Topology
             assert size <= found.peak_bytes * (1 + 1e-9)
 
 
+def test_between_two_layouts_some_blocks_lie_in_each() -> None:
+    """Where like blocks cannot all lie in the faster layouts, as many do as fit: faster than any plan in which they lie alike."""
+    found = case("gpt", layers=8)
+    request = resolve((4,), Strategy(tp=4, layouts="any"))
+
+    def search(limit: float) -> Search:
+        return Search(problem_of(found, [found.batch]), request, machine(1e9), found.batch, "global", None, limit)
+
+    tight = search(0.7 * searched(search(math.inf))[0].predicted.peak_bytes)
+    fitting = searched(tight)
+    best, alike = fitting[0], next(c for c in fitting if c.plan.layouts.mixed is None)
+    mixed = best.plan.layouts.mixed
+    assert mixed is not None and 1 <= len(mixed.blocks) < 8 and f"{len(mixed.blocks)} blocks in others" in best.plan.name
+    assert best.per_sample < alike.per_sample * (1 - 2 * refine.CLOSE)
+    assert 1 - tight.bound / best.per_sample < 0.2 * (1 - tight.bound / alike.per_sample)
+    assert tight.fits(best)
+    plan = replace(tight.with_layout(best.plan), predicted=best.predicted)
+    assert f"In other layouts than the rest: blocks 0-{len(mixed.blocks) - 1}\n" in plan.explain()
+    assert "with like blocks placed alike" in plan.explain()
+    assert Plan.from_json(plan.to_json()) == plan
+    blocks = [[t for name, t in plan.layout.items() if f".{k}." in name] for k in range(8)]
+    assert [k for k in range(8) if blocks[k] != blocks[7]] == list(mixed.blocks)
+
+
 @pytest.mark.parametrize("share", [0.8, 0.5])
 def test_what_is_not_asked_is_not_faster(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The search stops where nothing faster can follow: the plan is as fast as that of one that asks all families at all prices."""

@@ -20,7 +20,7 @@ from shardwright import Strategy, Topology, emit, plan
 from shardwright.compiler.cost import Seconds
 from shardwright.compiler.emit import emit as emit_rank
 from shardwright.compiler.keeping import keeping
-from shardwright.compiler.layouts import Layouts
+from shardwright.compiler.layouts import Layouts, Mixed
 from shardwright.compiler.placed_cost import PlacedCost, placed_cost
 from shardwright.compiler.plan import Plan
 from shardwright.compiler.tensor_axis import Load, TensorAxis, load_for, tensor_placement, totals_prices
@@ -69,6 +69,20 @@ def test_what_is_least_is_what_is_priced(model: str, topology: Topology) -> None
         placement, cost = tensor.placement(4, layouts, load), tensor.cost(4, layouts, load)
         assert placement is not None and placement.gap == 0.0
         assert placement.cost == pytest.approx(totals_prices(layouts, load_for(layouts, load)) @ totals_of(cost), rel=1e-9)
+
+
+@pytest.mark.parametrize("topology", [NEAR, FAR], ids=["near", "far"])
+@pytest.mark.parametrize("model", MODELS)
+def test_blocks_that_may_lie_otherwise_take_no_more(model: str, topology: Topology) -> None:
+    """Two groups of blocks at one group's prices: what the search minimizes is what the placement takes, and no more than alike."""
+    tensor = tensor_axis(model, topology)
+    alike = Layouts(byte_price=1e-9, kept_price=1e-9, stream_price=1e-8, compute_price=0.6)
+    grouped = replace(alike, mixed=Mixed((1,), alike))
+    for load in (Load(), Load(2.0, 4, 0.25)):
+        placement, cost = tensor.placement(4, grouped, load), tensor.cost(4, grouped, load)
+        assert placement is not None and placement.gap == 0.0
+        assert placement.cost == pytest.approx(totals_prices(alike, load) @ totals_of(cost), rel=1e-9)
+        assert placement.cost <= tensor.placement(4, alike, load).cost * (1 + 1e-9)  # type: ignore[union-attr]
 
 
 def test_a_smaller_share_of_the_batch_leaves_parameters_where_they_are() -> None:

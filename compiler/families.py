@@ -1,0 +1,122 @@
+"""Plans alike but for their layouts over tp and for how many blocks ZeRO-3 keeps whole: what any of them takes at least."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .dual import Point
+from .gathers import Whole
+from .plan import Plan
+from .tensor_axis import Explored, Load
+from .totals import HEAVIEST, SECOND, Function, Least, tangent, totals_of
+
+if TYPE_CHECKING:
+    from .candidates import Search
+
+ALIKE = 0.02
+"""Prices that differ by a smaller share are not both asked."""
+
+
+@dataclass
+class Asked:
+    """prices    that layouts were asked for (`asking.prices_of`)
+    fits      whether layouts found at any of them fit
+    vain      how many of the last ones told next to nothing
+    """
+
+    prices: list[np.ndarray] = field(default_factory=list)
+    fits: bool = False
+    vain: int = 0
+
+    def knows(self, prices: np.ndarray) -> bool:
+        return any(np.allclose(prices, others, rtol=ALIKE, atol=0) for others in self.prices)
+
+
+@dataclass
+class Family:
+    """plan       one of its plans, with layouts at no price, and no block whole
+    few, many  how many blocks ZeRO-3 keeps whole, at least and at most (`StepCost.whole`)
+    least      seconds of a step that no plan is below
+    prices     of totals, at which this is found
+    known      how many placements this was found from; None before the fastest layouts were found
+    points     of these placements: seconds and bytes, if a plan had them with the fewest blocks whole; see `look`
+    asked      what layouts were asked for, with any number of blocks whole
+    """
+
+    search: Search
+    plan: Plan
+    samples: int
+    few: int
+    many: int
+    least: float
+    prices: np.ndarray | None = None
+    known: int | None = None
+    points: list[Point] = field(default_factory=list)
+    asked: Asked = field(default_factory=Asked)
+
+    @property
+    def per_sample(self) -> float:
+        return self.least / self.samples
+
+    @property
+    def load(self) -> Load:
+        return self.search.load(self.plan)
+
+    @property
+    def explored(self) -> Explored:
+        return self.search.tensor.explored(self.plan.mesh.size("tp"), self.load)
+
+    @property
+    def whole(self) -> Sequence[Whole]:
+        return self.search.steps.whole(self.plan.stages)[self.few : self.many + 1]
+
+    def part(self, few: int, many: int) -> Family:
+        """The plans with so many blocks whole."""
+        return replace(self, few=few, many=many, known=0, points=[])
+
+    def estimate(self) -> None:
+        """Find `least` from all that is known by now."""
+        least = self.least_within(self.search.limit)
+        self.least, self.prices = max(self.least, least.seconds), least.prices
+        self.known = len(self.explored.costs)
+
+    def least_within(self, limit: float) -> Least:
+        """Of its plans that take no more bytes."""
+        explored = self.explored
+        return explored.known.least(*self._functions(), limit, totals_of(explored.costs[-1]))
+
+    def look(self) -> list[Point]:
+        """Its `points`, those included that were found since."""
+        search, (whole, *_) = self.search, self.whole
+        kept = replace(self.plan, whole=whole.names)
+        for cost in self.explored.costs[len(self.points) :]:
+            found = search.steps.predict(kept, cost, whole)
+            self.points.append(Point(found.step_seconds, found.peak_bytes - search.limit))
+        return self.points
+
+    @property
+    def unit(self) -> float:
+        """Of a price of a byte: at it the bytes of the limit cost as much as the fastest layouts take."""
+        return min(p.seconds for p in self.points) / max(self.search.limit, 1.0)
+
+    def slopes(self, price: float) -> np.ndarray:
+        """Of seconds, and of bytes at their price, by totals: about the placement that costs the least of those known."""
+        explored = self.explored
+        _, best = min(zip(self.look(), explored.costs, strict=True), key=lambda found: found[0].at(price))
+        seconds, size = (tangent(of, totals_of(best), explored.known.scale).slopes for of in self._functions())
+        slopes = seconds + (price * size if price else 0.0)
+        slopes[[HEAVIEST, SECOND]] = max(slopes[HEAVIEST], slopes[SECOND])  # else the other one would gather what this does not
+        return slopes
+
+    def _functions(self) -> tuple[Function, Function]:
+        return self.search.steps.at_least(self.plan, self.whole, self.search.tensor.least(self.plan.mesh.size("tp")))
+
+
+def smallest(families: Sequence[Family], count: int) -> list[Family]:
+    """Those whose plans miss the limit by the least."""
+    return sorted(families, key=lambda f: min((p.excess for p in f.look()), default=math.inf))[:count]
