@@ -49,10 +49,6 @@ class Whole:
     alone: float = 0.0
 
 
-NONE_WHOLE = Whole()
-"""Of the shares of what is kept whole, where nothing is; of those of what is gathered it says nothing."""
-
-
 def _turns(groups: Sequence[Group], stages: int) -> list[float]:
     """Of each group, when it is taken: so that in stages of about as many bytes, those taken are spread evenly at any time."""
     before, counts, found = 0.0, Counter[int](), []

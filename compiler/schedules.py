@@ -138,23 +138,22 @@ def _gathers(parameters: Mapping[str, TensorSpec]) -> Iterable[Instruction]:
 
 
 class _Reductions:
-    """Sums of gradients: over tp, then the data axes (ZeRO keeps a shard after dp_shard), then the stages that share a parameter.
+    """Sums of gradients: over the data axes, of which ZeRO leaves a shard; then over tp, so much less; then over the stages that
+    share a parameter.
 
-    The first sum of each gradient may start as soon as its part of the last backward has run; what is summed again, or by the
-    side of its stage's others, waits for the end.
+    The first sum over data of each gradient may start as soon as its part of the last backward has run; what is summed again, or by
+    the side of its stage's others, waits for the end.
     """
 
     def __init__(self, step: Step) -> None:
         self.grads = {f"grad.{key}": entry for key, entry in step.gradients.items()}
 
     def first(self, keys: frozenset[str]) -> Iterable[Instruction]:
-        """The first sums over the data axes of those of `keys` that are not to be summed over tp before."""
-        chosen = [k for k, (_, axes, _) in self.grads.items() if k in keys and "tp" not in axes]
-        yield from self._over_data(chosen, again=False)
+        """The first sums of `keys` over the data axes."""
+        yield from self._over_data([k for k in self.grads if k in keys], again=False)
 
     def rest(self) -> Iterable[Instruction]:
         yield from self._emit("all_reduce", "tp", [k for k, (_, axes, _) in self.grads.items() if "tp" in axes])
-        yield from self._over_data([k for k, (_, axes, _) in self.grads.items() if "tp" in axes], again=False)
         yield from self._over_data(list(self.grads), again=True)
         tied: dict[str, list[str]] = {}
         for key, (_, _, stages) in self.grads.items():

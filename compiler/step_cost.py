@@ -20,7 +20,7 @@ from ..passes.segment import largest_part, parts_of
 from ..runtime.program import Mesh
 from .cost import size_of
 from .emit import SEGMENT_BYTES, Problem
-from .gathers import NONE_WHOLE, Whole, gather_groups, kept_whole, shared
+from .gathers import Whole, gather_groups, kept_whole, shared
 from .memory import state_memory
 from .placed_cost import PlacedCost
 from .plan import Plan, Prediction, data_size
@@ -68,7 +68,7 @@ def load_of(plan: Plan, share: float, captured: int | None = None) -> Load:
 
 def sums_count(plan: Plan) -> float:
     """What a second in which gradients are summed over tp, once a step, counts against one of the micro-batches."""
-    return summed(plan, NONE_WHOLE) / bubble(plan)
+    return summed(plan) / bubble(plan)
 
 
 def rounded_down(x: float, base: float, least: float = 0.0) -> float:
@@ -112,9 +112,9 @@ class StepCost:
         with any of these blocks kept whole, each of which are more than those before.
 
         Both are convex in the totals, and grow with each. The more blocks are whole, the less is gathered and the more is held; but
-        more gradients are summed over tp by each rank, the largest block that is still gathered may be smaller, and where blocks
-        have other shares of the gradients than of the bytes, the gather once a step may cost more than the others save. What
-        buckets pack is not convex, and counts as of `least`, which no placement is below.
+        the largest block that is still gathered may be smaller, and where blocks have other shares of the gradients than of the
+        bytes, the gather once a step may cost more than the others save. What buckets pack is not convex, and counts as of `least`,
+        which no placement is below.
         """
         few, many = whole[0], whole[-1]
         fewer, more = replace(plan, whole=few.names), replace(plan, whole=many.names)
@@ -123,13 +123,12 @@ class StepCost:
         once = [collective_seconds("all_gather", size, span) for size in (uneven / plan.stages, 0.0)]
         gathered = once[0] - once[1]
         held = replace(few, left=many.left, largest=many.largest, alone=many.alone)
-        summed_more = (summed(more, many) - summed(fewer, few)) / plan.stages
         packed = self._packed(fewer, least, few)
 
         def seconds(totals: np.ndarray) -> float:
             cost = cost_of(totals, least.temporaries)
             found = sum(self._seconds(more, cost, many, [*self._data_traffic(more, cost, many)]).values())
-            return found - cost.sums * summed_more - cost.trainable * gathered
+            return found - cost.trainable * gathered
 
         def size(totals: np.ndarray) -> float:
             cost = cost_of(totals, least.temporaries)
@@ -142,8 +141,7 @@ class StepCost:
         runs = bubble(plan) / stages
         return {
             "compute": (cost.compute * share + cost.launches * m) * runs,
-            "tensor": (cost.traffic * share + (cost.latencies + cost.gathers) * m) * runs
-            + cost.sums * summed(plan, whole) / stages,
+            "tensor": (cost.traffic * share + (cost.latencies + cost.gathers) * m) * runs + cost.sums * summed(plan) / stages,
             "data": sum(n * collective_seconds(kind, size, self.topology.span(mesh, axis)) for axis, kind, size, n in moved)
             - self._hidden_seconds(plan, moved, cost.compute * share / stages / m * BACKWARD_SHARE),
             "pipeline": self._pipeline_seconds(plan, cost, share),
@@ -173,7 +171,7 @@ class StepCost:
         for axis, kind, size, n in moved:
             found[axis] += n * collective_bytes(kind, size, mesh.size(axis))
         if "tp" in found:
-            once = cost.received_once * summed(plan, whole)
+            once = cost.received_once * summed(plan)
             found["tp"] += (cost.received * share + cost.received_gathers * m + once) / stages
         if "pp" in found:
             found["pp"] += 2 * (stages - 1) / stages * self._border(plan, cost, share) * m
@@ -279,6 +277,6 @@ def flying(plan: Plan) -> int:
     return min(plan.stages, plan.microbatches) if plan.schedule == "1f1b" else plan.microbatches
 
 
-def summed(plan: Plan, whole: Whole) -> float:
-    """Of gradients that are summed over tp, the share that each rank sums: under ZeRO-3 they are scattered before."""
-    return whole.trained + (1 - whole.trained) / plan.mesh.size("dp_shard") if plan.zero == 3 else 1.0
+def summed(plan: Plan) -> float:
+    """Of gradients that are summed over tp, the share that each rank sums: ZeRO scatters them before."""
+    return 1 / plan.mesh.size("dp_shard") if plan.zero else 1.0
