@@ -152,7 +152,7 @@ def lower(
         find = partial(place, gm, axis, policy, step.prices, calls, like=like, sized=counted, offered=offered, mixed=step.mixed)
         placement = find() if known is None else known.of(gm, axis, policy, calls, like is not None, find)
         ways = seconds.ways(axis) if seconds is not None and axis.name != TIME else None
-        twins = regrouped(gm, step.groups)
+        twins = regrouped(gm, step.groups, policy.pinned)
         gm = shard(gm, axis, step.index, placement.choice, placement.placeholders, placement.outputs, values, calls, ways, twins)
         check(gm, axis, step.index, placement.placeholders)
         placements[axis.name] = placement

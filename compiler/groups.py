@@ -8,6 +8,8 @@ from collections.abc import Collection, Mapping
 
 from torch import fx
 
+from ..passes.types import Type
+
 Groups = Mapping[int, int]
 """Of blocks, by meta["block"], the group; 0 of those left out."""
 
@@ -17,15 +19,17 @@ def together(blocks: Collection[int]) -> Groups:
     return dict.fromkeys(blocks, 1)
 
 
-def regrouped(gm: fx.GraphModule, groups: Groups) -> Mapping[str, str]:
-    """As gm.meta["twins"]: by the name of each node in a repeated block, the first at its place; but of those of its group."""
+def regrouped(gm: fx.GraphModule, groups: Groups, pinned: Mapping[str, Type] | None = None) -> Mapping[str, str]:
+    """As gm.meta["twins"]: by the name of each node in a repeated block, the first at its place; but of those of its group, and of
+    placeholders that are pinned to the same type, by key."""
     twins: Mapping[str, str] = gm.meta.get("twins", {})
-    if not groups:
+    if not groups and not pinned:
         return twins
-    first: dict[tuple[str, int], str] = {}
+    first: dict[tuple[str, int, Type | None], str] = {}
     found: dict[str, str] = {}
     for node in gm.graph.nodes:
-        name = first.setdefault((twins.get(node.name, node.name), group_of(node, groups)), node.name)
+        pin = pinned.get(node.meta["key"]) if pinned and node.op == "placeholder" else None
+        name = first.setdefault((twins.get(node.name, node.name), group_of(node, groups), pin), node.name)
         if name != node.name:
             found[node.name] = name
     return found

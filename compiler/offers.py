@@ -100,7 +100,7 @@ def offers(
     groups    of blocks that are placed each by themselves
     """
     pinned, slices, groups = pinned or {}, slices or {}, groups or {}
-    twins = regrouped(gm, groups)
+    twins = regrouped(gm, groups, pinned)
     decisions: dict[str, Decision] = {}
     meta: dict[Value, TensorMeta] = {}
     cut: dict[Value, Varying] = {}

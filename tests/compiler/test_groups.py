@@ -7,6 +7,11 @@ from harness import problem_of
 from programs import case
 
 from shardwright.compiler.groups import evenly, group_of, regrouped, runs, stand_ins, together
+from shardwright.compiler.place import Policy, place
+from shardwright.compiler.prices import megatron_prices
+from shardwright.passes.graph_tools import metas
+from shardwright.passes.rules.base import Axis
+from shardwright.passes.types import Type, shard
 
 GRAPH = problem_of(case("gpt", layers=4), [case("gpt", layers=4).batch]).graph
 BLOCKS = sorted({n.meta["block"] for n in GRAPH.graph.nodes if n.meta.get("block") is not None})
@@ -35,6 +40,15 @@ def test_parameters_go_with_the_block_that_reads_them() -> None:
     groups = together(BLOCKS[1:2])
     own = [n for n in GRAPH.graph.nodes if n.op == "placeholder" and group_of(n, groups)]
     assert own and all(f".{BLOCKS[1]}." in n.meta["key"] for n in own)
+
+
+def test_like_blocks_may_be_pinned_to_other_types() -> None:
+    """As where blocks are numbered otherwise at another shape than at the plan's: parameters lie where the plan has them."""
+    weights = [k for k in (n.meta["key"] for n in GRAPH.graph.nodes if n.op == "placeholder") if k.endswith("mlp.0.weight")]
+    (shape,) = {metas(n)[0].shape for n in GRAPH.graph.nodes if n.op == "placeholder" and n.meta["key"] in weights}
+    pinned: dict[str, Type] = {key: shard(k % 2, shape[k % 2], 2) for k, key in enumerate(weights)}
+    found = place(GRAPH, Axis("tp", 2), Policy("tensor", pinned, "out.0"), megatron_prices(False))
+    assert len(weights) == len(BLOCKS) and {key: found.placeholders[key] for key in weights} == pinned
 
 
 @pytest.mark.parametrize(
