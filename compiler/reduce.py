@@ -1,11 +1,12 @@
 """A problem and its plan cut down to what can be checked by numbers: every decision of the plan, few repetitions of it.
 
 A plan decides for distinct blocks, and alike for every index of a data axis and every micro-batch. So a few of each stand for all:
-of a run of blocks the first in each pipeline stage, and one more, so that a block follows on a block; of a data axis two ranks.
+of a run of blocks the first in each pipeline stage, and of each kind one that follows on each kind; of a data axis two ranks.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -89,14 +90,12 @@ def _renumbered(plan: Plan, numbers: Iterable[tuple[int | None, int | None]]) ->
 
 
 def _kept(run: Run, plan: Plan) -> set[int]:
-    """Instances to keep: the first of each stage, ZeRO level and layouts, and the second of all."""
+    """Instances to keep: of each kind, which is by ZeRO level and layouts, the first in each stage; and of each two kinds of which
+    one follows on the other the first that do."""
     names = [[str(n.meta.get("key", "")).removeprefix("param.") for n in leaves] for leaves in run.leaves]
-    decided = [
-        (
-            max((plan.stage_of.get(name, 0) for name in each), default=0),
-            any(plan.zero_of(name) < plan.zero for name in each),
-            group_of(instance[0], plan.layouts.groups),
-        )
-        for each, instance in zip(names, run.instances, strict=True)
-    ]
-    return {decided.index(kind) for kind in set(decided)} | {0, 1}
+    whole = [any(plan.zero_of(name) < plan.zero for name in each) for each in names]
+    kinds = list(zip(whole, (group_of(instance[0], plan.layouts.groups) for instance in run.instances), strict=True))
+    staged = list(zip((max((plan.stage_of.get(name, 0) for name in each), default=0) for each in names), kinds, strict=True))
+    borders = list(itertools.pairwise(kinds))
+    first = [borders.index(border) for border in set(borders)]
+    return {staged.index(kind) for kind in set(staged)} | {*first, *(k + 1 for k in first)}

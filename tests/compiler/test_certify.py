@@ -110,15 +110,23 @@ def test_every_stage_keeps_a_block() -> None:
     assert "reduced" in found.numbers and found.compared
 
 
-def test_every_layout_keeps_a_block() -> None:
+@pytest.mark.parametrize(
+    ("blocks", "kept", "renumbered"),
+    [((5, 6, 7), [0, 1, 4, 5, 6], (3, 4)), ((0,), [0, 1, 2], (0,)), ((0, 1, 4, 5), [0, 1, 2, 3, 4], (0, 1, 4))],
+)
+def test_every_border_of_two_layouts_keeps_its_blocks(
+    blocks: tuple[int, ...], kept: list[int], renumbered: tuple[int, ...]
+) -> None:
     """And blocks are counted anew."""
-    made = planned(Strategy(dp=1, tp=4, pp=1, layouts="any"))
-    layouts = Layouts(byte_price=0.0, mixed=Mixed((3, 4), Layouts(byte_price=1e-3)))
+    made = planned(Strategy(dp=1, tp=4, pp=1, layouts="any"), model=Stack(8))
+    others = Layouts(byte_price=1e-3)
+    layouts = Layouts(byte_price=0.0, mixed=Mixed(blocks, others))
     mixed = with_layout(made.problem, replace(made.plan, layouts=layouts, layout={}))
-    assert mixed.layout["layers.3.up.weight"] != mixed.layout["layers.0.up.weight"] == mixed.layout["layers.2.up.weight"]
+    types = [mixed.layout[f"layers.{k}.up.weight"] for k in range(8)]
+    assert {k for k in range(8) if types[k] == types[blocks[0]]} == {*blocks}
     small = fewer_blocks(Sample(made.problem, mixed))
-    assert small.plan.layouts.mixed == Mixed((2,), Layouts(byte_price=1e-3))
-    assert {name.split(".")[2] for name in _parameters(small) if "layers" in name} == {"0", "1", "3"}
+    assert sorted({int(name.split(".")[2]) for name in _parameters(small) if "layers" in name}) == kept
+    assert small.plan.layouts.mixed == Mixed(renumbered, others)
     assert module.compare_sample(small, made.example)[1] < 1e-9
 
 
