@@ -11,7 +11,6 @@ import numpy as np
 
 from .dual import balance
 from .families import Family
-from .heaviest import COUNT
 from .layouts import Layouts
 from .plan import Plan
 from .step_cost import rounded_down
@@ -43,8 +42,8 @@ STEEPEST = (1.0, 0.1, 10.0, 300.0, 1e4)
 
 def next_plan(family: Family, thoroughly: bool) -> Plan | None:
     """The plan whose layouts are to be found next; None where all are known. thoroughly: at prices that leave out bytes too."""
-    plans = itertools.starmap(partial(priced, family), _tries(family, thoroughly))
-    return next((plan for plan in plans if not family.asked.knows(prices_of(plan.layouts))), None)
+    plans = itertools.starmap(partial(_priced, family), _tries(family, thoroughly))
+    return next((plan for plan in plans if not family.asked.knows(plan.layouts)), None)
 
 
 def smaller_plans(family: Family) -> Iterator[Plan]:
@@ -53,18 +52,12 @@ def smaller_plans(family: Family) -> Iterator[Plan]:
     for times in STEEPEST:
         slopes = family.slopes(times * family.unit)
         for found in (slopes, *_partly(family, slopes)):
-            plan = priced(family, found, exact=False)
-            if not family.asked.knows(prices_of(plan.layouts)):
+            plan = _priced(family, found, exact=False)
+            if not family.asked.knows(plan.layouts):
                 yield plan
 
 
-def prices_of(layouts: Layouts) -> np.ndarray:
-    """For a byte of parameters, kept, of the stream and gathered, and for a second of compute."""
-    gathered = layouts.gather_prices or (0.0,) * COUNT
-    return np.array([layouts.byte_price or 0.0, layouts.kept_price, layouts.stream_price, *gathered, layouts.compute_price])
-
-
-def priced(family: Family, slopes: np.ndarray, exact: bool) -> Plan:
+def _priced(family: Family, slopes: np.ndarray, exact: bool) -> Plan:
     """The plan with such prices of totals."""
 
     def price(total: int, per: float) -> float:

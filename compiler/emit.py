@@ -17,7 +17,7 @@ from ..passes.buckets import bucket
 from ..passes.check import check
 from ..passes.differentiate import Seed, Templates, differentiate
 from ..passes.fuse import fuse_loss, group_heads
-from ..passes.graph_tools import Values, named_results, node_bytes, op_calls
+from ..passes.graph_tools import Calls, Values, named_results, node_bytes, op_calls
 from ..passes.hoist import hoist
 from ..passes.ops import StaticCommunicator, use_communicator
 from ..passes.partition import partition
@@ -48,7 +48,7 @@ from ..runtime.program import (
 from .collector import without_collection
 from .cost import Seconds
 from .groups import Groups, regrouped
-from .keeping import keeping, sized
+from .keeping import sized_for
 from .known_placements import KnownPlacements
 from .layouts import Layouts
 from .offers import offers
@@ -141,15 +141,8 @@ def lower(
             decided = lower(problem, plan, leader, values, last, known).placements
     seconds = Seconds(plan.topology, plan.mesh) if plan.topology is not None else None
     for step in _axis_steps(problem, plan, coordinates, microbatch, seconds):
-        axis, policy = step.axis, step.policy
-        calls = op_calls(gm)
-        offered = counted = None
-        priced = any(found.prices_sizes for found in (policy, *(step.mixed or ())[:1]))
-        if priced or step.groups:
-            offered = offers(gm, axis, calls, policy.role, policy.pinned, groups=step.groups)
-            counted = sized(calls, keeping(calls), offered) if priced else None
-        like = decided.get(axis.name)
-        find = partial(place, gm, axis, policy, step.prices, calls, like=like, sized=counted, offered=offered, mixed=step.mixed)
+        axis, policy, calls, like = step.axis, step.policy, op_calls(gm), decided.get(step.axis.name)
+        find = partial(_placed, gm, step, calls, like)
         placement = find() if known is None else known.of(gm, axis, policy, calls, like is not None, find)
         ways = seconds.ways(axis) if seconds is not None and axis.name != TIME else None
         twins = regrouped(gm, step.groups, policy.pinned)
@@ -157,6 +150,13 @@ def lower(
         check(gm, axis, step.index, placement.placeholders)
         placements[axis.name] = placement
     return Lowered(gm, placements)
+
+
+def _placed(gm: fx.GraphModule, step: _AxisStep, calls: Calls, like: Placement | None) -> Placement:
+    axis, policy, mixed = step.axis, step.policy, step.mixed
+    offered = offers(gm, axis, calls, policy.role, policy.pinned, policy.slices, step.groups)
+    counted = sized_for(calls, offered, policy, mixed)
+    return place(gm, axis, policy, step.prices, calls, like=like, sized=counted, offered=offered, mixed=mixed)
 
 
 @dataclass(frozen=True)

@@ -151,8 +151,8 @@ def next_best(
     chosen = chosen or _placement(problem, plan, seconds, calls)
     outs = _outs(chosen, node)
     size, layouts, barred = plan.mesh.size("tp"), plan.layouts, {node.name: [outs]}
-    other = tensor_placement(problem.graph, problem.loss, size, layouts, seconds, calls, barred)
     offered = offers(problem.graph, chosen.axis, calls, "tensor", groups=layouts.groups)
+    other = tensor_placement(problem.graph, problem.loss, size, layouts, seconds, calls, barred, offered=offered)
     before, after = (placed_cost(problem.graph, seconds, p, calls, offered=offered) for p in (chosen, other))
     share = _share(plan)
 

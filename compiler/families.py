@@ -11,6 +11,8 @@ import numpy as np
 
 from .dual import Point
 from .gathers import Whole
+from .heaviest import COUNT
+from .layouts import Layouts
 from .plan import Plan
 from .tensor_axis import Explored, Load
 from .totals import HEAVIEST, SECOND, Function, Least, tangent, totals_of
@@ -24,7 +26,7 @@ ALIKE = 0.02
 
 @dataclass
 class Asked:
-    """prices    that layouts were asked for (`asking.prices_of`)
+    """prices    that layouts were asked for: of a byte of parameters, kept, of the stream and gathered, and of a second of compute
     fits      whether layouts found at any of them fit
     vain      how many of the last ones told next to nothing
     """
@@ -33,8 +35,17 @@ class Asked:
     fits: bool = False
     vain: int = 0
 
-    def knows(self, prices: np.ndarray) -> bool:
-        return any(np.allclose(prices, others, rtol=ALIKE, atol=0) for others in self.prices)
+    def knows(self, layouts: Layouts) -> bool:
+        """Whether there were some at prices nearly alike."""
+        return any(np.allclose(self._prices(layouts), others, rtol=ALIKE, atol=0) for others in self.prices)
+
+    def note(self, layouts: Layouts) -> None:
+        self.prices.append(self._prices(layouts))
+
+    @staticmethod
+    def _prices(layouts: Layouts) -> np.ndarray:
+        gathered = layouts.gather_prices or (0.0,) * COUNT
+        return np.array([layouts.byte_price or 0.0, layouts.kept_price, layouts.stream_price, *gathered, layouts.compute_price])
 
 
 @dataclass

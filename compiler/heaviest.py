@@ -29,14 +29,10 @@ def heaviest(offered: Offers) -> dict[tuple[Value, Uses], Heavy]:
     sizes = Counter[object]()
     for (value, _), block in blocks.items():
         sizes[block] += size_of(offered.meta[value])
+    stands = {block: offered.stand_ins.get(block, (block, 1.0)) for block in sizes}
     runs = Counter[object]()
-    for block, size in sizes.items():
-        run, _ = offered.stand_ins.get(block, (block, 1.0))
-        runs[run] = max(runs[run], size)
+    for block, (run, _) in stands.items():
+        runs[run] = max(runs[run], sizes[block])
     order = {run: k for k, (run, _) in enumerate(runs.most_common(COUNT))}
-    heavy = {}
-    for block in sizes:
-        run, share = offered.stand_ins.get(block, (block, 1.0))
-        if run in order:
-            heavy[block] = Heavy(order[run], block, share)
+    heavy = {block: Heavy(order[run], block, share) for block, (run, share) in stands.items() if run in order}
     return {key: heavy[block] for key, block in blocks.items() if block in heavy}

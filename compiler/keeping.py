@@ -21,7 +21,7 @@ from .cost import FREE, op_name, size_of
 from .heaviest import heaviest
 from .needs import NEEDS_RESULT, is_view, needs_value
 from .offers import Offers, made_by
-from .place import KeptAt, Place, Placement, Sized
+from .place import KeptAt, Place, Placement, Policy, Rules, Sized
 from .prices import held
 from .stream import stream_at
 
@@ -139,6 +139,12 @@ def kept_at(calls: Calls, kept: Keeping, offered: Offers) -> list[KeptAt]:
 def sized(calls: Calls, kept: Keeping, offered: Offers) -> Sized:
     """All values whose bytes may have a price."""
     return Sized(kept_at(calls, kept, offered), stream_at(calls, offered), heaviest(offered))
+
+
+def sized_for(calls: Calls, offered: Offers, policy: Policy, mixed: Rules | None) -> Sized | None:
+    """The same where a policy has a price for them, as `place` takes it. mixed: what else it goes by."""
+    policies = (policy, mixed[0]) if mixed is not None else (policy,)
+    return sized(calls, keeping(calls), offered) if any(p.prices_sizes for p in policies) else None
 
 
 def largest_backward_bytes(calls: Calls, kept: Keeping, placement: Placement | None, axis: Axis) -> float:

@@ -37,9 +37,14 @@ class Layouts:
         return self.byte_price is not None
 
     @property
+    def mixed_blocks(self) -> tuple[int, ...]:
+        """Those that lie in others."""
+        return self.mixed.blocks if self.mixed else ()
+
+    @property
     def groups(self) -> Groups:
         """The blocks whose layouts are found together."""
-        return together(self.mixed.blocks) if self.mixed else {}
+        return together(self.mixed_blocks)
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Layouts:

@@ -183,11 +183,9 @@ def place(
     return builder.placement(solution)
 
 
-def price(
-    gm: fx.GraphModule, axis: Axis, policy: Policy, prices: Prices, calls: Calls, offered: Offers, mixed: Rules | None = None
-) -> Priced:
+def price(gm: fx.GraphModule, axis: Axis, policy: Policy, prices: Prices, calls: Calls, offered: Offers) -> Priced:
     """What `place` finds out first, for calls that differ in the prices of bytes alone."""
-    return _Builder(gm, axis, (policy, prices), calls, offered, Sized(), mixed=mixed).priced()
+    return _Builder(gm, axis, (policy, prices), calls, offered, Sized()).priced()
 
 
 def _kinds(types: Sequence[Type]) -> tuple[object, ...]:

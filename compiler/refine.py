@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from .asking import next_plan, prices_of, smaller_plans
+from .asking import next_plan, smaller_plans
 from .families import Family, smallest
 from .layouts import Layouts
 from .mixing import mixtures
@@ -140,7 +140,7 @@ class Refinement:
 
     def _ask(self, family: Family, plan: Plan) -> Iterator[Candidate]:
         before, asked = (family.least, self.best), family.asked
-        asked.prices.append(prices_of(plan.layouts))
+        asked.note(plan.layouts)
         for candidate in self._seen(self.search.completed(self.search.price(plan))):
             asked.fits = asked.fits or self.search.fits(candidate)
             yield candidate

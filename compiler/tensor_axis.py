@@ -22,7 +22,8 @@ from ..passes.rules.base import Axis, TensorMeta
 from ..passes.types import Type
 from ..runtime.program import Mesh
 from .cost import Seconds, power_of_two
-from .keeping import Keeping, keeping, least_backward_bytes, sized
+from .groups import together
+from .keeping import Keeping, least_backward_bytes, sized, sized_for
 from .layouts import Layouts
 from .offers import Offers, offers
 from .place import Barred, Placement, Policy, Priced, Rules, Sized, place, price
@@ -133,8 +134,7 @@ def tensor_placement(
     axis, (policy, prices) = Axis("tp", size), rules(layouts, loss, pinned or {}, seconds)
     mixed = mixed_rules(layouts, loss, seconds)
     offered = offered or offers(gm, axis, calls, "tensor", policy.pinned, groups=layouts.groups)
-    if counted is None and (policy.prices_sizes or (mixed and mixed[0].prices_sizes)):
-        counted = sized(calls, keeping(calls), offered)
+    counted = counted or sized_for(calls, offered, policy, mixed)
     return place(gm, axis, policy, prices, calls, barred, sized=counted, offered=offered, priced=priced, mixed=mixed)
 
 
@@ -147,14 +147,6 @@ def rules(layouts: Layouts, loss: str | None, pinned: Mapping[str, Type], second
 def mixed_rules(layouts: Layouts, loss: str | None, seconds: Seconds | None) -> Rules | None:
     """The same in the blocks that lie in other layouts."""
     return rules(layouts.mixed.layouts, loss, {}, seconds) if layouts.mixed else None
-
-
-_Groups = tuple[tuple[int, int], ...]
-"""`groups.Groups`, to look things up by."""
-
-
-def _groups(layouts: Layouts) -> _Groups:
-    return tuple(layouts.groups.items())
 
 
 @dataclass
@@ -189,9 +181,9 @@ class TensorAxis:
         self._seconds: dict[tuple[int, Load], Seconds] = {}
         self._placements: dict[tuple[int, Layouts, Load], Placement] = {}
         self._costs: dict[tuple[int, Layouts, Load], PlacedCost] = {}
-        self._offered: dict[tuple[int, bool, _Groups], Offers] = {}
+        self._offered: dict[tuple[int, bool, tuple[int, ...]], Offers] = {}
         self._priced: dict[tuple[int, Load, float], Priced] = {}
-        self._sized: dict[tuple[int, _Groups], Sized] = {}
+        self._sized: dict[tuple[int, tuple[int, ...]], Sized] = {}
         self._explored: dict[tuple[int, float, bool], Explored] = {}
         self._least: dict[int, PlacedCost] = {}
 
@@ -200,9 +192,9 @@ class TensorAxis:
         key = self._key(size, layouts, load)
         if key not in self._costs:
             placement = self.placement(size, layouts, load)
-            groups = _groups(layouts)
-            offered = self._offers(size, key[2].few, groups) if placement is not None else None
-            counted = self._sized_of(size, groups) if placement is not None else None
+            blocks = layouts.mixed_blocks
+            offered = self._offers(size, key[2].few, blocks) if placement is not None else None
+            counted = self._sized_of(size, blocks) if placement is not None else None
             seconds = self._seconds_of(size, key[2])
             cost = self._costs[key] = placed_cost(self.gm, seconds, placement, self.calls, self.kept, offered, counted)
             if placement is not None and layouts.any and layouts.mixed is None:
@@ -234,9 +226,9 @@ class TensorAxis:
         """None where there is no such axis."""
         key = self._key(size, layouts, load)
         if size > 1 and key not in self._placements:
-            groups = _groups(layouts)
-            seconds, offered = self._seconds_of(size, key[2]), self._offers(size, key[2].few, groups)
-            counted = self._sized_of(size, groups)
+            blocks = layouts.mixed_blocks
+            seconds, offered = self._seconds_of(size, key[2]), self._offers(size, key[2].few, blocks)
+            counted = self._sized_of(size, blocks)
             priced = self._priced_of(size, key[2], layouts) if layouts.any and layouts.mixed is None else None
             self._placements[key] = tensor_placement(
                 self.gm, self.loss, size, layouts, seconds, self.calls, counted=counted, offered=offered, priced=priced
@@ -256,19 +248,20 @@ class TensorAxis:
             self._priced[key] = price(self.gm, Axis("tp", size), policy, seconds, self.calls, self._offers(size, load.few))
         return self._priced[key]
 
-    def _offers(self, size: int, few: bool = False, groups: _Groups = ()) -> Offers:
-        key = size, few, groups
+    def _offers(self, size: int, few: bool = False, blocks: tuple[int, ...] = ()) -> Offers:
+        """blocks: those that are placed by themselves."""
+        key = size, few, blocks
         if key not in self._offered:
             if few:
-                self._offered[key] = without_cuts(self._offers(size, False, groups), self._samples())
+                self._offered[key] = without_cuts(self._offers(size, False, blocks), self._samples())
             else:
-                self._offered[key] = offers(self.gm, Axis("tp", size), self.calls, "tensor", groups=dict(groups))
+                self._offered[key] = offers(self.gm, Axis("tp", size), self.calls, "tensor", groups=together(blocks))
         return self._offered[key]
 
-    def _sized_of(self, size: int, groups: _Groups = ()) -> Sized:
-        if (size, groups) not in self._sized:
-            self._sized[size, groups] = sized(self.calls, self.kept, self._offers(size, False, groups))
-        return self._sized[size, groups]
+    def _sized_of(self, size: int, blocks: tuple[int, ...]) -> Sized:
+        if (size, blocks) not in self._sized:
+            self._sized[size, blocks] = sized(self.calls, self.kept, self._offers(size, False, blocks))
+        return self._sized[size, blocks]
 
     def least(self, size: int) -> PlacedCost:
         """Bytes that no placement over so many ranks is below."""
