@@ -12,6 +12,7 @@ need gradients), by make_fx over autograd.grad of the op alone; every other inst
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -203,7 +204,7 @@ class _Joint:
         self.graph = fx.Graph()
         self.new: dict[fx.Node, Any] = {}
         self.inner: dict[fx.Node, tuple[Any, ...]] = {}
-        self.cotangents: dict[tuple[fx.Node, int], list[fx.Node]] = {}
+        self.cotangents: dict[tuple[fx.Node, int], fx.Node] = {}
         self.gradients: list[tuple[str, fx.Node]] = []
         self.flows: set[fx.Node] = set()
         self.live = self._useful()
@@ -289,9 +290,12 @@ class _Joint:
 
     def _copy(self, nodes: Iterable[fx.Node], place: dict[fx.Node, Any], origin: fx.Node, phase: str) -> None:
         for n in nodes:
-            made = copy_call(self.graph, n, place)
+            source = place[n.args[0]] if is_getitem(n) else None  # type: ignore[index]
+            taken = source is not None and source.meta["phase"] == "forward"  # there: the forward keeps it, and not all results
+            with self.graph.inserting_after(source) if taken else nullcontext():
+                made = copy_call(self.graph, n, place)
             made.meta.update(val=n.meta.get("val"), types={})  # the call's types are those of its results alone
-            place[n] = self.mark(made, origin, phase)
+            place[n] = self.mark(made, origin, "forward" if taken else phase)
 
     def seed(self, roots: Mapping[str, Seed]) -> None:
         output = next(n for n in self.gm.graph.nodes if n.op == "output")
@@ -315,21 +319,19 @@ class _Joint:
         return next(n for n in self.graph.nodes if n.op != "placeholder")
 
     def add_cotangent(self, node: fx.Node, made: fx.Node) -> None:
+        """What flows into a value is added to what did before: nothing waits."""
+        maker, k = node, 0
         if is_getitem(node):
-            self.cotangents.setdefault((node.args[0], node.args[1]), []).append(made)  # type: ignore[arg-type]
-        else:
-            self.cotangents.setdefault((node, 0), []).append(made)
+            maker, k = node.args  # type: ignore[assignment]
+        before = self.cotangents.get((maker, k))
+        if before is not None:
+            made = self.mark(call(self.graph, self.values, aten.add.Tensor, (before, made)), maker, "backward")
+            made.meta["types"] = _gradient_types(maker, k)
+        self.cotangents[maker, k] = made
 
     def cotangent(self, node: fx.Node, k: int = 0) -> fx.Node | None:
         """The sum of what flowed into result k of a node."""
-        parts = self.cotangents.get((node, k))
-        if not parts:
-            return None
-        total = parts[0]
-        for part in parts[1:]:
-            total = self.mark(call(self.graph, self.values, aten.add.Tensor, (total, part)), node, "backward")
-            total.meta["types"] = _gradient_types(node, k)
-        return total
+        return self.cotangents.get((node, k))
 
     def backward(self, node: fx.Node) -> None:
         if node not in self.flows or is_getitem(node) or (node.op != "placeholder" and node not in self.live):

@@ -57,8 +57,13 @@ def _rows() -> Iterable[tuple[object, InPlace]]:
 IN_PLACE: Mapping[object, InPlace] = dict(_rows())
 """Ops that read each element of an operand for the last time as they write it."""
 
-_SILENT_VIEWS = frozenset({aten._unsafe_view.default})
+_SILENT_VIEWS = frozenset(
+    {aten._unsafe_view.default, aten.unsafe_chunk.default, aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default}
+)
 """Views whose schemas do not say so."""
+
+_TOGETHER = frozenset({ops.all_gather_bucket.default, ops.reduce_scatter_bucket.default})
+"""Ops whose results lie in one memory."""
 
 
 def is_view(target: object) -> bool:
@@ -73,15 +78,34 @@ def _is_foreign(target: object) -> bool:
 
 
 def owner(node: Node) -> Node:
-    """The node that made the memory which a value shows; of several results, the op that made them."""
-    while node.op == "call_function" and (node.target is operator.getitem or is_view(node.target)) and node.all_input_nodes:
+    """The node that gives the memory which a value shows: the op that made it, or what takes it from an op of several results."""
+    while node.op == "call_function" and node.all_input_nodes:
+        if node.target is operator.getitem:
+            if _is_apart(node):
+                return _first_taken(node)
+        elif not is_view(node.target):
+            break
         node = node.all_input_nodes[0]
     return node
 
 
 def makes_memory(node: Node) -> bool:
     """Whether what a node gives lies in memory of its own."""
+    if node.op == "call_function" and node.target is operator.getitem:
+        return _is_apart(node) and _first_taken(node) is node
     return node.op == "call_function" and not _is_foreign(node.target) and not is_view(node.target)
+
+
+def _is_apart(taken: Node) -> bool:
+    """Whether a result of several lies in memory that the others do not show."""
+    source = taken.args[0]
+    return isinstance(source, Node) and source.target not in _TOGETHER and makes_memory(source)
+
+
+def _first_taken(taken: Node) -> Node:
+    """The first node that takes the same result."""
+    source, k = taken.args
+    return next(user for user in source.users if user.target is operator.getitem and user.args[1] == k)  # type: ignore[union-attr]
 
 
 def reused(nodes: Iterable[Node], given: Collection[Node] = ()) -> dict[Node, int]:
@@ -129,14 +153,21 @@ def last_reads(nodes: Iterable[Node], memory: Mapping[Node, Node]) -> dict[Node,
 
 
 def held_bytes(nodes: Iterable[Node], last: Mapping[Node, int], counted: Collection[Node]) -> list[int]:
-    """Bytes held while each node runs, of the memory that the nodes in `counted` took: from there to its last read."""
+    """Bytes held while each node runs, of the memory that the nodes in `counted` took: from there to its last read; of results that
+    are taken from an op, from that op on."""
     nodes = list(nodes)
     change = [0] * (len(nodes) + 1)
+    made = {node: i for i, node in enumerate(nodes)}
     for i, node in enumerate(nodes):
-        if node in counted:
-            size = value_bytes(node.meta.get("val"))
-            change[i] += size
-            change[last.get(node, i) + 1] -= size
+        if node not in counted:
+            continue
+        source, size = node, value_bytes(node.meta.get("val"))
+        if node.target is operator.getitem:
+            source = node.args[0]
+        else:  # what is taken counts by itself
+            size -= sum(value_bytes(x.meta.get("val")) for x in node.users if x.target is operator.getitem and makes_memory(x))
+        change[made[source]] += size  # type: ignore[index]
+        change[last.get(node, i) + 1] -= size
     return list(accumulate(change[:-1]))
 
 
