@@ -8,37 +8,36 @@ kept as converted.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
-from ..passes.graph_tools import Calls, is_getitem, is_parameter
+from ..passes.graph_tools import Calls, is_parameter
 from ..passes.partition import CHEAP
-from ..passes.rules.base import Axis, OpCall, Strategy, TensorMeta
+from ..passes.rules.base import Axis, OpCall
 from ..passes.types import I, Type
+from .backward_memory import Moment, Use, moments, moments_at
 from .cost import FREE, op_name, size_of
 from .heaviest import heaviest
-from .needs import NEEDS_RESULT, is_view, needs_value
-from .offers import Offers, made_by
+from .needs import NEEDS_RESULT, held_by, needs_value, passes_on
+from .offers import Offers
 from .place import KeptAt, Place, Placement, Policy, Rules, Sized
 from .prices import held
 from .stream import stream_at
-
-Use = tuple[fx.Node, int]
-"""An operand of a call, by position."""
 
 
 @dataclass(frozen=True)
 class Keeping:
     """uses: of each value that some backward needs, by node and number of the result, the operands that need it; () where it is an
     op's own result. rebuilt: values that need not be kept as they are made. returned: what else is there until the step ends, for
-    the model returns it. gradients: `_gradients`, of the backwards."""
+    the model returns it. gradients: `_gradients`, of the backwards; moments: what these hold at once (compiler/backward_memory.py)."""
 
     uses: Mapping[tuple[fx.Node, int], tuple[Use, ...]]
     rebuilt: frozenset[tuple[fx.Node, int]]
     returned: frozenset[tuple[fx.Node, int]]
     gradients: Mapping[fx.Node, tuple[bool, ...]]
+    moments: Sequence[Moment[fx.Node]]
 
 
 def keeping(calls: Calls) -> Keeping:
@@ -51,25 +50,26 @@ def keeping(calls: Calls) -> Keeping:
             for k in range(len(call.results)):
                 uses.setdefault((node, k), [])
         for i, source in enumerate(sources):
-            value = _held_by(source)
+            value = held_by(source)
             if value[0].op == "call_function" and not is_parameter(value[0]) and needs_value(node, call, i):
                 uses.setdefault(value, []).append((node, i))
     rebuilt = set()
     for value in uses:
         node, _ = value
         if node.target in CHEAP:
-            below = [_held_by(source) for source in calls[node][1]]
+            below = [held_by(source) for source in calls[node][1]]
             if all(v[0].op == "placeholder" or v in uses for v in below):
                 rebuilt.add(value)
     returned = _returned(calls)
     kept = {value: tuple(found) for value, found in uses.items()}
     others = frozenset(value for value in returned - (kept.keys() - rebuilt) if value[0] in calls)
-    return Keeping(kept, frozenset(rebuilt), others, _gradients(calls, _written_over(calls, returned)))
+    gradients = _gradients(calls, _written_over(calls, returned))
+    return Keeping(kept, frozenset(rebuilt), others, gradients, moments(calls, kept, rebuilt, gradients))
 
 
 def _returned(calls: Calls) -> frozenset[tuple[fx.Node, int]]:
     outputs = [node for node in next(iter(calls)).graph.nodes if node.op == "output"] if calls else []
-    return frozenset(_held_by(n) for output in outputs for n in output.all_input_nodes)
+    return frozenset(held_by(n) for output in outputs for n in output.all_input_nodes)
 
 
 def _written_over(calls: Calls, returned: frozenset[tuple[fx.Node, int]]) -> frozenset[tuple[fx.Node, int]]:
@@ -79,20 +79,9 @@ def _written_over(calls: Calls, returned: frozenset[tuple[fx.Node, int]]) -> fro
     for node in reversed(list(calls)):
         call, sources = calls[node]
         for meta, source in zip(call.operands, sources, strict=True):
-            over = op_name(call.target) in ("logsumexp", "pick") or (_passes_on(call, meta) and (node, 0) in found - others)
-            (found if over else others).add(_held_by(source))
+            over = op_name(call.target) in ("logsumexp", "pick") or (passes_on(call, meta) and (node, 0) in found - others)
+            (found if over else others).add(held_by(source))
     return frozenset(found - others)
-
-
-def _held_by(node: fx.Node) -> tuple[fx.Node, int]:
-    """The value that a value is a view of."""
-    while node.op == "call_function":
-        if is_getitem(node):
-            return made_by(node)
-        if not is_view(node):
-            break
-        node = node.all_input_nodes[0]
-    return node, 0
 
 
 def kept_bytes(calls: Calls, kept: Keeping, placement: Placement | None, axis: Axis) -> float:
@@ -138,7 +127,7 @@ def kept_at(calls: Calls, kept: Keeping, offered: Offers) -> list[KeptAt]:
 
 def sized(calls: Calls, kept: Keeping, offered: Offers) -> Sized:
     """All values whose bytes may have a price."""
-    return Sized(kept_at(calls, kept, offered), stream_at(calls, offered), heaviest(offered))
+    return Sized(kept_at(calls, kept, offered), stream_at(calls, offered), heaviest(offered), moments_at(kept.moments, offered))
 
 
 def sized_for(calls: Calls, offered: Offers, policy: Policy, mixed: Rules | None) -> Sized | None:
@@ -147,52 +136,32 @@ def sized_for(calls: Calls, offered: Offers, policy: Policy, mixed: Rules | None
     return sized(calls, keeping(calls), offered) if any(p.prices_sizes for p in policies) else None
 
 
-def largest_backward_bytes(calls: Calls, kept: Keeping, placement: Placement | None, axis: Axis) -> float:
-    """Bytes that the backward of the largest op holds beside what is kept: the gradients of its results and of its operands."""
-    known: dict[tuple[int, int, tuple[bool, ...]], float] = {}
-    for node, made in kept.gradients.items():
-        call, strategy = calls[node][0], placement.choice[node.name] if placement else None
-        key = id(call), id(strategy), made  # identical blocks share the objects
-        if key not in known:
-            known[key] = _backward_bytes(call, strategy, made, axis)
-    return max(known.values(), default=0.0)
-
-
-def least_backward_bytes(kept: Keeping, offered: Offers) -> float:
-    """The same at least, whatever is taken of what an axis offers."""
-    found = [
-        min(_backward_bytes(d.call, strategy, kept.gradients[d.node], offered.axis) for strategy in d.offered)
-        for d in offered.decisions.values()
-        if d.call is not None and d.node in kept.gradients
-    ]
-    return max(found, default=0.0)
-
-
-def _backward_bytes(call: OpCall, strategy: Strategy | None, made: tuple[bool, ...], axis: Axis) -> float:
-    types = (*strategy.ins, *strategy.outs) if strategy else (I,) * len(made)
-    values = zip((*call.operands, *call.results), types, made, strict=True)
-    return sum(size_of(meta) * held(type_, axis) for meta, type_, counted in values if counted)
-
-
 def _gradients(calls: Calls, written_over: frozenset[tuple[fx.Node, int]]) -> dict[fx.Node, tuple[bool, ...]]:
     """Of each op with a backward, of which of its operands and results this holds gradients in memory of their own."""
     found = {}
     for node, (call, sources) in calls.items():
-        if not any(o.grad for o in call.operands) or op_name(call.target) in FREE:
+        is_view = op_name(call.target) in FREE and len(call.results) == 1
+        if is_view or not any(o.grad for o in call.operands):
             continue
         made = []
         for meta, source in zip(call.operands, sources, strict=True):
-            value = _held_by(source)
-            own = value[0].op == "call_function" and value not in written_over and not _passes_on(call, meta)
+            value = held_by(source)
+            own = value[0].op == "call_function" and value not in written_over and not passes_on(call, meta)
             made.append(meta.grad and own)
-        made += [meta.grad and (node, k) not in written_over for k, meta in enumerate(call.results)]
+        over = _goes_over(call, made)
+        made += [meta.grad and (node, k) not in written_over and not over for k, meta in enumerate(call.results)]
         found[node] = tuple(made)
     return found
 
 
-def _passes_on(call: OpCall, operand: TensorMeta) -> bool:
-    """Whether an operand's gradient is that of the result itself."""
-    return op_name(call.target) == "add" and operand.shape == call.results[0].shape
+_ELEMENTWISE = frozenset("cos div exp gelu mul neg pow rsqrt sigmoid silu sin sqrt tanh".split())
+"""Ops whose backward is products of elements: the last of them is written over the result's gradient (runtime/reuse.py)."""
+
+
+def _goes_over(call: OpCall, made: Sequence[bool]) -> bool:
+    """Whether an operand's gradient is written over that of the result."""
+    alike = all(o.shape == call.results[0].shape for o in call.operands if o.grad)
+    return op_name(call.target) in _ELEMENTWISE and alike and any(made)
 
 
 def _type_at(use: Use, placement: Placement | None) -> Type:

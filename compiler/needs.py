@@ -9,10 +9,11 @@ import torch
 from torch import fx
 
 from ..passes.convert import makes_whole
-from ..passes.graph_tools import VIEWS, Calls, is_parameter
-from ..passes.rules.base import OpCall
+from ..passes.graph_tools import VIEWS, Calls, is_getitem, is_parameter
+from ..passes.rules.base import OpCall, TensorMeta
 from ..passes.types import Type
 from .cost import op_name
+from .offers import made_by
 
 aten = torch.ops.aten
 
@@ -63,3 +64,19 @@ def read_again(parameter: fx.Node, calls: Calls) -> bool:
 def gathered_again(source: fx.Node, have: Type, needed: Type, calls: Calls) -> bool:
     """Whether a value is a parameter that is gathered for an op and once more for its backward, instead of kept whole."""
     return makes_whole(have, needed) and is_parameter(source) and read_again(source, calls)
+
+
+def held_by(node: fx.Node) -> tuple[fx.Node, int]:
+    """The value that a value is a view of."""
+    while node.op == "call_function":
+        if is_getitem(node):
+            return made_by(node)
+        if not is_view(node):
+            break
+        node = node.all_input_nodes[0]
+    return node, 0
+
+
+def passes_on(call: OpCall, operand: TensorMeta) -> bool:
+    """Whether an operand's gradient is that of the result itself."""
+    return op_name(call.target) == "add" and operand.shape == call.results[0].shape

@@ -24,6 +24,7 @@ from ..passes.shard import ShardingError
 from ..passes.types import I, Partial, R, Type, Varying
 from .assign import AssignError, Problem, Solution, Use, relative_gap, solve
 from .assign import Value as AssignValue
+from .backward_memory import Moment
 from .needs import gathered_again
 from .offers import Decision, Offers, Role, Uses, Value, canonical, offers
 from .prices import Prices, held, size_of
@@ -126,11 +127,13 @@ class Heavy:
 @dataclass(frozen=True)
 class Sized:
     """Values whose bytes may have a price: kept for the backward; of the residual stream, each with its share in the mean; and
-    parameters of the heaviest blocks, where they are gathered (compiler/heaviest.py)."""
+    parameters of the heaviest blocks, where they are gathered (compiler/heaviest.py). moments: what has none, what the backward
+    holds at once."""
 
     kept: Sequence[KeptAt] = ()
     stream: Sequence[KeptAt] = ()
     heaviest: Mapping[tuple[Value, Uses], Heavy] = field(default_factory=dict)
+    moments: Sequence[Moment[int]] = ()
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from ..passes.reshard import steps
 from ..passes.rules.base import Axis, TensorMeta
 from ..passes.rules.base import Strategy as NodeStrategy
 from ..passes.types import I, R, Type
+from .backward_memory import largest
 from .cost import Seconds, Timing, conversion_bytes, size_of
 from .heaviest import COUNT, block_of
-from .keeping import Keeping, keeping, kept_bytes, largest_backward_bytes, sized
+from .keeping import Keeping, keeping, kept_bytes, sized
 from .needs import gathered_again, read_again
 from .offers import Offers, Uses, Value, made_by, offers
 from .place import Heavy, Place, Placement, Sized
@@ -34,7 +35,7 @@ class PlacedCost:
     gathers                 seconds in which every run gathers parameters over the tensor axis and scatters their gradients
     sums                    seconds in which gradients of replicated parameters are summed over the tensor axis, once a step
     activations             bytes that the forward keeps
-    temporaries             bytes that the backward of the largest op holds beside these
+    temporaries             bytes that the backward holds at once beside these (compiler/backward_memory.py)
     gathered                bytes of the parameters that a block gathers over the tensor axis: of the block with the most
     heaviest, second        the same of the two blocks whose parameters are the most (compiler/heaviest.py)
     parameters              bytes held of all parameters; of these `trainable` have gradients, `read_again` are used in the backward
@@ -98,7 +99,6 @@ def placed_cost(
         compute=compute,
         launches=launches,
         sums=sums,
-        temporaries=largest_backward_bytes(calls, kept, placement, axis),
         parameters=parameters,
         trainable=trainable,
         read_again=_read_again(gm, placement, calls, axis),
@@ -106,7 +106,7 @@ def placed_cost(
         stream=stream_bytes(calls),
     )
     if placement is None:
-        return replace(cost, activations=kept_bytes(calls, kept, None, axis))
+        return replace(cost, activations=kept_bytes(calls, kept, None, axis), temporaries=largest(kept.moments, lambda _: 1.0))
     offered = offered or offers(gm, axis, calls, "tensor")
     return _with_conversions(cost, seconds, placement, calls, offered, counted or sized(calls, kept, offered))
 
@@ -171,7 +171,7 @@ def _with_conversions(
             if (c.value, c.uses) in counted.heaviest:
                 heavy[counted.heaviest[c.value, c.uses]] += size_of(c.meta)
 
-    largest = [float(max((size for of, size in heavy.items() if of.number == k), default=0)) for k in range(COUNT)]
+    heaviest = [float(max((size for of, size in heavy.items() if of.number == k), default=0)) for k in range(COUNT)]
 
     def share(place: Place) -> float:
         strategy = placement.choice[nodes[place[0]].name]
@@ -183,9 +183,10 @@ def _with_conversions(
         latencies=latencies,
         gathers=gathers,
         gathered=float(max(blocks.values(), default=0)),
-        heaviest=largest[0],
-        second=largest[1],
+        heaviest=heaviest[0],
+        second=heaviest[1],
         activations=sum(k.held(share) for k in counted.kept),
+        temporaries=largest(counted.moments, share),
         stream=sum(k.held(share) for k in counted.stream),
         received=received,
         received_gathers=received_gathers,

@@ -21,9 +21,10 @@ from ..passes.graph_tools import Calls, op_calls
 from ..passes.rules.base import Axis, TensorMeta
 from ..passes.types import Type
 from ..runtime.program import Mesh
+from .backward_memory import least_bytes
 from .cost import Seconds, power_of_two
 from .groups import together
-from .keeping import Keeping, least_backward_bytes, sized, sized_for
+from .keeping import Keeping, sized, sized_for
 from .layouts import Layouts
 from .offers import Offers, offers
 from .place import Barred, Placement, Policy, Priced, Rules, Sized, place, price
@@ -272,7 +273,7 @@ class TensorAxis:
                 trainable=whole.trainable / size,
                 read_again=whole.read_again / size,
                 activations=whole.activations / size,
-                temporaries=least_backward_bytes(self.kept, self._offers(size)),
+                temporaries=least_bytes(self.kept.gradients, self._offers(size)),
                 stream=whole.stream / size,
             )
         return self._least[size]
