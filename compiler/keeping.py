@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ..passes.graph_tools import Calls, is_parameter
+from ..passes.graph_tools import Calls, is_getitem, is_parameter
 from ..passes.partition import CHEAP
 from ..passes.rules.base import Axis, OpCall
 from ..passes.types import I, Type
@@ -29,12 +29,17 @@ from .stream import stream_at
 
 @dataclass(frozen=True)
 class Keeping:
-    """uses: of each value that some backward needs, by node and number of the result, the operands that need it; () where it is an
-    op's own result. rebuilt: values that need not be kept as they are made. returned: what else is there until the step ends, for
-    the model returns it. gradients: `_gradients`, of the backwards; moments: what these hold at once (compiler/backward_memory.py)."""
+    """uses       of each value that some backward needs, by node and number of the result, the operands that need it; () where it is
+               an op's own result
+    rebuilt    of these, what need not be kept as it is made
+    fixed      of these, what follows from no input: as large for any batch
+    returned   what else is there until the step ends, for the model returns it
+    gradients, moments    of the backwards, what is in memory of its own, and what they hold at once (compiler/backward_memory.py)
+    """
 
     uses: Mapping[tuple[fx.Node, int], tuple[Use, ...]]
     rebuilt: frozenset[tuple[fx.Node, int]]
+    fixed: frozenset[tuple[fx.Node, int]]
     returned: frozenset[tuple[fx.Node, int]]
     gradients: Mapping[fx.Node, tuple[bool, ...]]
     moments: Sequence[Moment[fx.Node]]
@@ -64,7 +69,18 @@ def keeping(calls: Calls) -> Keeping:
     kept = {value: tuple(found) for value, found in uses.items()}
     others = frozenset(value for value in returned - (kept.keys() - rebuilt) if value[0] in calls)
     gradients = _gradients(calls, _written_over(calls, returned))
-    return Keeping(kept, frozenset(rebuilt), others, gradients, moments(calls, kept, rebuilt, gradients))
+    fixed = kept.keys() - _of_inputs(calls)
+    return Keeping(kept, frozenset(rebuilt), fixed, others, gradients, moments(calls, kept, rebuilt, gradients))
+
+
+def _of_inputs(calls: Calls) -> set[tuple[fx.Node, int]]:
+    """The values that follow from what the model is called with."""
+    found: set[fx.Node] = set()
+    for node, (_, sources) in calls.items():
+        if any(s in found or (s.op == "placeholder" and s.meta["key"].startswith("input.")) for s in sources):
+            found.add(node)
+            found.update(user for user in node.users if is_getitem(user))
+    return {(node, k) for node in found if node in calls for k in range(len(calls[node][0].results))}
 
 
 def _returned(calls: Calls) -> frozenset[tuple[fx.Node, int]]:
@@ -84,14 +100,19 @@ def _written_over(calls: Calls, returned: frozenset[tuple[fx.Node, int]]) -> fro
     return frozenset(found - others)
 
 
-def kept_bytes(calls: Calls, kept: Keeping, placement: Placement | None, axis: Axis) -> float:
-    """Bytes that a rank keeps. Each value once for each type that a backward needs it in."""
-    return sum(size for _, size in kept_values(calls, kept, placement, axis))
+def kept_bytes(calls: Calls, kept: Keeping, placement: Placement | None, axis: Axis, *, fixed: bool = False) -> float:
+    """Bytes that a rank keeps, of what grows with the batch, or of what is `fixed`. Each value once for each type that a backward
+    needs it in."""
+    return sum(size for _, size in kept_values(calls, kept, placement, axis, fixed=fixed))
 
 
-def kept_values(calls: Calls, kept: Keeping, placement: Placement | None, axis: Axis) -> Iterator[tuple[fx.Node, float]]:
+def kept_values(
+    calls: Calls, kept: Keeping, placement: Placement | None, axis: Axis, *, fixed: bool = False
+) -> Iterator[tuple[fx.Node, float]]:
     """(node, bytes that a rank keeps of a result of it): for the backward, and of what is returned."""
     for (node, k), uses in kept.uses.items():
+        if ((node, k) in kept.fixed) != fixed:
+            continue
         call, _ = calls[node]
         made = placement.choice[node.name].outs[k] if placement else I
         size = size_of(call.results[k])
@@ -102,12 +123,12 @@ def kept_values(calls: Calls, kept: Keeping, placement: Placement | None, axis: 
             shares.discard(own)
             total = 0.0 if (node, k) in kept.rebuilt else size * own
         yield node, total + size * sum(shares)
-    for node, k in kept.returned:
+    for node, k in () if fixed else kept.returned:
         made = placement.choice[node.name].outs[k] if placement else I
         yield node, size_of(calls[node][0].results[k]) * held(made, axis)
 
 
-def kept_at(calls: Calls, kept: Keeping, offered: Offers) -> list[KeptAt]:
+def kept_at(calls: Calls, kept: Keeping, offered: Offers, *, fixed: bool = False) -> list[KeptAt]:
     """The same by where an axis decides in which types values are made and taken: those of repeated blocks together."""
 
     def at(node: fx.Node, position: int) -> Place:
@@ -118,16 +139,20 @@ def kept_at(calls: Calls, kept: Keeping, offered: Offers) -> list[KeptAt]:
 
     found: Counter[tuple[Place, tuple[Place, ...], bool]] = Counter()
     for (node, k), uses in kept.uses.items():
+        if ((node, k) in kept.fixed) != fixed:
+            continue
         users = tuple(sorted({at(*use) for use in uses}))
         found[result(node, k), users, (node, k) in kept.rebuilt] += size_of(calls[node][0].results[k])
-    for node, k in kept.returned:
+    for node, k in () if fixed else kept.returned:
         found[result(node, k), (), False] += size_of(calls[node][0].results[k])
     return [KeptAt(float(size), maker, uses, rebuilt) for (maker, uses, rebuilt), size in found.items()]
 
 
 def sized(calls: Calls, kept: Keeping, offered: Offers) -> Sized:
     """All values whose bytes may have a price."""
-    return Sized(kept_at(calls, kept, offered), stream_at(calls, offered), heaviest(offered), moments_at(kept.moments, offered))
+    fixed = kept_at(calls, kept, offered, fixed=True)
+    gathered, moments = heaviest(offered), moments_at(kept.moments, offered)
+    return Sized(kept_at(calls, kept, offered), stream_at(calls, offered), gathered, fixed, moments)
 
 
 def sized_for(calls: Calls, offered: Offers, policy: Policy, mixed: Rules | None) -> Sized | None:

@@ -127,12 +127,13 @@ class Heavy:
 @dataclass(frozen=True)
 class Sized:
     """Values whose bytes may have a price: kept for the backward; of the residual stream, each with its share in the mean; and
-    parameters of the heaviest blocks, where they are gathered (compiler/heaviest.py). moments: what has none, what the backward
-    holds at once."""
+    parameters of the heaviest blocks, where they are gathered (compiler/heaviest.py). And what has none: what is kept whatever the
+    batch, and what the backward holds at once."""
 
     kept: Sequence[KeptAt] = ()
     stream: Sequence[KeptAt] = ()
     heaviest: Mapping[tuple[Value, Uses], Heavy] = field(default_factory=dict)
+    fixed: Sequence[KeptAt] = ()
     moments: Sequence[Moment[int]] = ()
 
 

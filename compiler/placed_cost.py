@@ -35,6 +35,7 @@ class PlacedCost:
     gathers                 seconds in which every run gathers parameters over the tensor axis and scatters their gradients
     sums                    seconds in which gradients of replicated parameters are summed over the tensor axis, once a step
     activations             bytes that the forward keeps
+    fixed                   the same of what is as large for any batch
     temporaries             bytes that the backward holds at once beside these (compiler/backward_memory.py)
     gathered                bytes of the parameters that a block gathers over the tensor axis: of the block with the most
     heaviest, second        the same of the two blocks whose parameters are the most (compiler/heaviest.py)
@@ -51,6 +52,7 @@ class PlacedCost:
     gathers: float = 0.0
     sums: float = 0.0
     activations: float = 0.0
+    fixed: float = 0.0
     temporaries: float = 0.0
     gathered: float = 0.0
     heaviest: float = 0.0
@@ -106,7 +108,8 @@ def placed_cost(
         stream=stream_bytes(calls),
     )
     if placement is None:
-        return replace(cost, activations=kept_bytes(calls, kept, None, axis), temporaries=largest(kept.moments, lambda _: 1.0))
+        activations, fixed = (kept_bytes(calls, kept, None, axis, fixed=which) for which in (False, True))
+        return replace(cost, activations=activations, fixed=fixed, temporaries=largest(kept.moments, lambda _: 1.0))
     offered = offered or offers(gm, axis, calls, "tensor")
     return _with_conversions(cost, seconds, placement, calls, offered, counted or sized(calls, kept, offered))
 
@@ -186,6 +189,7 @@ def _with_conversions(
         heaviest=heaviest[0],
         second=heaviest[1],
         activations=sum(k.held(share) for k in counted.kept),
+        fixed=sum(k.held(share) for k in counted.fixed),
         temporaries=largest(counted.moments, share),
         stream=sum(k.held(share) for k in counted.stream),
         received=received,

@@ -155,6 +155,7 @@ class StepCost:
         if plan.whole:
             state += state_bytes(replace(plan, zero=2), trained * whole.trained, frozen * whole.held)
         activations = cost.activations * share / plan.stages * flying(plan) / m + cost.temporaries * share / m
+        activations += cost.fixed / plan.stages
         # Under ZeRO-3 the backward of a block holds its parameters whole, and their gradients until they are scattered; the first
         # gradient of a parameter that is used twice waits for the second, which is added where it lies.
         waiting = self.shared * trained if plan.zero else 0.0

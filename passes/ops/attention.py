@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import chunked_attention
+from .attention_layouts import empty_gradients, empty_out
 from .collectives import ops
 from .define import define
 
@@ -50,7 +51,7 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     mask = _four_dims(mask)
     if 0 in q.shape or 0 in k.shape or 0 in v.shape:
-        found = tuple(x.zero_() for x in _empty_gradients(q, k, v))
+        found = tuple(x.zero_() for x in empty_gradients(q, k, v))
     elif _use_cpu_kernel(q):
         found = _cpu_backward(grad_out, q, k, v, out, lse, mask, causal, scale)
     elif _use_cuda_flash(q, k, v, mask, causal):
@@ -97,27 +98,13 @@ def _summed(grad: Tensor, x: Tensor) -> Tensor:
     return grad if grad.shape[1] == x.shape[1] else grad.unflatten(1, (x.shape[1], -1)).sum(2)
 
 
-# Layouts and masks.
-
-
-def _empty_out(q: Tensor, v: Tensor, device: torch.device) -> Tensor:
-    batch, heads, queries, width = q.shape
-    if v.shape[3] == width and q.stride(3) == 1:
-        return torch.empty_like(q, device=device)
-    if q.stride(1) < q.stride(2) and q.stride(3) == 1:
-        return q.new_empty(batch, queries, heads, v.shape[3], device=device).transpose(1, 2)
-    return q.new_empty(batch, heads, queries, v.shape[3], device=device)
+# Results and masks.
 
 
 def _empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     batch, heads, queries, _ = q.shape
     lse = q.new_empty((batch, queries, heads), dtype=_accumulator(q)).transpose(1, 2)
-    return _empty_out(q, v, q.device), lse
-
-
-def _empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    a, b, c = (x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k, v))
-    return a, b, c
+    return empty_out(q, v, q.device), lse
 
 
 def _accumulator(q: Tensor) -> torch.dtype:
@@ -127,7 +114,7 @@ def _accumulator(q: Tensor) -> torch.dtype:
 def _settled(out: Tensor, q: Tensor, v: Tensor) -> Tensor:
     """`out`, cut to v's width, in the layout that the fake kernel promised."""
     out = _cut_width(out, v)
-    strides = _empty_out(q, v, torch.device("meta")).stride()
+    strides = empty_out(q, v, torch.device("meta")).stride()
     if out.stride() == strides:
         return out
     order = sorted(range(4), key=lambda dim: -strides[dim])
@@ -290,7 +277,7 @@ def _fake_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal
 
 
 def _fake_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(q, k, v)
+    return empty_gradients(q, k, v)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .attention_layouts import empty_gradients, empty_out
 from .collectives import ops
 from .define import define
 from .positions import compose_ranges, cut_ranges, whole_ranges
@@ -134,7 +135,7 @@ def _attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, seed: Tensor | None, causal: bool, scale: float,
     p: float, site: int, shape: Sequence[int], *cuts: Sequence[Any],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    out = q.new_empty(*q.shape[:3], v.shape[3])
+    out = empty_out(q, v, q.device)
     if 0 in q.shape or 0 in k.shape or 0 in v.shape:
         top = q.new_zeros(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
         return out.zero_(), top, torch.ones_like(top)
@@ -154,21 +155,20 @@ def _attention_backward(
     found = backward(grad_out, q, k, v, out, top, total, four_dims(mask), causal, scale, four_dims(bias), drop)
     for into, x in zip(grads, found, strict=True):
         if x is not None:
-            into.copy_(x.view(into.shape))
+            into.copy_(x.reshape(into.shape))
     return grads
 
 
 def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     top = q.new_empty(q.shape[:3], dtype=wide)
-    return q.new_empty(*q.shape[:3], v.shape[3]), top, torch.empty_like(top)
+    return empty_out(q, v, q.device), top, torch.empty_like(top)
 
 
 def _fake_backward(
     grad_out: Tensor, out: Tensor, top: Tensor, total: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
-    return grad_q, grad_k, grad_v, q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return *empty_gradients(q, k, v), q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -24,6 +24,7 @@ STRATEGIES = {
     "zero3": Strategy(dp=8, tp=1, pp=1, zero=3),
     "tp4": Strategy(dp=2, tp=4, pp=1, sequence_parallel=False),
     "sequence parallel": Strategy(dp=2, tp=4, pp=1, sequence_parallel=True),
+    "any": Strategy(dp=2, tp=4, pp=1, layouts="any"),
 }
 
 
@@ -47,6 +48,31 @@ def bert() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     return model, {"input_ids": tokens, "labels": torch.empty_like(tokens)}
 
 
+def t5() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    config = transformers.T5Config(
+        vocab_size=8000, d_model=512, d_ff=2048, num_layers=3, num_heads=8, dropout_rate=0.0, decoder_start_token_id=0
+    )
+    with torch.device("meta"):
+        model = transformers.T5ForConditionalGeneration(config)
+        tokens = torch.empty(8, 256, dtype=torch.long)
+    return model, {"input_ids": tokens, "labels": torch.empty_like(tokens)}
+
+
+def vit() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    config = transformers.ViTConfig(
+        hidden_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        intermediate_size=2048,
+        image_size=128,
+        patch_size=8,
+        num_labels=16,
+    )
+    with torch.device("meta"):
+        model = transformers.ViTForImageClassification(config)
+        return model, {"pixel_values": torch.empty(8, 3, 128, 128), "labels": torch.empty(8, dtype=torch.long)}
+
+
 @pytest.mark.parametrize("model", ["gpt", "llama", "gpt2", "bert", "t5", "vit", "mixtral", "resnet"])
 def test_what_is_kept_and_where_its_type_is_chosen(model: str) -> None:
     """Whole on every rank, all of it is what is kept; cut in two, what the placement says of each value."""
@@ -66,7 +92,7 @@ def test_what_is_kept_and_where_its_type_is_chosen(model: str) -> None:
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-@pytest.mark.parametrize("model", [llama, bert])
+@pytest.mark.parametrize("model", [llama, bert, t5, vit])
 @pytest.mark.filterwarnings("ignore")
 def test_predicted_peak(model, name: str) -> None:
     made, batch = model()
@@ -74,6 +100,6 @@ def test_predicted_peak(model, name: str) -> None:
     predicted = planned.plan.predicted
     assert predicted is not None
     taken = program_memory(emit(planned, 0))
-    assert predicted.peak_bytes == pytest.approx(taken.peak, rel=0.2), taken
+    assert 0.97 * taken.peak <= predicted.peak_bytes <= 1.2 * taken.peak, taken
     kept = sum(v for k, v in predicted.parts.items() if k == "activation bytes")
     assert kept == pytest.approx(taken.activations + taken.temporaries, rel=0.2), taken

@@ -135,6 +135,30 @@ def test_temporaries_are_what_lives_at_once(read_again):
     assert temporary_bytes(gm) == pytest.approx(800 if read_again else 400, abs=8)
 
 
+@pytest.mark.parametrize("taken_late", [True, False])
+def test_results_of_several_live_each_by_itself(taken_late):
+    """There from the op on that makes them, whenever they are taken; what is not taken, until the last one is."""
+
+    def values(x):
+        both = torch.ops.aten.native_layer_norm.default(x, [100], None, None, 1e-5)
+        first = both[0]  # 400 bytes, beside 4 of the mean and 4 of the other, which nobody takes
+        early = None if taken_late else both[1]
+        small = torch.ops.aten.sum.default(first)
+        wide = torch.ops.aten.expand.default(small, [50])
+        many = torch.ops.aten.mul.Tensor(wide, 2)  # 200
+        late = both[1] if taken_late else early
+        return torch.ops.aten.add.Tensor(torch.ops.aten.sum.default(many), late)
+
+    gm = fx.symbolic_trace(values)
+    shapes = {"native_layer_norm_default": [(100,), (1,), (1,)], "getitem": (100,), "getitem_1": (1,), "mul_tensor": (50,)}
+    for node in gm.graph.nodes:
+        shape = shapes.get(node.name, ())
+        node.meta["val"] = tuple(map(torch.empty, shape)) if isinstance(shape, list) else torch.empty(shape)
+    assert temporary_bytes(gm) == (412 if taken_late else 408)  # with the sum of 4
+    names = [n.name for n in gm.graph.nodes]
+    assert (names.index("getitem_1") > names.index("mul_tensor")) == taken_late
+
+
 def test_collectives_begin_when_the_last_rank_has_come():
     programs = [
         dataclasses.replace(p, schedule=(*p.schedule, Instruction("all_reduce", ("grad.param.w",), axis="pp")))

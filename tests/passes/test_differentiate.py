@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from shardwright.compiler.emit import emit
 from shardwright.compiler.layout import with_layout
+from shardwright.compiler.memory import temporary_bytes
 from shardwright.passes.differentiate import Templates
 from shardwright.passes.graph_tools import Values
 
@@ -86,6 +87,26 @@ def test_gradients(function: Callable[..., Tensor], axes: dict[str, int]) -> Non
     wanted = plan(**axes)
     made = emit_all(found, wanted, shares(found, wanted))
     compare(found, made, run(found, made))
+
+
+def test_gradients_of_one_value_do_not_wait_for_each_other() -> None:
+    """However many read a value, its gradient lies in one memory, and beside it what is added to that."""
+
+    class Reads(nn.Module):
+        def __init__(self, count: int) -> None:
+            super().__init__()
+            self.first = nn.Linear(8, 64, bias=False)
+            self.heads = nn.ModuleList(nn.Linear(64, 2, bias=False) for _ in range(count))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            return sum(head(h).exp().sum() for head in self.heads)  # type: ignore[return-value]
+
+    few, many = (
+        temporary_bytes(program(prepare(Reads(n), {"x": torch.randn(16, 8)}), plan()).graphs["backward"].graph) for n in (3, 9)
+    )
+    value = 16 * 64 * 4
+    assert few < 3 * value and many < few + value, "each of them waits to be added"
 
 
 @pytest.mark.parametrize("model", ["llama", "gpt2"])

@@ -165,6 +165,23 @@ def test_fake_strides_are_the_real_ones(path, make):
 
 
 @pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_with_a_bias_results_lie_as_without(make):
+    """Of heads that are views of tokens, such views: what follows joins them without a copy."""
+    q, k, v = (x.detach() for x in make())
+    rest = (None, None, None, False, 1.0, 0.0, 0, [], [], [], [], [])
+    found = ops.chunked_attention(q, k, v, *rest)
+    with fake_mode() as mode:
+        fakes = [mode.from_tensor(x) for x in (q, k, v)]
+        fake = ops.chunked_attention(*fakes, *rest)
+        alike = ops.attention(*fakes, None, False, 1.0)[0]
+        fake_grads = ops.chunked_attention_backward(fake[0], *fake, *fakes, *rest)
+    grads = ops.chunked_attention_backward(torch.randn_like(found[0]), *found, q, k, v, *rest)
+    assert fake[0].stride() == alike.stride()
+    for real, promised in zip((*found, *grads), (*fake, *fake_grads), strict=True):
+        assert real.numel() == 0 or real.stride() == promised.stride()
+
+
+@pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS.keys())
 @pytest.mark.parametrize("masked", [False, True])
 def test_any_layout(path, make, masked):
     """Of the operands, of what the forward left, and of the gradient: expanded and transposed."""

@@ -116,3 +116,23 @@ def test_a_small_view_is_saved_instead_of_its_base() -> None:
     spec = program(prepare(Head(), {"x": torch.randn(2, 16, 5)}), plan()).graphs["forward"]
     shapes = {tuple(n.meta["val"].shape) for n in saved(spec).values()}
     assert (2, 64) in shapes and (2, 16, 64) not in shapes
+
+
+@pytest.mark.parametrize("model", ["gpt2", "bert", "vit", "resnet"])
+def test_of_several_results_those_are_kept_that_are_read(model: str) -> None:
+    """A norm's mean beside what follows from it, and not the tuple of all its results, which has these again."""
+    kept = saved(program(case(model), plan()).graphs["forward"])
+    assert all(isinstance(node.meta["val"], Tensor) for node in kept.values()), list(kept)
+
+
+def test_indices_are_kept_without_what_they_are_indices_of() -> None:
+    class Pool(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.wide(x).topk(3).values.sum()
+
+    kept = saved(program(prepare(Pool(), {"x": torch.randn(4, 8)}), plan()).graphs["forward"])
+    assert [n.meta["val"].dtype for n in kept.values()] == [torch.int64]

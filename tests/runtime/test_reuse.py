@@ -80,7 +80,24 @@ def check(built: Builder, *outputs: Node) -> None:
     assert all(torch.equal(a, b) for a, b in zip(given_, built.inputs, strict=True))
 
 
-KINDS = ("mul", "addcmul", "neg", "pow", "addmm", "mm", "bmm", "cat", "silu", "tanh_backward", "view", "t", "split", "sum", "clone")
+KINDS = (
+    "mul",
+    "addcmul",
+    "neg",
+    "pow",
+    "addmm",
+    "mm",
+    "bmm",
+    "cat",
+    "silu",
+    "tanh_backward",
+    "view",
+    "t",
+    "split",
+    "norm",
+    "sum",
+    "clone",
+)
 
 
 @pytest.fixture
@@ -124,6 +141,10 @@ def test_random_graphs_give_the_same(steps: list[tuple[str, int, int, int]], dat
             case "split":
                 whole = built.call(aten.split.Tensor, built.call(aten.clone.default, x), 4)
                 built.call(aten.alias.default, built.call(operator.getitem, whole, 0))
+            case "norm":
+                whole = built.call(aten.native_layer_norm.default, x, [6], None, None, 1e-5)
+                built.call(operator.getitem, whole, 0)
+                built.call(aten.mul.Tensor, y, built.call(operator.getitem, whole, 2))
             case "sum":
                 built.call(aten.mul.Tensor, x, built.call(aten.sum.dim_IntList, y, [0], True))
             case _:
@@ -142,6 +163,17 @@ def test_a_chain_takes_memory_once() -> None:
     )
     third = built.call(aten.neg.default, second)
     assert built.over() == {second: 2, third: 0}
+    check(built, third)
+
+
+def test_each_result_of_several_is_written_over_by_itself() -> None:
+    built = Builder(random(*SHAPE), random(*SHAPE))
+    x, y = built.nodes
+    whole = built.call(aten.native_layer_norm.default, x, [6], None, None, 1e-5)
+    first, mean = (built.call(operator.getitem, whole, k) for k in (0, 1))
+    second = built.call(aten.mul.Tensor, first, y)
+    third = built.call(aten.add.Tensor, second, mean)
+    assert built.over() == {second: 0, third: 0}, "the mean is read later, but lies elsewhere"
     check(built, third)
 
 
