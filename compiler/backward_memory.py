@@ -182,9 +182,10 @@ class _Computed:
         for value in sorted(again, key=lambda v: order[v[0]], reverse=True):
             node, k = value
             call, sources = calls[node]
-            found = sorted((*uses[value], *([since[value]] if value in since else [])), key=lambda use: order[use[0]])
-            if not found:
+            asked = [*uses[value]] + ([since[value]] if value in since else [])
+            if not asked:
                 continue
+            found = sorted(asked, key=lambda use: order[use[0]])
             first, last = found[0], found[-1]
             alive = Alive(float(size_of(call.results[k])), last, None, (node, len(call.operands) + k), True)
             self.starts.setdefault(last[0], []).append(alive)

@@ -29,7 +29,7 @@ from .stream import stream_at
 
 @dataclass(frozen=True)
 class Keeping:
-    """uses       of each value that some backward needs, by node and number of the result, the operands that need it; () where it is
+    """uses       of each value that some backward needs, by node and number of result, the operands that need it; () where it is
                an op's own result
     rebuilt    of these, what need not be kept as it is made
     fixed      of these, what follows from no input: as large for any batch
@@ -69,7 +69,7 @@ def keeping(calls: Calls) -> Keeping:
     kept = {value: tuple(found) for value, found in uses.items()}
     others = frozenset(value for value in returned - (kept.keys() - rebuilt) if value[0] in calls)
     gradients = _gradients(calls, _written_over(calls, returned))
-    fixed = kept.keys() - _of_inputs(calls)
+    fixed = frozenset(kept.keys() - _of_inputs(calls))
     return Keeping(kept, frozenset(rebuilt), fixed, others, gradients, moments(calls, kept, rebuilt, gradients))
 
 

@@ -9,11 +9,10 @@ import torch
 from torch import fx
 
 from ..passes.convert import makes_whole
-from ..passes.graph_tools import VIEWS, Calls, is_getitem, is_parameter
+from ..passes.graph_tools import VIEWS, Calls, is_getitem, is_parameter, result_of
 from ..passes.rules.base import OpCall, TensorMeta
 from ..passes.types import Type
 from .cost import op_name
-from .offers import made_by
 
 aten = torch.ops.aten
 
@@ -70,7 +69,7 @@ def held_by(node: fx.Node) -> tuple[fx.Node, int]:
     """The value that a value is a view of."""
     while node.op == "call_function":
         if is_getitem(node):
-            return made_by(node)
+            return result_of(node)
         if not is_view(node):
             break
         node = node.all_input_nodes[0]

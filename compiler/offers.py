@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import fx
 
-from ..passes.graph_tools import Calls, is_getitem, metas
+from ..passes.graph_tools import Calls, is_getitem, metas, result_of
 from ..passes.rules.base import Axis, OpCall, Strategy, TensorMeta, find_rule, strategies
 from ..passes.splits import Cuts, Site, Value, spread
 from ..passes.types import I, R, Type, Varying, even_sections
@@ -107,7 +107,7 @@ def offers(
     sites: list[Site] = []
 
     def value_of(node: fx.Node) -> Value:
-        source, k = made_by(node)
+        source, k = result_of(node)
         return twins.get(source.name, source.name), k
 
     for node in gm.graph.nodes:
@@ -141,11 +141,6 @@ def offers(
     results = list(next(n for n in gm.graph.nodes if n.op == "output").args[0])  # type: ignore[arg-type]
     uses = _uses(calls, results, decisions, twins)
     return Offers(axis, decisions, meta, [*map(value_of, results)], uses, twins, cuts, stand_ins(gm, groups))
-
-
-def made_by(node: fx.Node) -> tuple[fx.Node, int]:
-    """The node that makes a value, and which of its results it is."""
-    return (node.args[0], int(node.args[1])) if is_getitem(node) else (node, 0)  # type: ignore[arg-type,return-value]
 
 
 def options(site: Site, axis: Axis, cuts: Cuts) -> list[Strategy]:
@@ -190,7 +185,7 @@ def _uses(
     for node, (_, sources) in calls.items():
         reader = decisions[twins.get(node.name, node.name)].index
         for k, source in enumerate(sources):
-            uses.setdefault(made_by(source), {})[reader, k] = None
+            uses.setdefault(result_of(source), {})[reader, k] = None
     for reader, result in enumerate(results, len(decisions)):
-        uses.setdefault(made_by(result), {})[reader, 0] = None
+        uses.setdefault(result_of(result), {})[reader, 0] = None
     return Counter(((twins.get(maker.name, maker.name), k), tuple(found)) for (maker, k), found in uses.items())

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from ..passes.convert import is_free, makes_whole
-from ..passes.graph_tools import Calls, is_getitem, is_parameter, metas
+from ..passes.graph_tools import Calls, is_getitem, is_parameter, metas, result_of
 from ..passes.reshard import steps
 from ..passes.rules.base import Axis, TensorMeta
 from ..passes.rules.base import Strategy as NodeStrategy
@@ -19,7 +19,7 @@ from .cost import Seconds, Timing, conversion_bytes, size_of
 from .heaviest import COUNT, block_of
 from .keeping import Keeping, keeping, kept_bytes, sized
 from .needs import gathered_again, read_again
-from .offers import Offers, Uses, Value, made_by, offers
+from .offers import Offers, Uses, Value, offers
 from .place import Heavy, Place, Placement, Sized
 from .prices import held
 from .stream import stream_bytes
@@ -229,7 +229,7 @@ def _conversions(placement: Placement, calls: Calls, offered: Offers, nodes: Seq
 def produced(node: fx.Node, placement: Placement, k: int = 0) -> tuple[Type, int]:
     """The type of a value, and which of its node's results it is: the k-th, or the one that a getitem takes."""
     if is_getitem(node):
-        node, k = made_by(node)
+        node, k = result_of(node)
     if node.op == "placeholder":
         return placement.placeholders[node.meta["key"]], k
     return placement.choice[node.name].outs[k], k

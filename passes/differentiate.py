@@ -34,6 +34,7 @@ from .graph_tools import (
     map_operands,
     op_call,
     op_calls,
+    result_of,
     standing,
     where,
 )
@@ -320,9 +321,7 @@ class _Joint:
 
     def add_cotangent(self, node: fx.Node, made: fx.Node) -> None:
         """What flows into a value is added to what did before: nothing waits."""
-        maker, k = node, 0
-        if is_getitem(node):
-            maker, k = node.args  # type: ignore[assignment]
+        maker, k = result_of(node)
         before = self.cotangents.get((maker, k))
         if before is not None:
             made = self.mark(call(self.graph, self.values, aten.add.Tensor, (before, made)), maker, "backward")

@@ -180,6 +180,11 @@ def is_getitem(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is operator.getitem
 
 
+def result_of(node: fx.Node) -> tuple[fx.Node, int]:
+    """The node that makes a value, and which of its results it is."""
+    return (node.args[0], int(node.args[1])) if is_getitem(node) else (node, 0)  # type: ignore[arg-type,return-value]
+
+
 def place_operands(value: Any, nodes: tuple[fx.Node, ...]) -> Any:
     return map_operands(value, lambda o: nodes[o.index] if isinstance(o, Operand) else o)
 
