@@ -63,7 +63,7 @@ class Search:
         self.kept = keeping(self.calls)
         cut = partial(samples, problem.graph, self.batch.captured, problem.batch_inputs, problem.loss, self.calls)
         self.tensor = TensorAxis(problem.graph, problem.loss, topology, self.calls, self.kept, cut)
-        self.steps = StepCost(problem, topology, self.batch, self.calls)
+        self.steps = StepCost(problem, topology, self.batch, self.calls, self.kept)
         self.runs = runs(problem.graph)
         self.bound = math.inf  # seconds a sample; see `Refinement.bound`
         self._coupled: ShardingError | Literal[False] | None = None

@@ -24,7 +24,7 @@ from .needs import NEEDS_RESULT, held_by, needs_value, passes_on
 from .offers import Offers
 from .place import KeptAt, Place, Placement, Policy, Rules, Sized
 from .prices import held
-from .stream import stream_at
+from .stream import Stream, stream, stream_at
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Keeping:
     fixed      of these, what follows from no input: as large for any batch
     returned   what else is there until the step ends, for the model returns it
     gradients, moments    of the backwards, what is in memory of its own, and what they hold at once (compiler/backward_memory.py)
+    stream     what goes from block to block
     """
 
     uses: Mapping[tuple[fx.Node, int], tuple[Use, ...]]
@@ -43,6 +44,7 @@ class Keeping:
     returned: frozenset[tuple[fx.Node, int]]
     gradients: Mapping[fx.Node, tuple[bool, ...]]
     moments: Sequence[Moment[fx.Node]]
+    stream: Stream
 
 
 def keeping(calls: Calls) -> Keeping:
@@ -70,7 +72,7 @@ def keeping(calls: Calls) -> Keeping:
     others = frozenset(value for value in returned - (kept.keys() - rebuilt) if value[0] in calls)
     gradients = _gradients(calls, _written_over(calls, returned))
     fixed = frozenset(kept.keys() - _of_inputs(calls))
-    return Keeping(kept, frozenset(rebuilt), fixed, others, gradients, moments(calls, kept, rebuilt, gradients))
+    return Keeping(kept, frozenset(rebuilt), fixed, others, gradients, moments(calls, kept, rebuilt, gradients), stream(calls))
 
 
 def _of_inputs(calls: Calls) -> set[tuple[fx.Node, int]]:
@@ -128,6 +130,16 @@ def kept_values(
         yield node, size_of(calls[node][0].results[k]) * held(made, axis)
 
 
+def kept_where(calls: Calls, kept: Keeping) -> list[tuple[float, tuple[fx.Node, ...]]]:
+    """The same, whole, with the nodes where the backward needs it: over a border of stages it is kept where it is needed."""
+    found = [
+        (float(size_of(calls[node][0].results[k])), tuple(user for user, _ in uses) or (node,))
+        for (node, k), uses in kept.uses.items()
+        if (node, k) not in kept.rebuilt
+    ]
+    return [*found, *((float(size_of(calls[node][0].results[k])), (node,)) for node, k in kept.returned)]
+
+
 def kept_at(calls: Calls, kept: Keeping, offered: Offers, *, fixed: bool = False) -> list[KeptAt]:
     """The same by where an axis decides in which types values are made and taken: those of repeated blocks together."""
 
@@ -152,7 +164,7 @@ def sized(calls: Calls, kept: Keeping, offered: Offers) -> Sized:
     """All values whose bytes may have a price."""
     fixed = kept_at(calls, kept, offered, fixed=True)
     gathered, moments = heaviest(offered), moments_at(kept.moments, offered)
-    return Sized(kept_at(calls, kept, offered), stream_at(calls, offered), gathered, fixed, moments)
+    return Sized(kept_at(calls, kept, offered), stream_at(kept.stream, offered), gathered, fixed, moments)
 
 
 def sized_for(calls: Calls, offered: Offers, policy: Policy, mixed: Rules | None) -> Sized | None:
@@ -164,6 +176,8 @@ def sized_for(calls: Calls, offered: Offers, policy: Policy, mixed: Rules | None
 def _gradients(calls: Calls, written_over: frozenset[tuple[fx.Node, int]]) -> dict[fx.Node, tuple[bool, ...]]:
     """Of each op with a backward, of which of its operands and results this holds gradients in memory of their own."""
     found = {}
+    # Of a loss the gradients of logsumexp and of pick are one (passes/fuse.py).
+    in_losses = {held_by(sources[0]) for call, sources in calls.values() if op_name(call.target) == "logsumexp"}
     for node, (call, sources) in calls.items():
         is_view = op_name(call.target) in FREE and len(call.results) == 1
         if is_view or not any(o.grad for o in call.operands):
@@ -172,7 +186,8 @@ def _gradients(calls: Calls, written_over: frozenset[tuple[fx.Node, int]]) -> di
         for meta, source in zip(call.operands, sources, strict=True):
             value = held_by(source)
             own = value[0].op == "call_function" and value not in written_over and not passes_on(call, meta)
-            made.append(meta.grad and own)
+            merged = op_name(call.target) == "pick" and value in in_losses
+            made.append(meta.grad and own and not merged)
         over = _goes_over(call, made)
         made += [meta.grad and (node, k) not in written_over and not over for k, meta in enumerate(call.results)]
         found[node] = tuple(made)

@@ -6,19 +6,20 @@ from dataclasses import replace
 
 from torch import fx
 
-from ..passes.graph_tools import Values
+from ..passes.graph_tools import Values, op_calls
 from ..passes.ops import use_communicator
 from .collector import without_collection
 from .emit import Problem, coordinates_of, lower
 from .place import Placement
 from .plan import Plan
-from .stages import stages_of_parameters
+from .stages import StageCuts
+from .stream import stream
 
 
 def with_places(plan: Plan, gm: fx.GraphModule, placement: Placement | None) -> Plan:
     """The plan with `layout`, as a placement over tp has it, and `stage_of` filled in where it has none."""
     if plan.stages > 1 and not plan.stage_of:
-        plan = replace(plan, stage_of=stages_of_parameters(gm, plan.stages))
+        plan = replace(plan, stage_of=StageCuts(gm, stream(op_calls(gm))).parameters(plan.stages))
     if placement is None or plan.layout:
         return plan
     types = placement.placeholders.items()

@@ -12,7 +12,7 @@ from ..passes.convert import makes_whole
 from ..passes.graph_tools import VIEWS, Calls, is_getitem, is_parameter, result_of
 from ..passes.rules.base import OpCall, TensorMeta
 from ..passes.types import Type
-from .cost import op_name
+from .cost import FREE, op_name
 
 aten = torch.ops.aten
 
@@ -37,7 +37,7 @@ def is_view(node: fx.Node) -> bool:
 def needs_value(node: fx.Node, call: OpCall, i: int) -> bool:
     """Whether the backward of a call needs the value of operand i: products need it for the gradient of the others alone."""
     name = op_name(call.target)
-    if name in VALUE_FREE or is_view(node):
+    if name in VALUE_FREE or name in FREE or is_view(node):
         return False
     if name in ("mul", "div", "mm", "bmm", "linear", "matmul", "addmm", "baddbmm", "convolution"):
         return any(o.grad for k, o in enumerate(call.operands) if k != i) or (name == "div" and i == 1)

@@ -105,7 +105,7 @@ def placed_cost(
         trainable=trainable,
         read_again=_read_again(gm, placement, calls, axis),
         received_once=received_once,
-        stream=stream_bytes(calls),
+        stream=stream_bytes(kept.stream),
     )
     if placement is None:
         activations, fixed = (kept_bytes(calls, kept, None, axis, fixed=which) for which in (False, True))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from statistics import median
 
 import numpy as np
 from torch import fx
 
-from ..passes.graph_tools import is_getitem, metas, op_call, op_calls
-from .cost import op_flops, size_of
-from .stream import stream_bytes
+from ..passes.graph_tools import is_getitem, metas, op_call
+from .cost import op_flops
+from .stream import Stream, stream_bytes
 
 
 def cut_stages(costs: Sequence[float], crossing_bytes: Sequence[float], n: int, seconds_per_byte: float = 0.0) -> tuple[int, ...]:
@@ -66,34 +68,96 @@ def _best_below(stage: np.ndarray, border: np.ndarray, n: int, limit: float) -> 
     return tuple(reversed(cuts))
 
 
-def stages_of_parameters(gm: fx.GraphModule, stages: int) -> dict[str, int]:
-    """The stage of each parameter: cuts where few bytes cross, work balanced."""
-    nodes = [n for n in gm.graph.nodes if n.op == "call_function"]
-    position = {n: i for i, n in enumerate(nodes)}
-    crossing = [0.0] * (len(nodes) + 1)
-    for node in nodes:
-        if not node.meta.get("grad"):
-            continue
-        last = max((position[u] for u in node.users if u in position), default=position[node])
-        size = float(sum(map(size_of, metas(node))))
-        for at in range(position[node] + 1, last + 1):
-            crossing[at] += size
-    costs = [work(n) for n in nodes]
-    stream = 1.01 * stream_bytes(op_calls(gm))
-    narrow = [i for i in range(1, len(nodes)) if 0 < crossing[i] <= stream]
-    borders, cuts = _cut(costs, crossing, narrow, stages)
-    if not _balanced(costs, borders, cuts):
-        borders, cuts = _cut(costs, crossing, [i for i in range(1, len(nodes)) if crossing[i] > 0], stages)
-    starts = [borders[c] for c in cuts]
-    stage_at = [sum(i >= s for s in starts) for i in range(len(nodes))]
-    found: dict[str, int] = {}
-    for node in gm.graph.nodes:
-        if node.op == "placeholder" and node.meta["key"].startswith("param."):
-            uses = [position[u] for u in node.users if u in position]
-            found[node.meta["key"].removeprefix("param.")] = stage_at[min(uses)] if uses else 0
-    return found
+@dataclass(frozen=True)
+class StageShare:
+    """What a stage has, of all that a model has: of the work, of the bytes of parameters, of those with gradients and of those that
+    the backward reads, and of the bytes that the forward keeps. What two stages use counts in both."""
+
+    work: float
+    held: float
+    trained: float
+    again: float
+    kept: float
 
 
+class StageCuts:
+    """Where a graph is cut into stages, into any number of them: where few bytes cross, and such that work is balanced."""
+
+    def __init__(self, gm: fx.GraphModule, found: Stream) -> None:
+        self.gm, self.stream = gm, found
+        self.position = {n: i for i, n in enumerate(found.nodes)}
+        self.costs = [work(n) for n in found.nodes]
+        self._stage_at: dict[int, list[int]] = {}
+
+    def parameters(self, stages: int) -> dict[str, int]:
+        """The stage of each parameter: the first that uses it."""
+        return {key: min(found) if found else 0 for key, found in self._users(stages).items()}
+
+    def shares(self, stages: int, sizes: Mapping[str, Sizes], kept: Sequence[tuple[float, Sequence[fx.Node]]]) -> list[StageShare]:
+        """Of each stage. sizes: of parameters, by name. kept: bytes that the forward keeps, and the nodes that need them."""
+        stage_at = self.stage_at(stages)
+        work_of, kept_of = np.zeros(stages), np.zeros(stages)
+        parameters = np.zeros((stages, 3))
+        for i in range(len(self.costs)):
+            work_of[stage_at[i]] += self.costs[i]
+        for size, nodes in kept:
+            for stage in {stage_at[self.position[node]] for node in nodes}:
+                kept_of[stage] += size
+        for key, users in self._users(stages).items():
+            for stage in users or {0}:
+                parameters[stage] += sizes[key]
+        whole = np.array([sizes[key] for key in sizes]).sum(0) if sizes else np.zeros(3)
+        columns = (
+            work_of / (work_of.sum() or 1.0),
+            parameters / np.where(whole > 0, whole, 1.0),
+            kept_of / (sum(size for size, _ in kept) or 1.0),
+        )
+        return [StageShare(float(w), float(h), float(t), float(a), float(k)) for w, (h, t, a), k in zip(*columns, strict=True)]
+
+    def widths(self, stages: int) -> list[float]:
+        """What crosses each border, against what goes from block to block: more where a late stage reads what an early one made."""
+        mean = stream_bytes(self.stream) or 1.0
+        stage_at = self.stage_at(stages)
+        return [self.stream.crossing[i] / mean for i in range(1, len(stage_at)) if stage_at[i] != stage_at[i - 1]]
+
+    def stage_at(self, stages: int) -> list[int]:
+        """The stage of each position."""
+        if stages not in self._stage_at:
+            starts = set(self._starts(stages))
+            self._stage_at[stages] = list(accumulate(int(i in starts) for i in range(len(self.costs))))
+        return self._stage_at[stages]
+
+    def _users(self, stages: int) -> dict[str, set[int]]:
+        stage_at = self.stage_at(stages)
+        placeholders = self.gm.graph.find_nodes(op="placeholder")
+        parameters = {n.meta["key"].removeprefix("param."): n for n in placeholders if n.meta["key"].startswith("param.")}
+        return {key: {stage_at[self.position[u]] for u in n.users if u in self.position} for key, n in parameters.items()}
+
+    def _starts(self, stages: int) -> list[int]:
+        crossing, inner = self.stream.crossing, range(1, len(self.costs))
+        borders, cuts = _cut(self.costs, crossing, self.stream.narrow, stages)
+        if not _balanced(self.costs, borders, cuts):
+            borders, cuts = _cut(self.costs, crossing, self._finely([i for i in inner if crossing[i] > 0]), stages)
+        return [borders[c] for c in cuts]
+
+    def _finely(self, places: list[int]) -> list[int]:
+        """Of many places those where the least crosses, one in each of FINEST equal parts of the work."""
+        if len(places) <= FINEST:
+            return places
+        before = list(accumulate(self.costs, initial=0.0))
+        best: dict[int, int] = {}
+        for i in places:
+            part = int(before[i] / (before[-1] or 1.0) * FINEST)
+            if part not in best or self.stream.crossing[i] < self.stream.crossing[best[part]]:
+                best[part] = i
+        return sorted(best.values())
+
+
+Sizes = tuple[float, float, float]
+"""Bytes of a parameter: all; if it has a gradient; if the backward reads it."""
+
+FINEST = 512
+"""Places at most that are looked at where a model is not cut at the narrow ones."""
 FLOPS_PER_BYTE = 100.0
 """What a byte that crosses a border weighs against work: between a CPU's network and an accelerator's."""
 BORDER = 0.05

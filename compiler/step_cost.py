@@ -1,10 +1,11 @@
 """What a step of a plan takes, from the costs of its graph: seconds, bytes at the peak, and bytes received by axis.
 
-    seconds = (compute + tensor traffic) / stages x (micro-batches + stages - 1) / micro-batches
+    seconds = (compute + tensor traffic) x the slowest stage's share x (micro-batches + stages - 1) / micro-batches
               + gradient and parameter traffic over the data axes + stage transfers + optimizer
 
-with compute and traffic summed over the placement that the passes would make. What runs of the sums of gradients beside the last
-backward (passes/segment.py) is left out, as far as the topology's profile says that compute does not suffer from it.
+with compute and traffic summed over the placement that the passes would make; bytes are those of the stage that needs the most
+(compiler/stages.py cuts it). What runs of the sums of gradients beside the last backward (passes/segment.py) is left out, as far as
+the topology's profile says that compute does not suffer from it.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ from ..runtime.program import Mesh
 from .cost import size_of
 from .emit import SEGMENT_BYTES, Problem
 from .gathers import Whole, gather_groups, kept_whole, shared
+from .keeping import Keeping, kept_where
 from .memory import state_memory
+from .needs import read_again
 from .placed_cost import PlacedCost
 from .plan import Plan, Prediction, data_size
 from .schedules import BUCKET_BYTES
+from .stages import StageCuts, StageShare
 from .tensor_axis import Load
 from .topology import CollectiveKind, Topology, collective_bytes, collective_seconds
 from .totals import Function, cost_of
@@ -77,18 +81,27 @@ def rounded_down(x: float, base: float, least: float = 0.0) -> float:
 
 
 class StepCost:
-    """Of any plan for one graph, batch and machine. `calls`: `op_calls` of the graph."""
+    """Of any plan for one graph, batch and machine."""
 
-    def __init__(self, problem: Problem, topology: Topology, batch: Batch, calls: Calls) -> None:
+    def __init__(self, problem: Problem, topology: Topology, batch: Batch, calls: Calls, kept: Keeping) -> None:
+        """calls, kept: `op_calls` and `keeping` of the graph."""
         self.topology, self.batch = topology, batch
-        nodes = problem.graph.graph.find_nodes(op="placeholder")
-        parameters = [metas(n)[0] for n in nodes if n.meta["key"].startswith("param.")]
+        nodes = [n for n in problem.graph.graph.find_nodes(op="placeholder") if n.meta["key"].startswith("param.")]
+        parameters = [metas(n)[0] for n in nodes]
         sizes = [float(size_of(meta)) for meta in parameters]
         self.trained = sum(float(size_of(meta)) for meta in parameters if meta.grad)
         self.shared = shared(problem.graph)
         self.largest = max(sizes, default=0.0) / (sum(sizes) or 1.0)
         self.groups = gather_groups(problem.graph, calls)
         self._whole: dict[int, list[Whole]] = {}
+        self._cuts = StageCuts(problem.graph, kept.stream)
+        self._kept = kept_where(calls, kept)
+        self._sizes = {
+            n.meta["key"].removeprefix("param."): (size, size * meta.grad, size * read_again(n, calls))
+            for n, meta, size in zip(nodes, parameters, sizes, strict=True)
+        }
+        self._stages: dict[int, list[StageShare]] = {}
+        self._borders: dict[int, list[float]] = {}
 
     def whole(self, stages: int) -> list[Whole]:
         """What ZeRO-3 may keep whole, of a model in so many stages."""
@@ -120,10 +133,10 @@ class StepCost:
         fewer, more = replace(plan, whole=few.names), replace(plan, whole=many.names)
         uneven = max(many.trained - w.trained - (many.held - w.held) for w in whole)
         span = self.topology.span(plan.mesh, "dp_shard")
-        once = [collective_seconds("all_gather", size, span) for size in (uneven / plan.stages, 0.0)]
+        once = [collective_seconds("all_gather", size, span) for size in (uneven * self.heaviest(plan.stages).trained, 0.0)]
         gathered = once[0] - once[1]
         held = replace(few, left=many.left, largest=many.largest, alone=many.alone)
-        packed = self._packed(fewer, least, few)
+        packed = [self._packed(fewer, least, few, stage) for stage in self.stages(plan.stages)]
 
         def seconds(totals: np.ndarray) -> float:
             cost = cost_of(totals, least.temporaries)
@@ -132,39 +145,57 @@ class StepCost:
 
         def size(totals: np.ndarray) -> float:
             cost = cost_of(totals, least.temporaries)
-            return sum(self._bytes(fewer, cost, held).values()) - self._packed(fewer, cost, few) + packed
+            found = zip(self._stage_bytes(fewer, cost, held), self.stages(plan.stages), packed, strict=True)
+            return max(sum(each.values()) - self._packed(fewer, cost, few, stage) + least for each, stage, least in found)
 
         return seconds, size
 
     def _seconds(self, plan: Plan, cost: PlacedCost, whole: Whole, moved: Sequence[Moved]) -> dict[str, float]:
-        mesh, stages, m, share = plan.mesh, plan.stages, plan.microbatches, self.batch.share(plan.mesh)
-        runs = bubble(plan) / stages
+        mesh, m, share = plan.mesh, plan.microbatches, self.batch.share(plan.mesh)
+        heaviest, work = self.heaviest(plan.stages), max(stage.work for stage in self.stages(plan.stages))
+        runs = bubble(plan) * work
+        sums = cost.sums * summed(plan) * heaviest.trained
         return {
             "compute": (cost.compute * share + cost.launches * m) * runs,
-            "tensor": (cost.traffic * share + (cost.latencies + cost.gathers) * m) * runs + cost.sums * summed(plan) / stages,
+            "tensor": (cost.traffic * share + (cost.latencies + cost.gathers) * m) * runs + sums,
             "data": sum(n * collective_seconds(kind, size, self.topology.span(mesh, axis)) for axis, kind, size, n in moved)
-            - self._hidden_seconds(plan, moved, cost.compute * share / stages / m * BACKWARD_SHARE),
+            - self._hidden_seconds(plan, moved, cost.compute * share * work / m * BACKWARD_SHARE),
             "pipeline": self._pipeline_seconds(plan, cost, share),
-            "optimizer": self._optimizer_seconds(plan, cost.trainable * self.heaviest_stage(stages)),
+            "optimizer": self._optimizer_seconds(plan, cost.trainable * heaviest.trained),
         }
 
+    def stages(self, count: int) -> list[StageShare]:
+        """Of a model in so many stages."""
+        if count not in self._stages:
+            self._stages[count] = self._cuts.shares(count, self._sizes, self._kept)
+        return self._stages[count]
+
+    def heaviest(self, stages: int) -> StageShare:
+        """The stage with the most parameters."""
+        return max(self.stages(stages), key=lambda stage: stage.held)
+
     def _bytes(self, plan: Plan, cost: PlacedCost, whole: Whole) -> dict[str, float]:
-        m, share, heaviest = plan.microbatches, self.batch.share(plan.mesh), self.heaviest_stage(plan.stages)
-        trained, frozen = cost.trainable * heaviest, (cost.parameters - cost.trainable) * heaviest
-        state = state_bytes(plan, trained * (1 - whole.trained), frozen * (1 - whole.held))
-        if plan.whole:
-            state += state_bytes(replace(plan, zero=2), trained * whole.trained, frozen * whole.held)
-        activations = cost.activations * share / plan.stages * flying(plan) / m + cost.temporaries * share / m
-        activations += cost.fixed / plan.stages
-        # Under ZeRO-3 the backward of a block holds its parameters whole, and their gradients until they are scattered; the first
-        # gradient of a parameter that is used twice waits for the second, which is added where it lies.
-        waiting = self.shared * trained if plan.zero else 0.0
-        if plan.zero == 3:
-            waiting = max(2 * whole.largest * cost.parameters, waiting + 2 * whole.alone * cost.parameters, 2 * waiting)
-        gathered = 2 * cost.gathered + waiting
-        if plan.zero in (1, 2) or plan.whole:
-            gathered += self._part(plan, cost, whole) + self._packed(plan, cost, whole)
-        return {"state": state, "activation": activations, "gathered": gathered}
+        """Of the stage that needs the most."""
+        return max(self._stage_bytes(plan, cost, whole), key=lambda found: sum(found.values()))
+
+    def _stage_bytes(self, plan: Plan, cost: PlacedCost, whole: Whole) -> Iterator[dict[str, float]]:
+        m, share = plan.microbatches, self.batch.share(plan.mesh)
+        for k, stage in enumerate(self.stages(plan.stages)):
+            trained = cost.trainable * stage.trained
+            frozen = max(0.0, cost.parameters * stage.held - trained)
+            state = state_bytes(plan, trained * (1 - whole.trained), frozen * (1 - whole.held))
+            if plan.whole:
+                state += state_bytes(replace(plan, zero=2), trained * whole.trained, frozen * whole.held)
+            activations = (cost.activations * share * flying(plan, k) / m + cost.fixed) * stage.kept + cost.temporaries * share / m
+            # Under ZeRO-3 the backward of a block holds its parameters whole, and their gradients until they are scattered; the
+            # first gradient of a parameter that is used twice waits for the second, which is added where it lies.
+            waiting = self.shared * trained if plan.zero else 0.0
+            if plan.zero == 3:
+                waiting = max(2 * whole.largest * cost.parameters, waiting + 2 * whole.alone * cost.parameters, 2 * waiting)
+            gathered = 2 * cost.gathered + waiting
+            if plan.zero in (1, 2) or plan.whole:
+                gathered += self._part(plan, cost, whole, stage) + self._packed(plan, cost, whole, stage)
+            yield {"state": state, "activation": activations, "gathered": gathered}
 
     def _received(self, plan: Plan, cost: PlacedCost, whole: Whole, moved: Sequence[Moved]) -> dict[str, float]:
         mesh, stages, m, share = plan.mesh, plan.stages, plan.microbatches, self.batch.share(plan.mesh)
@@ -175,12 +206,13 @@ class StepCost:
             once = cost.received_once * summed(plan)
             found["tp"] += (cost.received * share + cost.received_gathers * m + once) / stages
         if "pp" in found:
-            found["pp"] += 2 * (stages - 1) / stages * self._border(plan, cost, share) * m
+            found["pp"] += 2 * sum(self._widths(stages)) / stages * self._border(plan, cost, share) * m
         return found
 
     def _data_traffic(self, plan: Plan, cost: PlacedCost, whole: Whole) -> Iterator[Moved]:
         """Gradients summed, and parameters gathered, over the data axes."""
-        held, trainable, again = (x / plan.stages for x in (cost.parameters, cost.trainable, cost.read_again))
+        stage = self.heaviest(plan.stages)
+        held, trainable, again = cost.parameters * stage.held, cost.trainable * stage.trained, cost.read_again * stage.again
         for axis in plan.data_axes:
             if axis == "dp_shard" and plan.zero == 3 and whole.left:
                 blocks = math.ceil(whole.left / plan.stages)
@@ -197,40 +229,38 @@ class StepCost:
             if axis != "dp_shard" or not plan.zero:
                 yield axis, "all_reduce", trainable / shards, 1
 
-    def _scattered(self, plan: Plan, cost: PlacedCost, whole: Whole) -> float:
+    def _scattered(self, plan: Plan, cost: PlacedCost, whole: Whole, stage: StageShare) -> float:
         """Bytes of a stage's gradients that are scattered once a step, whole over the data axes."""
-        return cost.trainable * self.heaviest_stage(plan.stages) * (whole.trained if plan.zero == 3 else 1.0)
+        return cost.trainable * stage.trained * (whole.trained if plan.zero == 3 else 1.0)
 
-    def _largest(self, plan: Plan, cost: PlacedCost, whole: Whole) -> float:
+    def _largest(self, plan: Plan, cost: PlacedCost, whole: Whole, stage: StageShare) -> float:
         """Of these, the bytes of the largest gradient."""
-        trained = cost.trainable * self.heaviest_stage(plan.stages)
-        return min(self.largest * trained * plan.stages, self._scattered(plan, cost, whole))
+        return min(self.largest * cost.trainable, self._scattered(plan, cost, whole, stage))
 
-    def _part(self, plan: Plan, cost: PlacedCost, whole: Whole) -> float:
+    def _part(self, plan: Plan, cost: PlacedCost, whole: Whole, stage: StageShare) -> float:
         """Bytes of gradients that ZeRO-1 and 2 hold whole at their most, of which shards are to be left: where micro-batches add to
         them all of them, else those of a part of the backward. A parameter larger than a part is one by itself."""
-        if plan.microbatches > 1 or self.backward_parts(plan) == 1:
-            return self._scattered(plan, cost, whole)
-        trained = self.trained / plan.stages
-        share = largest_part(trained, SEGMENT_BYTES) / trained
-        return max(self._largest(plan, cost, whole), self._scattered(plan, cost, whole) * share)
+        scattered, trained = self._scattered(plan, cost, whole, stage), self.trained * stage.trained
+        if plan.microbatches > 1 or self._backward_parts(plan, stage) == 1:
+            return scattered
+        return max(self._largest(plan, cost, whole, stage), scattered * largest_part(trained, SEGMENT_BYTES) / trained)
 
-    def _packed(self, plan: Plan, cost: PlacedCost, whole: Whole) -> float:
+    def _packed(self, plan: Plan, cost: PlacedCost, whole: Whole, stage: StageShare) -> float:
         """To be scattered they are packed, a bucket at a time; a parameter larger than a bucket is one by itself."""
         if not (plan.zero in (1, 2) or plan.whole):
             return 0.0
-        packed = max(min(self._part(plan, cost, whole), BUCKET_BYTES), self._largest(plan, cost, whole))
+        packed = max(min(self._part(plan, cost, whole, stage), BUCKET_BYTES), self._largest(plan, cost, whole, stage))
         return packed - packed / plan.mesh.size("dp_shard")  # its shards come after it
 
-    def backward_parts(self, plan: Plan) -> int:
+    def _backward_parts(self, plan: Plan, stage: StageShare) -> int:
         """Parts of a stage's backward, after each of which gradients are summed. It is whole where data ranks run other shapes."""
         uneven = self.batch.mode == "global" and self.batch.rows % plan.data_size
-        return 1 if uneven or plan.data_size == 1 else parts_of(self.trained / plan.stages, SEGMENT_BYTES)
+        return 1 if uneven or plan.data_size == 1 else parts_of(self.trained * stage.trained, SEGMENT_BYTES)
 
     def _hidden_seconds(self, plan: Plan, moved: Sequence[Moved], backward: float) -> float:
         """Seconds of first sums of gradients that the last micro-batch's `backward` hides: all but those of its last part. What
         ZeRO-3 scatters inside the graphs is waited for."""
-        parts = self.backward_parts(plan)
+        parts = self._backward_parts(plan, self.heaviest(plan.stages))
         first: CollectiveKind = "reduce_scatter" if plan.zero else "all_reduce"
         if parts == 1 or (plan.zero == 3 and not plan.whole):
             return 0.0
@@ -239,25 +269,27 @@ class StepCost:
         seconds = sum(collective_seconds(first, size, self.topology.span(plan.mesh, axis)) for axis, size in axes)
         return self.topology.overlap.get("data", 0.0) * min(seconds, backward) * (parts - 1) / parts
 
+    def _widths(self, stages: int) -> list[float]:
+        if stages not in self._borders:
+            self._borders[stages] = self._cuts.widths(stages)
+        return self._borders[stages]
+
     def _border(self, plan: Plan, cost: PlacedCost, share: float) -> float:
-        """Bytes that a micro-batch's activations have at a stage border, and their gradients."""
+        """Bytes that a micro-batch's activations have between two blocks, and their gradients."""
         return cost.stream * share / plan.microbatches
 
     def _pipeline_seconds(self, plan: Plan, cost: PlacedCost, share: float) -> float:
         if plan.stages == 1:
             return 0.0
-        span = self.topology.span(plan.mesh, "pp")
-        return 2 * (plan.microbatches + plan.stages - 2) * collective_seconds("send", self._border(plan, cost, share), span)
+        span, wide = self.topology.span(plan.mesh, "pp"), max(self._widths(plan.stages), default=1.0)
+        size = self._border(plan, cost, share) * wide
+        return 2 * (plan.microbatches + plan.stages - 2) * collective_seconds("send", size, span)
 
     def _optimizer_seconds(self, plan: Plan, size: float) -> float:
         """Read parameter, gradient and two moments, write three of them (AdamW)."""
         shards = plan.mesh.size("dp_shard") if plan.zero else 1
         device = self.topology.device
         return 7 * size / max(1, shards) / (device.bandwidth * device.memory_efficiency)
-
-    def heaviest_stage(self, stages: int) -> float:
-        """The least share of all parameters' bytes that the heaviest stage can have: an even one, or the largest parameter's."""
-        return max(1 / stages, self.largest)
 
 
 def state_bytes(plan: Plan, trained: float, frozen: float) -> float:
@@ -273,9 +305,9 @@ def bubble(plan: Plan) -> float:
     return (plan.microbatches + plan.stages - 1) / plan.microbatches
 
 
-def flying(plan: Plan) -> int:
-    """Micro-batches whose activations the first stage holds at once."""
-    return min(plan.stages, plan.microbatches) if plan.schedule == "1f1b" else plan.microbatches
+def flying(plan: Plan, stage: int) -> int:
+    """Micro-batches whose activations a stage holds at once."""
+    return min(plan.stages - stage, plan.microbatches) if plan.schedule == "1f1b" else plan.microbatches
 
 
 def summed(plan: Plan) -> float:

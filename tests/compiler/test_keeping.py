@@ -24,7 +24,7 @@ STRATEGIES = {
     "zero3": Strategy(dp=8, tp=1, pp=1, zero=3),
     "tp4": Strategy(dp=2, tp=4, pp=1, sequence_parallel=False),
     "sequence parallel": Strategy(dp=2, tp=4, pp=1, sequence_parallel=True),
-    "any": Strategy(dp=2, tp=4, pp=1, layouts="any"),
+    "any": Strategy(dp=2, tp=4, pp=1, zero=0, layouts="any"),
 }
 
 

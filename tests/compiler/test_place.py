@@ -83,14 +83,28 @@ class Walk:
         self.nodes = [n for n in gm.graph.nodes if n.op != "output" and not is_getitem(n)]
         self.known: dict[object, float] = {}
         self.first = {n.name: n for n in self.nodes}
-        sizes = {n: size_of(call.results[0]) for n, (call, _) in self.calls.items() if [m.grad for m in call.results] == [True]}
-        stream = Counter(sizes.values()).most_common(1)
-        self.stream = {n: size / stream[0][1] for n, size in sizes.items() if size == stream[0][0]}
+        self.stream = self.crossing()
         self.results = [n for n in gm.graph.nodes if n.op == "output"][0].args[0]
         self.prices_of = {n: [self.own(n, s) for s in self.options(n)] for n in self.nodes}
         self.shares = {n: self.share_of(n) for n in self.nodes if is_parameter(n)}
         least = [min(found) for found in self.prices_of.values()]
         self.rest = [math.fsum(least[k:]) for k in range(len(least) + 1)]
+
+    def crossing(self) -> Counter[tuple[fx.Node, int]]:
+        """Bytes of each value in the mean of what crosses from op to op where nothing but a value of the most common size does."""
+        nodes = [n for n in self.gm.graph.nodes if n.op == "call_function"]
+        sizes = {n: float(sum(map(size_of, metas(n)))) for n in nodes}
+        common = Counter(sizes[n] for n, (call, _) in self.calls.items() if [m.grad for m in call.results] == [True]).most_common(1)
+        places = []
+        for i in range(1, len(nodes)):
+            there = [n for n in nodes[:i] if n.meta["grad"] and any(u in nodes[i:] for u in n.users)]
+            if there and sum(sizes[n] for n in there) <= 1.01 * common[0][0]:
+                places.append(there)
+        full = [there for there in places if sum(sizes[n] for n in there) >= 0.99 * common[0][0]] or places
+        found: Counter[tuple[fx.Node, int]] = Counter()
+        for n in (n for there in full for n in there if isinstance(n.meta["val"], torch.Tensor)):
+            found[(n.args[0], n.args[1]) if is_getitem(n) else (n, 0)] += sizes[n] / len(full)  # type: ignore[index]
+        return found
 
     def rules_of(self, node: fx.Node) -> Rules:
         return self.by_group[group_of(node, self.groups)]
@@ -112,8 +126,8 @@ class Walk:
             return prices.placeholder(type_, meta, self.axis) + price * size_of(meta) * held(type_, self.axis)
         call, sources = self.calls[node]
         parameters = tuple(is_parameter(s) for s in sources)
-        crossing = self.stream.get(node, 0.0) * policy.stream_price
-        return prices.node(call, strategy, self.axis, parameters) + crossing * held(strategy.outs[0], self.axis)
+        crossing = sum(self.stream[node, k] * held(type_, self.axis) for k, type_ in enumerate(strategy.outs))
+        return prices.node(call, strategy, self.axis, parameters) + crossing * policy.stream_price
 
     def uses(self, k: int, strategy: NodeStrategy) -> Iterator[tuple[fx.Node, Type]]:
         node = self.nodes[k]
@@ -159,9 +173,12 @@ class Walk:
         return total + self.converted(iter([(n, placement.outputs[k]) for k, n in enumerate(self.results)]), types, made)
 
     def kept(self, choice: Mapping[str, NodeStrategy]) -> float:
-        """The price of what is kept: a value once for each share in which it is taken, but for those that are computed again."""
+        """The price of what is kept: a value once for each share in which it is taken, but for those that are computed again, and
+        those that are as large for any batch, which have none."""
         total = 0.0
         for value, uses in self.keeping.uses.items():
+            if value in self.keeping.fixed:
+                continue
             node, k = value
             made = held(choice[node.name].outs[k], self.axis)
             taken = {held(choice[user.name].ins[i], self.axis) for user, i in uses} or {made}
