@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from statistics import median
 
@@ -80,6 +81,48 @@ class StageShare:
     kept: float
 
 
+@dataclass(frozen=True)
+class Stages:
+    """shares    of each stage
+    widths    what crosses each border, against what goes from block to block: more where a late stage reads what an early one made
+    """
+
+    shares: Sequence[StageShare]
+    widths: Sequence[float]
+
+    @cached_property
+    def heaviest(self) -> StageShare:
+        """The stage with the most parameters."""
+        return max(self.shares, key=lambda stage: stage.held)
+
+    @cached_property
+    def slowest(self) -> StageShare:
+        return max(self.shares, key=lambda stage: stage.work)
+
+    @cached_property
+    def widest(self) -> float:
+        return max(self.widths, default=1.0)
+
+    @cached_property
+    def _known(self) -> dict[tuple[int, ...], list[tuple[StageShare, float]]]:
+        return {}
+
+    def fullest(self, micro_batches: tuple[int, ...]) -> list[tuple[StageShare, float]]:
+        """The stages that may need the most bytes, for no other has more of everything, where each holds the activations of so many
+        micro-batches; and how many that is, against one of the whole model."""
+        if micro_batches not in self._known:
+            found: dict[tuple[float, ...], StageShare] = {}
+            for stage, count in zip(self.shares, micro_batches, strict=True):
+                has = stage.held, stage.trained, stage.kept, stage.kept * count
+                found.setdefault(tuple(round(share, 12) for share in has), stage)
+            self._known[micro_batches] = [
+                (stage, has[-1])
+                for has, stage in found.items()
+                if not any(other != has and all(a >= b for a, b in zip(other, has, strict=True)) for other in found)
+            ]
+        return self._known[micro_batches]
+
+
 class StageCuts:
     """Where a graph is cut into stages, into any number of them: where few bytes cross, and such that work is balanced."""
 
@@ -93,8 +136,8 @@ class StageCuts:
         """The stage of each parameter: the first that uses it."""
         return {key: min(found) if found else 0 for key, found in self._users(stages).items()}
 
-    def shares(self, stages: int, sizes: Mapping[str, Sizes], kept: Sequence[tuple[float, Sequence[fx.Node]]]) -> list[StageShare]:
-        """Of each stage. sizes: of parameters, by name. kept: bytes that the forward keeps, and the nodes that need them."""
+    def stages(self, stages: int, sizes: Mapping[str, Sizes], kept: Sequence[tuple[float, Sequence[fx.Node]]]) -> Stages:
+        """What each has. sizes: of parameters, by name. kept: bytes that the forward keeps, and the nodes that need them."""
         stage_at = self.stage_at(stages)
         work_of, kept_of = np.zeros(stages), np.zeros(stages)
         parameters = np.zeros((stages, 3))
@@ -112,13 +155,10 @@ class StageCuts:
             parameters / np.where(whole > 0, whole, 1.0),
             kept_of / (sum(size for size, _ in kept) or 1.0),
         )
-        return [StageShare(float(w), float(h), float(t), float(a), float(k)) for w, (h, t, a), k in zip(*columns, strict=True)]
-
-    def widths(self, stages: int) -> list[float]:
-        """What crosses each border, against what goes from block to block: more where a late stage reads what an early one made."""
+        shares = [StageShare(float(w), float(h), float(t), float(a), float(k)) for w, (h, t, a), k in zip(*columns, strict=True)]
         mean = stream_bytes(self.stream) or 1.0
-        stage_at = self.stage_at(stages)
-        return [self.stream.crossing[i] / mean for i in range(1, len(stage_at)) if stage_at[i] != stage_at[i - 1]]
+        borders = [i for i in range(1, len(stage_at)) if stage_at[i] != stage_at[i - 1]]
+        return Stages(shares, [self.stream.crossing[i] / mean for i in borders])
 
     def stage_at(self, stages: int) -> list[int]:
         """The stage of each position."""

@@ -28,7 +28,7 @@ from .needs import read_again
 from .placed_cost import PlacedCost
 from .plan import Plan, Prediction, data_size
 from .schedules import BUCKET_BYTES
-from .stages import StageCuts, StageShare
+from .stages import StageCuts, Stages, StageShare
 from .tensor_axis import Load
 from .topology import CollectiveKind, Topology, collective_bytes, collective_seconds
 from .totals import Function, cost_of
@@ -100,8 +100,7 @@ class StepCost:
             n.meta["key"].removeprefix("param."): (size, size * meta.grad, size * read_again(n, calls))
             for n, meta, size in zip(nodes, parameters, sizes, strict=True)
         }
-        self._stages: dict[int, list[StageShare]] = {}
-        self._borders: dict[int, list[float]] = {}
+        self._stages: dict[int, Stages] = {}
 
     def whole(self, stages: int) -> list[Whole]:
         """What ZeRO-3 may keep whole, of a model in so many stages."""
@@ -133,10 +132,11 @@ class StepCost:
         fewer, more = replace(plan, whole=few.names), replace(plan, whole=many.names)
         uneven = max(many.trained - w.trained - (many.held - w.held) for w in whole)
         span = self.topology.span(plan.mesh, "dp_shard")
-        once = [collective_seconds("all_gather", size, span) for size in (uneven * self.heaviest(plan.stages).trained, 0.0)]
+        once = [collective_seconds("all_gather", size, span) for size in (uneven * self.stages(plan.stages).heaviest.trained, 0.0)]
         gathered = once[0] - once[1]
         held = replace(few, left=many.left, largest=many.largest, alone=many.alone)
-        packed = [self._packed(fewer, least, few, stage) for stage in self.stages(plan.stages)]
+        full = [stage for stage, _ in self._fullest(plan)]
+        packed = [self._packed(fewer, least, few, stage) for stage in full]
 
         def seconds(totals: np.ndarray) -> float:
             cost = cost_of(totals, least.temporaries)
@@ -145,14 +145,14 @@ class StepCost:
 
         def size(totals: np.ndarray) -> float:
             cost = cost_of(totals, least.temporaries)
-            found = zip(self._stage_bytes(fewer, cost, held), self.stages(plan.stages), packed, strict=True)
+            found = zip(self._stage_bytes(fewer, cost, held), full, packed, strict=True)
             return max(sum(each.values()) - self._packed(fewer, cost, few, stage) + least for each, stage, least in found)
 
         return seconds, size
 
     def _seconds(self, plan: Plan, cost: PlacedCost, whole: Whole, moved: Sequence[Moved]) -> dict[str, float]:
         mesh, m, share = plan.mesh, plan.microbatches, self.batch.share(plan.mesh)
-        heaviest, work = self.heaviest(plan.stages), max(stage.work for stage in self.stages(plan.stages))
+        heaviest, work = self.stages(plan.stages).heaviest, self.stages(plan.stages).slowest.work
         runs = bubble(plan) * work
         sums = cost.sums * summed(plan) * heaviest.trained
         return {
@@ -164,15 +164,16 @@ class StepCost:
             "optimizer": self._optimizer_seconds(plan, cost.trainable * heaviest.trained),
         }
 
-    def stages(self, count: int) -> list[StageShare]:
+    def stages(self, count: int) -> Stages:
         """Of a model in so many stages."""
         if count not in self._stages:
-            self._stages[count] = self._cuts.shares(count, self._sizes, self._kept)
+            self._stages[count] = self._cuts.stages(count, self._sizes, self._kept)
         return self._stages[count]
 
-    def heaviest(self, stages: int) -> StageShare:
-        """The stage with the most parameters."""
-        return max(self.stages(stages), key=lambda stage: stage.held)
+    def _fullest(self, plan: Plan) -> list[tuple[StageShare, float]]:
+        """The stages that may need the most bytes, and what each holds at once of the activations of all of the model."""
+        flying = tuple(micro_batches_in(plan, k) for k in range(plan.stages))
+        return self.stages(plan.stages).fullest(flying)
 
     def _bytes(self, plan: Plan, cost: PlacedCost, whole: Whole) -> dict[str, float]:
         """Of the stage that needs the most."""
@@ -180,13 +181,13 @@ class StepCost:
 
     def _stage_bytes(self, plan: Plan, cost: PlacedCost, whole: Whole) -> Iterator[dict[str, float]]:
         m, share = plan.microbatches, self.batch.share(plan.mesh)
-        for k, stage in enumerate(self.stages(plan.stages)):
+        for stage, held_at_once in self._fullest(plan):
             trained = cost.trainable * stage.trained
             frozen = max(0.0, cost.parameters * stage.held - trained)
             state = state_bytes(plan, trained * (1 - whole.trained), frozen * (1 - whole.held))
             if plan.whole:
                 state += state_bytes(replace(plan, zero=2), trained * whole.trained, frozen * whole.held)
-            activations = (cost.activations * share * flying(plan, k) / m + cost.fixed) * stage.kept + cost.temporaries * share / m
+            activations = cost.activations * share * held_at_once / m + cost.fixed * stage.kept + cost.temporaries * share / m
             # Under ZeRO-3 the backward of a block holds its parameters whole, and their gradients until they are scattered; the
             # first gradient of a parameter that is used twice waits for the second, which is added where it lies.
             waiting = self.shared * trained if plan.zero else 0.0
@@ -206,12 +207,12 @@ class StepCost:
             once = cost.received_once * summed(plan)
             found["tp"] += (cost.received * share + cost.received_gathers * m + once) / stages
         if "pp" in found:
-            found["pp"] += 2 * sum(self._widths(stages)) / stages * self._border(plan, cost, share) * m
+            found["pp"] += 2 * sum(self.stages(stages).widths) / stages * self._border(plan, cost, share) * m
         return found
 
     def _data_traffic(self, plan: Plan, cost: PlacedCost, whole: Whole) -> Iterator[Moved]:
         """Gradients summed, and parameters gathered, over the data axes."""
-        stage = self.heaviest(plan.stages)
+        stage = self.stages(plan.stages).heaviest
         held, trainable, again = cost.parameters * stage.held, cost.trainable * stage.trained, cost.read_again * stage.again
         for axis in plan.data_axes:
             if axis == "dp_shard" and plan.zero == 3 and whole.left:
@@ -260,7 +261,7 @@ class StepCost:
     def _hidden_seconds(self, plan: Plan, moved: Sequence[Moved], backward: float) -> float:
         """Seconds of first sums of gradients that the last micro-batch's `backward` hides: all but those of its last part. What
         ZeRO-3 scatters inside the graphs is waited for."""
-        parts = self._backward_parts(plan, self.heaviest(plan.stages))
+        parts = self._backward_parts(plan, self.stages(plan.stages).heaviest)
         first: CollectiveKind = "reduce_scatter" if plan.zero else "all_reduce"
         if parts == 1 or (plan.zero == 3 and not plan.whole):
             return 0.0
@@ -269,11 +270,6 @@ class StepCost:
         seconds = sum(collective_seconds(first, size, self.topology.span(plan.mesh, axis)) for axis, size in axes)
         return self.topology.overlap.get("data", 0.0) * min(seconds, backward) * (parts - 1) / parts
 
-    def _widths(self, stages: int) -> list[float]:
-        if stages not in self._borders:
-            self._borders[stages] = self._cuts.widths(stages)
-        return self._borders[stages]
-
     def _border(self, plan: Plan, cost: PlacedCost, share: float) -> float:
         """Bytes that a micro-batch's activations have between two blocks, and their gradients."""
         return cost.stream * share / plan.microbatches
@@ -281,8 +277,7 @@ class StepCost:
     def _pipeline_seconds(self, plan: Plan, cost: PlacedCost, share: float) -> float:
         if plan.stages == 1:
             return 0.0
-        span, wide = self.topology.span(plan.mesh, "pp"), max(self._widths(plan.stages), default=1.0)
-        size = self._border(plan, cost, share) * wide
+        span, size = self.topology.span(plan.mesh, "pp"), self._border(plan, cost, share) * self.stages(plan.stages).widest
         return 2 * (plan.microbatches + plan.stages - 2) * collective_seconds("send", size, span)
 
     def _optimizer_seconds(self, plan: Plan, size: float) -> float:
@@ -305,7 +300,7 @@ def bubble(plan: Plan) -> float:
     return (plan.microbatches + plan.stages - 1) / plan.microbatches
 
 
-def flying(plan: Plan, stage: int) -> int:
+def micro_batches_in(plan: Plan, stage: int) -> int:
     """Micro-batches whose activations a stage holds at once."""
     return min(plan.stages - stage, plan.microbatches) if plan.schedule == "1f1b" else plan.microbatches
 
