@@ -101,17 +101,17 @@ class Search:
             yield from self.completed(candidate)
 
     def completed(self, candidate: Candidate) -> Iterator[Candidate]:
-        """It, and with blocks kept whole."""
+        """It, and with parameters kept whole."""
         yield candidate
         if self.keeps_whole(candidate.plan):
             yield from self.filled(candidate)
 
     def keeps_whole(self, plan: Plan) -> bool:
-        """Whether blocks may be kept whole: not by who pins ZeRO-3."""
+        """Whether parameters may be kept whole: not by who pins ZeRO-3."""
         return plan.zero == 3 and self.request.strategy.zero is None
 
     def fits_whole(self, candidate: Candidate) -> bool:
-        """Whether it fits, with all blocks whole that may be."""
+        """Whether it fits, with all parameters whole that may be."""
         if not self.fits(candidate) or not self.keeps_whole(candidate.plan):
             return self.fits(candidate)
         whole = self.steps.whole(candidate.plan.stages)[-1]
@@ -136,7 +136,7 @@ class Search:
         return free and not self.samples_are_coupled()
 
     def filled(self, candidate: Candidate) -> Iterator[Candidate]:
-        """The same with as many blocks kept whole as memory is left for, where some are but not all."""
+        """The same with as many parameters kept whole as memory is left for, where some are but not all."""
         plan = candidate.plan
         if not self.fits(candidate):
             return

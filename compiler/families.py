@@ -1,4 +1,4 @@
-"""Plans alike but for their layouts over tp and for how many blocks ZeRO-3 keeps whole: what any of them takes at least."""
+"""Plans alike but for their layouts over tp and for how many parameters ZeRO-3 keeps whole: what any of them takes at least."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ class Asked:
 
 @dataclass
 class Family:
-    """plan       one of its plans, with layouts at no price, and no block whole
-    few, many  how many blocks ZeRO-3 keeps whole, at least and at most (`StepCost.whole`)
+    """plan       one of its plans, with layouts at no price, and no parameter whole
+    few, many  how many parameters ZeRO-3 keeps whole, at least and at most (`StepCost.whole`)
     least      seconds of a step that no plan is below
     prices     of totals, at which this is found
     known      how many placements this was found from; None before the fastest layouts were found
-    points     of these placements: seconds and bytes, if a plan had them with the fewest blocks whole; see `look`
-    asked      what layouts were asked for, with any number of blocks whole
+    points     of these placements: seconds and bytes, if a plan had them with the fewest parameters whole; see `look`
+    asked      what layouts were asked for, with any number of parameters whole
     """
 
     search: Search
@@ -87,7 +87,7 @@ class Family:
         return self.search.steps.whole(self.plan.stages)[self.few : self.many + 1]
 
     def part(self, few: int, many: int) -> Family:
-        """The plans with so many blocks whole."""
+        """The plans with so many parameters whole."""
         return replace(self, few=few, many=many, known=0, points=[])
 
     def estimate(self) -> None:

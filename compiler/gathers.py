@@ -1,8 +1,8 @@
-"""What ZeRO-3 gathers together, and which of it a plan keeps whole over a step because memory is left.
+"""What ZeRO-3 gathers together, and which parameters a plan keeps whole over a step because memory is left.
 
 ZeRO-3 gathers a block's parameters before its forward and before its backward, of every micro-batch, and scatters its gradients
-as often. A block that is kept whole is gathered once a step and its gradients are scattered once, as under ZeRO-2. Every block
-so kept saves time and costs memory, in proportion to its bytes; so they are taken in turn until the memory is full.
+as often. A parameter that is kept whole is gathered once a step and its gradient is scattered once, as under ZeRO-2. Every one so
+kept saves time and costs memory, in proportion to its bytes; so they are taken in turn, block by block, until the memory is full.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import fx
 
@@ -19,34 +20,58 @@ from .needs import read_again
 
 
 @dataclass(frozen=True)
+class Part:
+    """A parameter, and its shares, of all of the model's: of the bytes, of those with gradients, of those that the backward reads.
+
+    alone    whether no other group uses it
+    """
+
+    name: str
+    held: float
+    trained: float
+    again: float
+    alone: bool
+
+
+@dataclass(frozen=True)
 class Group:
-    """Parameters, by name, that are gathered together first: those of a block, or of a stretch between blocks
-    (passes/buckets.py). Shares, of all of the model's: of the bytes, of those with gradients, of those that the backward reads.
+    """Parameters that are gathered together first: those of a block, or of a stretch between blocks (passes/buckets.py). Shares as
+    a part has them.
 
     together    the share of bytes gathered at once, with the parameters that count with an earlier group
     alone       the same without the parameters that other groups use too
     """
 
-    names: tuple[str, ...]
-    held: float
-    trained: float
-    again: float
+    parts: tuple[Part, ...]
     together: float
     alone: float
+
+    @cached_property
+    def held(self) -> float:
+        return sum(part.held for part in self.parts)
+
+    @cached_property
+    def again(self) -> float:
+        return sum(part.again for part in self.parts)
 
 
 @dataclass(frozen=True)
 class Whole:
-    """Parameters kept whole, and their shares as `Group` has them. left: groups that are still gathered; largest, alone: the
-    largest of the shares `together` and `alone` of these."""
+    """Parameters kept whole, the first so many in an order, and their shares as `Part` has them. left: groups of which something is
+    still gathered; largest, alone: the largest of the shares `together` and `alone` of what is left of these."""
 
-    names: tuple[str, ...] = ()
+    order: tuple[str, ...] = ()
+    count: int = 0
     held: float = 0.0
     trained: float = 0.0
     again: float = 0.0
     left: int = 0
     largest: float = 0.0
     alone: float = 0.0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.order[: self.count]
 
 
 def _turns(groups: Sequence[Group], stages: int) -> list[float]:
@@ -100,12 +125,13 @@ def gather_groups(gm: fx.GraphModule, calls: Calls | None = None) -> list[Group]
     def share(nodes: Sequence[fx.Node], of: dict[fx.Node, float]) -> float:
         return sum(of.get(n, 0.0) for n in nodes) / (sum(of.values()) or 1.0)
 
+    def part(n: fx.Node) -> Part:
+        name = n.meta["key"].removeprefix("param.")
+        return Part(name, share([n], sizes), share([n], trained), share([n], again), len(uses[n]) == 1)
+
     return [
         Group(
-            names=tuple(n.meta["key"].removeprefix("param.") for n in nodes),
-            held=share(nodes, sizes),
-            trained=share(nodes, trained),
-            again=share(nodes, again),
+            parts=tuple(part(n) for n in nodes),
             together=share(used[place], sizes),
             alone=share([n for n in used[place] if len(uses[n]) == 1], sizes),
         )
@@ -122,24 +148,37 @@ def shared(gm: fx.GraphModule) -> float:
 
 
 def kept_whole(groups: Sequence[Group], stages: int = 1) -> list[Whole]:
-    """None, one, two, ... groups kept whole: those first that the backward would gather again, then the small ones, which fill the
-    memory closely, and of these such as are spread evenly over every stage: their gradients come one after the other, and are
-    scattered beside the rest of the backward."""
-    again = [g.again > 0.5 * g.held for g in groups]
+    """No parameter kept whole, one, two, ...
+
+    Group by group: those first that the backward would gather again, then the small ones, and of these such as are spread evenly
+    over every stage, whose gradients come one after the other and are scattered beside the rest of the backward. Of a group the
+    parameters that the backward would gather again come first, and of them the large ones.
+    """
     turns = _turns(groups, stages)
-    order = sorted(range(len(groups)), key=lambda i: (not again[i], groups[i].held, turns[i], -i))
-    found = []
-    for k in range(len(order) + 1):
-        kept, rest = [groups[i] for i in order[:k]], [groups[i] for i in order[k:]]
-        found.append(
-            Whole(
-                names=tuple(name for g in kept for name in g.names),
-                held=sum(g.held for g in kept),
-                trained=sum(g.trained for g in kept),
-                again=sum(g.again for g in kept),
-                left=len(rest),
-                largest=max((g.together for g in rest), default=0.0),
-                alone=max((g.alone for g in rest), default=0.0),
+    order = sorted(range(len(groups)), key=lambda i: (not groups[i].again > 0.5 * groups[i].held, groups[i].held, turns[i], -i))
+    ordered = [(i, sorted(groups[i].parts, key=lambda part: (not part.again, -part.held))) for i in order]
+    names = tuple(part.name for _, parts in ordered for part in parts)
+    # Of the groups after each in this order, the largest shares.
+    after = [(0.0, 0.0)]
+    for i in reversed(order):
+        after.append((max(after[-1][0], groups[i].together), max(after[-1][1], groups[i].alone)))
+    after.reverse()
+    found = [Whole(names, left=len(order), largest=after[0][0], alone=after[0][1])]
+    for k, (i, parts) in enumerate(ordered):
+        together, alone = groups[i].together, groups[i].alone
+        for j, part in enumerate(parts, 1):
+            together, alone = together - part.held, alone - part.held * part.alone
+            before, partly = found[-1], j < len(parts)
+            found.append(
+                Whole(
+                    order=names,
+                    count=before.count + 1,
+                    held=before.held + part.held,
+                    trained=before.trained + part.trained,
+                    again=before.again + part.again,
+                    left=len(order) - k - (not partly),
+                    largest=max(after[k + 1][0], together if partly else 0.0),
+                    alone=max(after[k + 1][1], alone if partly else 0.0),
+                )
             )
-        )
     return found

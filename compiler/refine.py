@@ -1,10 +1,10 @@
 """Layouts that fit: on the meshes where they may be the fastest, searched for at prices of a byte of the peak.
 
-A family (compiler/families.py) is plans alike but for their layouts over tp, and for how many blocks ZeRO-3 keeps whole. What its
-plans take at least follows from what is known of all placements over as many ranks (compiler/totals.py). From the family that may
-have the fastest plan on, each is opened: it is split until the number of blocks is one, and asked for layouts at the prices that
-may tell the most (compiler/asking.py). What is found says more of all placements. Where the fastest plan would lie between two
-layouts, these are mixed (compiler/mixing.py). The search ends where no family may have a plan faster than the best one found.
+A family (compiler/families.py) is plans alike but for their layouts over tp, and for how many parameters ZeRO-3 keeps whole. What
+its plans take at least follows from what is known of all placements over as many ranks (compiler/totals.py). From the family that
+may have the fastest plan on, each is opened: it is split until it has one such number, and asked for layouts at the prices that may
+tell the most (compiler/asking.py). What is found says more of all placements. Where the fastest plan would lie between two layouts,
+these are mixed (compiler/mixing.py). The search ends where no family may have a plan faster than the best one found.
 
 All of this is about plans in which like blocks lie alike, but for the mixtures: what these take at least follows from nothing here.
 """
@@ -97,8 +97,8 @@ class Refinement:
         search, plan = self.search, fastest.plan
         counts = [(0, 0)]
         whole = search.steps.whole(plan.stages)
-        if search.keeps_whole(plan) and len(whole) > 1:
-            counts.append((1, len(whole) - 1))
+        if search.keeps_whole(plan) and len(whole) > 2:
+            counts.append((1, len(whole) - 2))  # all of them: that is ZeRO-2
         unlimited = math.inf
         for few, many in counts:
             family = Family(search, plan, fastest.samples, few, many, least, known=0)

@@ -121,10 +121,10 @@ class StepCost:
 
     def at_least(self, plan: Plan, whole: Sequence[Whole], least: PlacedCost) -> tuple[Function, Function]:
         """Seconds, and bytes of the peak, that no step is below, for the totals of its placement (compiler/totals.py): of the plan
-        with any of these blocks kept whole, each of which are more than those before.
+        with any of these parameters kept whole, each of which are more than those before.
 
-        Both are convex in the totals, and grow with each. The more blocks are whole, the less is gathered and the more is held; but
-        the largest block that is still gathered may be smaller, and where blocks have other shares of the gradients than of the
+        Both are convex in the totals, and grow with each. The more are whole, the less is gathered and the more is held; but the
+        largest block that is still gathered may be smaller, and where parameters have other shares of the gradients than of the
         bytes, the gather once a step may cost more than the others save. What buckets pack is not convex, and counts as of `least`,
         which no placement is below.
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -192,6 +193,35 @@ def test_zero_3_keeps_whole_what_memory_is_left_for() -> None:
         assert Plan.from_json(found.plan.to_json()).whole == found.plan.whole
     assert 0 < counts[1] < counts[2] < len(list(Layers().parameters()))
     assert "whole" in found.plan.name and "ZeRO-2" in found.plan.explain(found.plan.whole[0])
+
+
+class Pairs(nn.Module):
+    """Blocks of two weights, equally large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.ModuleList(nn.Linear(128, 128, bias=False) for _ in range(6)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(torch.tanh(up(x)))
+        return x.square().mean()
+
+
+def test_zero_3_keeps_one_parameter_of_a_block_whole_and_gathers_the_other() -> None:
+    def chosen(limit: float | None, zero: Any = None) -> Any:
+        strategy = Strategy(dp_shard=4, dp_replicate=1, tp=1, pp=1, zero=zero)
+        example, topology = {"x": torch.randn(4, 128)}, Topology.preset("h100", devices=4)
+        return plan(Pairs(), topology, example_inputs=example, strategy=strategy, memory_limit=limit, device="cpu")
+
+    least, most = (chosen(None, zero).plan.predicted.peak_bytes for zero in (3, 2))
+    found = [chosen(least + room * (most - least)) for room in (0.3, 0.35, 0.4, 0.45, 0.5)]
+    counts = [len(made.plan.whole) for made in found]
+    assert counts == sorted(counts) and {count % 2 for count in counts} == {0, 1}, counts
+    halved = next(made for made in found if len(made.plan.whole) % 2)
+    blocks = Counter(name.split(".")[1] for name in halved.plan.whole)
+    assert sorted(blocks.values())[:2] in ([1], [1, 2]), "the parameters of one block after those of another"
+    assert halved.plan.predicted.peak_bytes >= 0.98 * program_memory(emit(halved, 0)).peak
 
 
 def test_blocks_of_every_stage_are_kept_whole() -> None:

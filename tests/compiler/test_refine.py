@@ -40,7 +40,7 @@ def searched(search: Search) -> list[Candidate]:
 
 
 def others(search: Search, plan: Plan) -> Iterator[Candidate]:
-    """Plans of a family: at prices that nobody asked, in Megatron's layouts, and with blocks kept whole."""
+    """Plans of a family: at prices that nobody asked, in Megatron's layouts, and with parameters kept whole."""
     for held, kept in PRICES:
         tried = replace(plan, layouts=Layouts(byte_price=held, kept_price=kept), whole=())
         yield from search.completed(search.price(tried))
@@ -83,7 +83,7 @@ def test_no_plan_that_fits_takes_less_than_is_proven(name: str) -> None:
 @pytest.mark.parametrize("topology", [NEAR, HIDES], ids=["near", "overlap"])
 @pytest.mark.parametrize("model", ["gpt", "gpt2", "vit", "adapted"])
 def test_a_step_takes_no_less_than_its_totals_say(model: str, topology: Topology) -> None:
-    """With any number of blocks whole between two; and exactly as much, but for bytes that have no totals, with just as many."""
+    """With any number of whole parameters between two; and with just as many exactly as much, but for bytes without totals."""
     search = search_of(model, topology, Strategy(), math.inf)
     plans = {(c.plan.mesh, c.plan.zero): replace(c.plan, whole=()) for c in search.candidates() if c.plan.layouts.any}
     for plan, (held, kept) in itertools.product(plans.values(), PRICES[::2]):
