@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.testing._internal.common_methods_invocations import op_db
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardwright.compiler.capture import capture
@@ -205,3 +206,48 @@ def _try_pairs(sample: Sample, whole: Run, found: Examined) -> None:
         except Exception as error:
             text = str(error).splitlines()[0] if str(error) else ""
             found.wrong.append(f"{type(error).__name__}: {text} [{sample} over 2 x 2 ranks, {label!r} first]")
+
+
+class _Sharing(TorchDispatchMode):
+    """Notes ops of several results of which some lie in memory of another, or of an operand, and whose schemas do not say so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[Any] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        results = [x for x in tree_flatten(out)[0] if isinstance(x, Tensor) and x.numel()]
+        silent = not any(a.alias_info for a in (*func._schema.arguments, *func._schema.returns))
+        if isinstance(out, tuple | list) and silent:
+            given = {x.untyped_storage().data_ptr() for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.numel()}
+            places = [x.untyped_storage().data_ptr() for x in results]
+            if len(set(places)) < len(places) or given & set(places):
+                self.found.add(func)
+        return out
+
+
+def sharing(name: str, samples: int = 12) -> set[Any]:
+    """The ops that an entry's samples come to, forward and backward, whose results share memory in silence."""
+    op = ENTRIES[name]
+    dtype = next((d for d in (torch.float64, torch.float32, torch.int64) if d in op.supported_dtypes("cpu")), torch.float32)
+    grad = op.supports_autograd and dtype.is_floating_point
+    with _Sharing() as mode:
+        for sample in itertools.islice(_samples(op, dtype, grad), samples):
+            try:
+                leaves = tree_flatten(op(sample.input, *sample.args, **sample.kwargs))[0]
+                given = tree_flatten((sample.input, sample.args, sample.kwargs))[0]
+                roots = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+                wanted = [x for x in given if isinstance(x, Tensor) and x.requires_grad and x.is_leaf]
+                if roots and wanted:
+                    torch.autograd.grad([x.abs().sum() for x in roots], wanted, allow_unused=True)
+            except Exception:  # a sample that is not for CPUs, or has no derivative: there is nothing to look at
+                continue
+    return mode.found
+
+
+def _samples(op: Any, dtype: torch.dtype, grad: bool) -> Iterator[Any]:
+    try:
+        yield from op.sample_inputs("cpu", dtype, requires_grad=grad)
+    except Exception:
+        return

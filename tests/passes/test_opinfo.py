@@ -11,7 +11,9 @@ import pytest
 pytest.importorskip("expecttest", reason="torch's own samples of its ops need it")
 
 from op_table import EXAMINED
-from opinfo import ENTRIES, examine
+from opinfo import ENTRIES, examine, sharing
+
+from shardwright.runtime.reuse import is_view
 
 TENTH = sorted(random.Random(0).sample(sorted(ENTRIES), len(ENTRIES) // 10))
 SHARDED = 400
@@ -43,3 +45,12 @@ def test_most_entries_have_a_real_sharding(pytestconfig: pytest.Config) -> None:
     names = chosen(pytestconfig)
     sharded = sum(bool(examine(name, execute=False).offered) for name in names)
     assert sharded >= SHARDED * len(names) / len(ENTRIES), f"{sharded} of {len(names)}"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.timeout(900)
+def test_results_of_several_lie_apart(pytestconfig: pytest.Config) -> None:
+    """Or the op is known for a view: else one result might be written over while another is still to be read."""
+    found = {op for name in chosen(pytestconfig) for op in sharing(name) if not is_view(op)}
+    assert not found
+    assert {str(op) for op in sharing("unsafe_split")} == {"aten.unsafe_split.Tensor"}, "what shares is found"
