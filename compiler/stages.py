@@ -174,6 +174,8 @@ class StageCuts:
         return {key: {stage_at[self.position[u]] for u in n.users if u in self.position} for key, n in parameters.items()}
 
     def _starts(self, stages: int) -> list[int]:
+        if stages == 1:
+            return []
         crossing, inner = self.stream.crossing, range(1, len(self.costs))
         borders, cuts = _cut(self.costs, crossing, self.stream.narrow, stages)
         if not _balanced(self.costs, borders, cuts):

@@ -307,7 +307,8 @@ class _Joint:
                 value = result.meta["val"]
                 made = call(self.graph, self.values, aten.ones.default, (list(value.shape),), {"dtype": value.dtype})
             else:
-                with self.graph.inserting_before(self._after_placeholders()):
+                first = next((n for n in self.graph.nodes if n.op != "placeholder"), None)
+                with self.graph.inserting_before(first) if first is not None else nullcontext():
                     made = self.graph.placeholder("grad_" + result.name)
                 made.meta["val"] = self.values.tensor(tuple(result.meta["val"].shape), result.meta["val"].dtype)
             self.mark(made, result, "backward")
@@ -315,9 +316,6 @@ class _Joint:
             if roots[key] == "input":
                 made.meta["key"] = f"grad.{key}"
             self.add_cotangent(result, made)
-
-    def _after_placeholders(self) -> fx.Node:
-        return next(n for n in self.graph.nodes if n.op != "placeholder")
 
     def add_cotangent(self, node: fx.Node, made: fx.Node) -> None:
         """What flows into a value is added to what did before: nothing waits."""

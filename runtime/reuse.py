@@ -154,20 +154,21 @@ def last_reads(nodes: Iterable[Node], memory: Mapping[Node, Node]) -> dict[Node,
 
 def held_bytes(nodes: Iterable[Node], last: Mapping[Node, int], counted: Collection[Node]) -> list[int]:
     """Bytes held while each node runs, of the memory that the nodes in `counted` took: from there to its last read; of results that
-    are taken from an op, from that op on."""
+    are taken from an op, from that op on, and at least until all are taken."""
     nodes = list(nodes)
     change = [0] * (len(nodes) + 1)
     made = {node: i for i, node in enumerate(nodes)}
     for i, node in enumerate(nodes):
         if node not in counted:
             continue
-        source, size = node, value_bytes(node.meta.get("val"))
+        source, size, end = node, value_bytes(node.meta.get("val")), last.get(node, i)
         if node.target is operator.getitem:
             source = node.args[0]
+            end = max(end, last.get(source, i))  # type: ignore[call-overload]
         else:  # what is taken counts by itself
             size -= sum(value_bytes(x.meta.get("val")) for x in node.users if x.target is operator.getitem and makes_memory(x))
         change[made[source]] += size  # type: ignore[index]
-        change[last.get(node, i) + 1] -= size
+        change[end + 1] -= size
     return list(accumulate(change[:-1]))
 
 

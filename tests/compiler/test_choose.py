@@ -224,6 +224,37 @@ def test_zero_3_keeps_one_parameter_of_a_block_whole_and_gathers_the_other() -> 
     assert halved.plan.predicted.peak_bytes >= 0.98 * program_memory(emit(halved, 0)).peak
 
 
+class Scaled(nn.Module):
+    """Nowhere as narrow as most of its values are, which are numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.scale = nn.Linear(8, 8, bias=False), nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.wide(x) * self.scale.tanh().exp().sin()).sum()
+
+
+class Summed(nn.Module):
+    """One op, and no input that it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight.sum()
+
+
+@pytest.mark.parametrize("zero", [None, 3])
+@pytest.mark.parametrize("make", [Scaled, Summed, lambda: Scaled().requires_grad_(False)], ids=["scaled", "one op", "frozen"])
+def test_models_that_are_narrow_nowhere_are_planned(make: Any, zero: int | None) -> None:
+    strategy = Strategy(dp_shard=2, dp_replicate=1, tp=1, pp=1, zero=zero) if zero else Strategy()
+    example, topology = {"x": torch.randn(8, 8)}, Topology.preset("h100", devices=2)
+    made = plan(make(), topology, example_inputs=example, strategy=strategy, device="cpu")
+    assert emit(made, 1).graphs
+
+
 def test_blocks_of_every_stage_are_kept_whole() -> None:
     example = {"x": torch.randint(9, (8,)), "y": torch.randint(9, (8,))}
 
