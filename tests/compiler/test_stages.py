@@ -4,13 +4,14 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import zoo
 from hypothesis import given
 from hypothesis import strategies as st
 from programs import case
-from torch import fx
+from torch import Tensor, fx, nn
 
-from shardwright import Strategy, Topology, emit, plan
+from shardwright import Strategy, Topology, emit, plan, verify
 from shardwright.compiler.keeping import keeping, kept_where
 from shardwright.compiler.memory import program_memory
 from shardwright.compiler.stages import StageCuts, Stages, StageShare, cut_stages
@@ -110,3 +111,23 @@ def test_what_crosses_borders_is_predicted(model: str, stages: int) -> None:
     assert planned.plan.predicted.traffic["pp"] == pytest.approx(sum(counted) / stages, rel=1e-3)
     taken = max(program_memory(emit(planned, rank)).peak for rank in range(stages))
     assert 0.95 * taken <= planned.plan.predicted.peak_bytes <= 1.3 * taken
+
+
+class Soft(nn.Module):
+    """Two layers and a loss of several terms: of four stages one has nothing to compute but what passes through it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(128, 128), nn.Linear(128, 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.softmax(self.a(x), -1)
+        g = F.log_softmax(self.b(h), -1)
+        return (h * g).sum(-1).mean() + torch.cumsum(h, -1).std()
+
+
+def test_a_stage_with_nothing_to_compute() -> None:
+    torch.manual_seed(0)
+    topology, strategy = Topology.preset("h100", devices=4), Strategy(pp=4, dp=1, tp=1)
+    planned = plan(Soft(), topology, example_inputs={"x": torch.randn(8, 4, 128)}, strategy=strategy, device="cpu")
+    assert verify(planned).largest_error < 1e-9
