@@ -82,7 +82,8 @@ def program_memory(program: RankProgram, moments: float = 2.0) -> RankMemory:
     """The memory of a rank over one step of its program; see `state_memory` for `moments`."""
     values = memory_over_time(program)
     worst = max(values, key=lambda u: u.gradients + u.held + u.temporaries, default=Usage(0.0, 0.0, 0.0))
-    trainable = sum(tensor_bytes(program, spec) for spec in program.parameters if spec.trainable)
+    summed = _gradients(program)
+    trainable = sum(tensor_bytes(program, s) for s in program.parameters if s.trainable and {s.name, *s.aliases} & summed)
     return RankMemory(
         parameters=sum(tensor_bytes(program, s) + (working_bytes(program, s) if s.gathered else 0.0) for s in program.parameters),
         gradients=worst.gradients,
@@ -91,6 +92,13 @@ def program_memory(program: RankProgram, moments: float = 2.0) -> RankMemory:
         activations=worst.held,
         temporaries=worst.temporaries,
     )
+
+
+def _gradients(program: RankProgram) -> set[str]:
+    """Parameters whose gradients the program makes or sums: for one that no op uses an optimizer keeps nothing."""
+    keys = {key for graph in program.graphs.values() for key in graph.outputs}
+    keys.update(key for instruction in program.schedule for key in instruction.keys)
+    return {key.removeprefix("grad.param.") for key in keys if key.startswith("grad.param.")}
 
 
 @dataclass(frozen=True)

@@ -255,6 +255,22 @@ def test_models_that_are_narrow_nowhere_are_planned(make: Any, zero: int | None)
     assert emit(made, 1).graphs
 
 
+def test_a_parameter_that_no_op_uses_has_no_optimizer_state() -> None:
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.idle, self.layer = nn.Parameter(torch.randn(256, 256)), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).square().mean()
+
+    example, topology = {"x": torch.randn(8, 8)}, Topology.preset("h100", devices=2)
+    made = plan(Idle(), topology, example_inputs=example, strategy=Strategy(dp=2, zero=0), device="cpu")
+    counted = program_memory(emit(made, 0))
+    assert counted.optimizer == 2 * 4 * (8 * 8 + 8)
+    assert made.plan.predicted.peak_bytes == pytest.approx(counted.peak, rel=0.1)
+
+
 def test_blocks_of_every_stage_are_kept_whole() -> None:
     example = {"x": torch.randint(9, (8,)), "y": torch.randint(9, (8,))}
 
