@@ -185,15 +185,14 @@ class _Computed:
             asked = [*uses[value]] + ([since[value]] if value in since else [])
             if not asked:
                 continue
-            found = sorted(asked, key=lambda use: order[use[0]])
-            first, last = found[0], found[-1]
+            first, last = (of(asked, key=lambda use: order[use[0]]) for of in (min, max))
             alive = Alive(float(size_of(call.results[k])), last, None, (node, len(call.operands) + k), True)
             self.starts.setdefault(last[0], []).append(alive)
             self.ends.setdefault(first[0], []).append(alive)
             for source in sources:  # they are needed to compute it
                 below = held_by(source)
                 if below in again and (below not in since or order[since[below][0]] < order[last[0]]):
-                    since[below] = last[0], last[1]
+                    since[below] = last
 
     def at(self, node: fx.Node) -> list[Alive[fx.Node]]:
         """Those that are there while a node's backward runs. Nodes are asked for in the order of the backward."""

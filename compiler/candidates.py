@@ -230,7 +230,7 @@ class Search:
 
     def with_layout(self, plan: Plan) -> Plan:
         """The plan with where its parameters lie over tp and pp: a rank, or a call, of other shapes would find other places."""
-        return with_places(plan, self.problem.graph, self.placement(plan))
+        return with_places(plan, self.placement(plan), lambda: self.steps.cuts)
 
 
 def microbatch_counts(stages: int, rows: int) -> list[int]:

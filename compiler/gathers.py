@@ -119,24 +119,27 @@ def gather_groups(gm: fx.GraphModule, calls: Calls | None = None) -> list[Group]
         for place in places:
             used.setdefault(place, []).append(parameter)
     sizes = {n: float(size_of(metas(n)[0])) for n in uses}
-    trained = {n: size for n, size in sizes.items() if metas(n)[0].grad}
-    again = {n: size for n, size in sizes.items() if read_again(n, calls)}
-
-    def share(nodes: Sequence[fx.Node], of: dict[fx.Node, float]) -> float:
-        return sum(of.get(n, 0.0) for n in nodes) / (sum(of.values()) or 1.0)
-
-    def part(n: fx.Node) -> Part:
-        name = n.meta["key"].removeprefix("param.")
-        return Part(name, share([n], sizes), share([n], trained), share([n], again), len(uses[n]) == 1)
-
+    held = _shares(sizes)
+    trained = _shares({n: size for n, size in sizes.items() if metas(n)[0].grad})
+    again = _shares({n: size for n, size in sizes.items() if read_again(n, calls)})
+    parts = {
+        n: Part(n.meta["key"].removeprefix("param."), held[n], trained.get(n, 0.0), again.get(n, 0.0), len(places) == 1)
+        for n, places in uses.items()
+    }
     return [
         Group(
-            parts=tuple(part(n) for n in nodes),
-            together=share(used[place], sizes),
-            alone=share([n for n in used[place] if len(uses[n]) == 1], sizes),
+            parts=tuple(parts[n] for n in nodes),
+            together=sum(parts[n].held for n in used[place]),
+            alone=sum(parts[n].held for n in used[place] if parts[n].alone),
         )
         for place, nodes in groups.items()
     ]
+
+
+def _shares(sizes: dict[fx.Node, float]) -> dict[fx.Node, float]:
+    """Of all of them together."""
+    whole = sum(sizes.values()) or 1.0
+    return {n: size / whole for n, size in sizes.items()}
 
 
 def shared(gm: fx.GraphModule) -> float:

@@ -46,6 +46,14 @@ class Keeping:
     moments: Sequence[Moment[fx.Node]]
     stream: Stream
 
+    def used(self, *, fixed: bool) -> Iterator[tuple[tuple[fx.Node, int], tuple[Use, ...]]]:
+        """Of `uses` what is fixed, or what is not."""
+        return ((value, uses) for value, uses in self.uses.items() if (value in self.fixed) == fixed)
+
+    def shown(self, *, fixed: bool) -> frozenset[tuple[fx.Node, int]]:
+        """Of `returned` the same: all of it counts as what grows with the batch."""
+        return frozenset() if fixed else self.returned
+
 
 def keeping(calls: Calls) -> Keeping:
     """What is kept, whatever the placement. Placeholders are there anyway."""
@@ -112,9 +120,7 @@ def kept_values(
     calls: Calls, kept: Keeping, placement: Placement | None, axis: Axis, *, fixed: bool = False
 ) -> Iterator[tuple[fx.Node, float]]:
     """(node, bytes that a rank keeps of a result of it): for the backward, and of what is returned."""
-    for (node, k), uses in kept.uses.items():
-        if ((node, k) in kept.fixed) != fixed:
-            continue
+    for (node, k), uses in kept.used(fixed=fixed):
         call, _ = calls[node]
         made = placement.choice[node.name].outs[k] if placement else I
         size = size_of(call.results[k])
@@ -125,7 +131,7 @@ def kept_values(
             shares.discard(own)
             total = 0.0 if (node, k) in kept.rebuilt else size * own
         yield node, total + size * sum(shares)
-    for node, k in () if fixed else kept.returned:
+    for node, k in kept.shown(fixed=fixed):
         made = placement.choice[node.name].outs[k] if placement else I
         yield node, size_of(calls[node][0].results[k]) * held(made, axis)
 
@@ -150,12 +156,10 @@ def kept_at(calls: Calls, kept: Keeping, offered: Offers, *, fixed: bool = False
         return at(node, len(calls[node][0].operands) + k)
 
     found: Counter[tuple[Place, tuple[Place, ...], bool]] = Counter()
-    for (node, k), uses in kept.uses.items():
-        if ((node, k) in kept.fixed) != fixed:
-            continue
+    for (node, k), uses in kept.used(fixed=fixed):
         users = tuple(sorted({at(*use) for use in uses}))
         found[result(node, k), users, (node, k) in kept.rebuilt] += size_of(calls[node][0].results[k])
-    for node, k in () if fixed else kept.returned:
+    for node, k in kept.shown(fixed=fixed):
         found[result(node, k), (), False] += size_of(calls[node][0].results[k])
     return [KeptAt(float(size), maker, uses, rebuilt) for (maker, uses, rebuilt), size in found.items()]
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-
-from torch import fx
 
 from ..passes.graph_tools import Values, op_calls
 from ..passes.ops import use_communicator
@@ -16,10 +15,10 @@ from .stages import StageCuts
 from .stream import stream
 
 
-def with_places(plan: Plan, gm: fx.GraphModule, placement: Placement | None) -> Plan:
-    """The plan with `layout`, as a placement over tp has it, and `stage_of` filled in where it has none."""
+def with_places(plan: Plan, placement: Placement | None, cuts: Callable[[], StageCuts]) -> Plan:
+    """The plan with `layout`, as a placement over tp has it, and `stage_of`, by the `cuts` of its graph, where it has none."""
     if plan.stages > 1 and not plan.stage_of:
-        plan = replace(plan, stage_of=StageCuts(gm, stream(op_calls(gm))).parameters(plan.stages))
+        plan = replace(plan, stage_of=cuts().parameters(plan.stages))
     if placement is None or plan.layout:
         return plan
     types = placement.placeholders.items()
@@ -34,4 +33,5 @@ def with_layout(problem: Problem, plan: Plan) -> Plan:
         communicator = coordinates_of(plan, 0)
         with use_communicator(communicator):
             placement = lower(problem, plan, communicator.indices, Values()).placements["tp"]
-    return with_places(plan, problem.graph, placement)
+    gm = problem.graph
+    return with_places(plan, placement, lambda: StageCuts(gm, stream(op_calls(gm))))

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ..passes.convert import makes_whole
-from ..passes.graph_tools import VIEWS, Calls, is_getitem, is_parameter, result_of
+from ..passes.graph_tools import VIEWS, Calls, is_parameter, result_of
 from ..passes.rules.base import OpCall, TensorMeta
 from ..passes.types import Type
 from .cost import FREE, op_name
@@ -67,13 +67,9 @@ def gathered_again(source: fx.Node, have: Type, needed: Type, calls: Calls) -> b
 
 def held_by(node: fx.Node) -> tuple[fx.Node, int]:
     """The value that a value is a view of."""
-    while node.op == "call_function":
-        if is_getitem(node):
-            return result_of(node)
-        if not is_view(node):
-            break
+    while node.op == "call_function" and is_view(node):
         node = node.all_input_nodes[0]
-    return node, 0
+    return result_of(node)
 
 
 def passes_on(call: OpCall, operand: TensorMeta) -> bool:

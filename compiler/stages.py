@@ -69,6 +69,13 @@ def _best_below(stage: np.ndarray, border: np.ndarray, n: int, limit: float) -> 
     return tuple(reversed(cuts))
 
 
+Sizes = tuple[float, float, float]
+"""Bytes of a parameter: all; if it has a gradient; if the backward reads it."""
+
+FINEST = 512
+"""Places at most that are looked at where a model is not cut at the narrow ones."""
+
+
 @dataclass(frozen=True)
 class StageShare:
     """What a stage has, of all that a model has: of the work, of the bytes of parameters, of those with gradients and of those that
@@ -195,11 +202,6 @@ class StageCuts:
         return sorted(best.values())
 
 
-Sizes = tuple[float, float, float]
-"""Bytes of a parameter: all; if it has a gradient; if the backward reads it."""
-
-FINEST = 512
-"""Places at most that are looked at where a model is not cut at the narrow ones."""
 FLOPS_PER_BYTE = 100.0
 """What a byte that crosses a border weighs against work: between a CPU's network and an accelerator's."""
 BORDER = 0.05

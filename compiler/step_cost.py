@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
@@ -94,7 +95,7 @@ class StepCost:
         self.largest = max(sizes, default=0.0) / (sum(sizes) or 1.0)
         self.groups = gather_groups(problem.graph, calls)
         self._whole: dict[int, list[Whole]] = {}
-        self._cuts = StageCuts(problem.graph, kept.stream)
+        self.cuts = StageCuts(problem.graph, kept.stream)
         self._kept = kept_where(calls, kept)
         self._sizes = {
             n.meta["key"].removeprefix("param."): (size, size * meta.grad, size * read_again(n, calls))
@@ -167,13 +168,12 @@ class StepCost:
     def stages(self, count: int) -> Stages:
         """Of a model in so many stages."""
         if count not in self._stages:
-            self._stages[count] = self._cuts.stages(count, self._sizes, self._kept)
+            self._stages[count] = self.cuts.stages(count, self._sizes, self._kept)
         return self._stages[count]
 
     def _fullest(self, plan: Plan) -> list[tuple[StageShare, float]]:
         """The stages that may need the most bytes, and what each holds at once of the activations of all of the model."""
-        flying = tuple(micro_batches_in(plan, k) for k in range(plan.stages))
-        return self.stages(plan.stages).fullest(flying)
+        return self.stages(plan.stages).fullest(flying(plan.stages, plan.schedule, plan.microbatches))
 
     def _bytes(self, plan: Plan, cost: PlacedCost, whole: Whole) -> dict[str, float]:
         """Of the stage that needs the most."""
@@ -300,9 +300,10 @@ def bubble(plan: Plan) -> float:
     return (plan.microbatches + plan.stages - 1) / plan.microbatches
 
 
-def micro_batches_in(plan: Plan, stage: int) -> int:
-    """Micro-batches whose activations a stage holds at once."""
-    return min(plan.stages - stage, plan.microbatches) if plan.schedule == "1f1b" else plan.microbatches
+@cache
+def flying(stages: int, schedule: str, microbatches: int) -> tuple[int, ...]:
+    """Micro-batches whose activations each stage holds at once."""
+    return tuple(min(stages - k, microbatches) if schedule == "1f1b" else microbatches for k in range(stages))
 
 
 def summed(plan: Plan) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -28,34 +30,29 @@ STRATEGIES = {
 }
 
 
+def on_meta(model: type[torch.nn.Module], config: Any, rows: int, length: int) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    with torch.device("meta"):
+        made, tokens = model(config), torch.empty(rows, length, dtype=torch.long)
+    return made, {"input_ids": tokens, "labels": torch.empty_like(tokens)}
+
+
 def llama() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     config = transformers.LlamaConfig(
         vocab_size=8000, hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4
     )
-    with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
-        tokens = torch.empty(2, 512, dtype=torch.long)
-    return model, {"input_ids": tokens, "labels": torch.empty_like(tokens)}
+    model, batch = on_meta(transformers.LlamaForCausalLM, config, 2, 512)
+    return model.to(torch.bfloat16), batch
 
 
 def bert() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    config = transformers.BertConfig(
-        vocab_size=8000, hidden_size=512, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8
-    )
-    with torch.device("meta"):
-        model = transformers.BertForMaskedLM(config)
-        tokens = torch.empty(2, 512, dtype=torch.long)
-    return model, {"input_ids": tokens, "labels": torch.empty_like(tokens)}
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 8}
+    return on_meta(transformers.BertForMaskedLM, transformers.BertConfig(vocab_size=8000, **sizes), 2, 512)
 
 
 def t5() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    config = transformers.T5Config(
-        vocab_size=8000, d_model=512, d_ff=2048, num_layers=3, num_heads=8, dropout_rate=0.0, decoder_start_token_id=0
-    )
-    with torch.device("meta"):
-        model = transformers.T5ForConditionalGeneration(config)
-        tokens = torch.empty(8, 256, dtype=torch.long)
-    return model, {"input_ids": tokens, "labels": torch.empty_like(tokens)}
+    sizes = {"d_model": 512, "d_ff": 2048, "num_layers": 3, "num_heads": 8}
+    config = transformers.T5Config(vocab_size=8000, dropout_rate=0.0, decoder_start_token_id=0, **sizes)
+    return on_meta(transformers.T5ForConditionalGeneration, config, 8, 256)
 
 
 def vit() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:

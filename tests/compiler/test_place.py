@@ -39,7 +39,7 @@ from shardwright.compiler.prices import Prices, Volume, held, megatron_prices, s
 from shardwright.compiler.topology import Device, Level
 from shardwright.passes.check_schedules import check_schedules
 from shardwright.passes.convert import exists, makes_whole
-from shardwright.passes.graph_tools import Values, is_getitem, is_parameter, metas, op_calls
+from shardwright.passes.graph_tools import Values, is_getitem, is_parameter, metas, op_calls, result_of
 from shardwright.passes.ops import use_communicator
 from shardwright.passes.rules.base import Axis, OpCall, TensorMeta
 from shardwright.passes.rules.base import Strategy as NodeStrategy
@@ -103,7 +103,7 @@ class Walk:
         full = [there for there in places if sum(sizes[n] for n in there) >= 0.99 * common[0][0]] or places
         found: Counter[tuple[fx.Node, int]] = Counter()
         for n in (n for there in full for n in there if isinstance(n.meta["val"], torch.Tensor)):
-            found[(n.args[0], n.args[1]) if is_getitem(n) else (n, 0)] += sizes[n] / len(full)  # type: ignore[index]
+            found[result_of(n)] += sizes[n] / len(full)
         return found
 
     def rules_of(self, node: fx.Node) -> Rules:
@@ -138,7 +138,7 @@ class Walk:
         """What the conversions cost that `uses` need and that are not yet `made`, to which they are added."""
         total = 0.0
         for source, needed in uses:
-            maker, result = (source.args[0], source.args[1]) if is_getitem(source) else (source, 0)
+            maker, result = result_of(source)
             (meta,) = metas(source)
             have, want = (canonical(t, meta.grad) for t in (types[maker][result], needed))  # type: ignore[index]
             if have == want or (maker, result, want) in made:
