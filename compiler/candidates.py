@@ -226,7 +226,7 @@ class Search:
         return Candidate(plan, self.batch.samples(mesh), self.steps.predict(plan, cost, whole))
 
     def load(self, plan: Plan) -> Load:
-        return load_of(plan, self.batch.share(plan.mesh), self.batch.captured)
+        return load_of(plan, self.topology, self.batch.share(plan.mesh), self.batch.captured)
 
     def with_layout(self, plan: Plan) -> Plan:
         """The plan with where its parameters lie over tp and pp: a rank, or a call, of other shapes would find other places."""

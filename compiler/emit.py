@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import fx
@@ -30,7 +30,7 @@ from ..passes.stages import as_received, split_stages
 from ..passes.types import (
     I,
     Partial,
-    Replicate,
+    R,
     Sections,
     Type,
     Varying,
@@ -47,15 +47,17 @@ from ..runtime.program import (
 )
 from .collector import without_collection
 from .cost import Seconds
+from .gradient_sums import Sums
 from .groups import Groups, regrouped
 from .keeping import sized_for
 from .known_placements import KnownPlacements
 from .layouts import Layouts
 from .offers import offers
 from .place import Placement, Policy, Rules, place
-from .plan import Plan
+from .plan import DATA_AXES, Plan
 from .prices import Prices, Volume
 from .schedules import Step, build, crossing, part_name
+from .shards import Sharding
 from .tensor_axis import mixed_rules, rules
 
 SEGMENT_BYTES = 8 * 2**20
@@ -240,6 +242,8 @@ class _Emission:
         self.graphs: dict[str, GraphSpec] = {}
         self.parts: dict[str, tuple[frozenset[str], ...]] = {}
         self.specs: dict[str, TensorSpec] = {}
+        self.sums: dict[str, Sums] = {}
+        self.sharding = Sharding(plan.mesh, self.coordinates, plan.topology)
         self.transfers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
 
     def program(self) -> RankProgram:
@@ -342,7 +346,7 @@ class _Emission:
                     users.setdefault(n.meta["key"], []).append(k)
         parameters = {k: s for k, s in self.specs.items() if k.startswith("param.")}
         given = {k.removeprefix("grad.") for parts in self.parts.values() for part in parts for k in part}
-        gradients = {k: (parameters[k], self.reduced_axes(k), tuple(users[k])) for k in reversed(parameters) if k in given}
+        gradients = {k: (parameters[k], self.sums[k], tuple(users[k])) for k in reversed(parameters) if k in given}
         loss = self.problem.loss
         home = dict(named_results(self.lowered.graph)).get(loss) if loss else None
         return Step(
@@ -404,21 +408,19 @@ class _Emission:
     def _make_spec(self, name: str, key: str, node: fx.Node) -> TensorSpec:
         whole = self.original(key).meta["val"]
         parameter = key.startswith("param.")
-        cuts: list[Cut] = []
-        gathered: tuple[str, ...] = ()
         types = node.meta.get("types", {})
-        for axis, type_ in types.items():
-            if axis != TIME and isinstance(type_, Varying) and axis not in ("dp_shard", "dp_replicate"):
-                cuts.append(Cut(axis, type_.dim, type_.sections))
-        if parameter and self.plan.zero and self.plan.mesh.size("dp_shard") > 1:
-            shape = list(whole.shape)
-            for cut in cuts:
-                shape[cut.dim] = sum(section[self.coordinates[cut.axis]] for section in cut.sections)
-            own = zero_cut(tuple(shape), self.plan.mesh.size("dp_shard"))
-            if own is not None:
-                cuts.append(Cut("dp_shard", own.dim, own.sections))
-                gathered = ("dp_shard",) if self.plan.zero_of(name) < 3 else ()
-        cut_axes = {c.axis for c in cuts}
+        cuts = [
+            Cut(axis, type_.dim, type_.sections)
+            for axis, type_ in types.items()
+            if axis != TIME and isinstance(type_, Varying) and axis not in DATA_AXES
+        ]
+        gathered: tuple[str, ...] = ()
+        if parameter:
+            level = self.plan.zero_of(name)
+            copied = self.copied[level == 3] if _is_copied(node) else None
+            shards = self.sharding.shards(level, cuts, tuple(whole.shape), copied)
+            cuts, gathered, self.sums[key] = [*cuts, *shards.cuts], shards.gathered, shards.sums
+        cut_axes = {axis for cut in cuts for axis in cut.axis.split("+")}
         return TensorSpec(
             name=name,
             shape=tuple(whole.shape),
@@ -430,6 +432,15 @@ class _Emission:
             trainable=bool(node.meta.get("grad")) if self.problem.trainable is None else name in self.problem.trainable,
             persistent=parameter or name in self.problem.persistent,
         )
+
+    @cached_property
+    def copied(self) -> Mapping[bool, float]:
+        """Bytes of the parameters whose gradients are to be summed over tp: of those under ZeRO-3, and of the others."""
+        found = {True: 0.0, False: 0.0}
+        for node in self.lowered.graph.graph.find_nodes(op="placeholder"):
+            if _is_copied(node):
+                found[self.plan.zero_of(node.meta["key"].removeprefix("param.")) == 3] += node_bytes(node)
+        return found
 
     def original(self, key: str) -> fx.Node:
         if not hasattr(self, "_originals"):
@@ -463,13 +474,10 @@ class _Emission:
             specs.append(OutputSpec(key, tuple(value.shape), value.dtype, cuts, stage_of.get(key, 0), how))
         return tuple(specs)
 
-    def reduced_axes(self, key: str) -> tuple[str, ...]:
-        """Mesh axes over which the gradient of a parameter placeholder is Partial when the backward gives it (under ZeRO-3 the
-        graph has scattered it over dp_shard already)."""
-        node = next(n for n in self.stages[self.stage].graph.nodes if n.op == "placeholder" and n.meta["key"] == key)
-        types: Mapping[str, Type] = node.meta.get("types", {})
-        scattered = {c.axis for c in self.specs[key].cuts if c.axis not in self.specs[key].gathered}
-        return tuple(a for a in self.plan.mesh.axes if isinstance(types.get(a), Replicate) and a not in scattered)
+
+def _is_copied(node: fx.Node) -> bool:
+    """Whether tp holds copies of a parameter, each with a gradient of its own part of the work."""
+    return node.meta["key"].startswith("param.") and bool(node.meta.get("grad")) and node.meta.get("types", {}).get("tp") == R
 
 
 __all__ = ["Lowered", "Problem", "emit", "lower"]

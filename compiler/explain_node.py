@@ -171,7 +171,7 @@ def next_best(
 
 def _tensor_seconds(plan: Plan, topology: Topology) -> Seconds:
     """For the load that the search placed for."""
-    load = load_for(plan.layouts, load_of(plan, 1 / plan.data_size))
+    load = load_for(plan.layouts, load_of(plan, topology, 1 / plan.data_size))
     return Seconds(topology, tensor_mesh(plan.mesh.size("tp")), load.share, load.runs, load.sums)
 
 

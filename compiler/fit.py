@@ -9,9 +9,11 @@ from ..passes.rules.base import Axis
 from ..passes.types import I
 from .candidates import Candidate, Search
 from .cost import size_of
+from .gradient_sums import GradientSums
 from .keeping import kept_values
 from .prices import held
-from .step_cost import state_bytes
+from .step_cost import frozen_bytes
+from .step_sums import Part, level_of
 from .units import bytes_text
 
 
@@ -61,8 +63,9 @@ def _largest(search: Search, candidate: Candidate, count: int = 3) -> Iterator[s
     for key, meta in search.parameters.items():
         size, name = size_of(meta) * held(placement.placeholders[key] if placement else I, axis), key.removeprefix("param.")
         if meta.grad:
-            found.append((state_bytes(plan, size, 0.0), f"{name}, its gradient and its optimizer state"))
+            own = Part(GradientSums(plan.mesh, level_of(plan.zero_of(name)), search.topology), size, 0.0)
+            found.append((own.state(1.0), f"{name}, its gradient and its optimizer state"))
         else:
-            found.append((state_bytes(plan, 0.0, size), f"{name}, frozen"))
+            found.append((frozen_bytes(plan, size), f"{name}, frozen"))
     for size, what in sorted(found, reverse=True)[:count]:
         yield f"{bytes_text(size)}  {' '.join(what.split())}"

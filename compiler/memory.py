@@ -115,7 +115,7 @@ def memory_over_time(program: RankProgram) -> list[Usage]:
 
     Values die at their last use, as in the executor; gradients live to the end of the step, of those that are scattered a shard.
     """
-    shards = {f"grad.param.{name}": tensor_bytes(program, s) for s in program.parameters for name in (s.name, *s.aliases)}
+    specs = {f"grad.param.{name}": s for s in program.parameters for name in (s.name, *s.aliases)}
     sizes = _key_sizes(program)
     keys = [_keys_of(program, instruction) for instruction in program.schedule]
     last: dict[tuple[Key, int], int] = {}
@@ -140,7 +140,7 @@ def memory_over_time(program: RankProgram) -> list[Usage]:
         scattered = [key for key, _ in writes] if instruction.kind == "reduce_scatter" else []
         inside += sum(gradients[key] for key in scattered)  # packed by rank
         found.append(Usage(sum(gradients.values()), inputs + sum(held.values()), inside))
-        gradients |= {key: shards[key] for key in scattered}
+        gradients |= {key: bytes_over(program, specs[key], instruction.axis)[1] for key in scattered}
         for made in (*reads, *writes):
             if last.get(made, i) == i and not made[0].startswith("out."):
                 held.pop(made, None)
@@ -192,14 +192,27 @@ def working_bytes(program: RankProgram, spec: TensorSpec) -> float:
     return _cut_bytes(program, spec.shape, spec.dtype, spec.cuts[: len(spec.cuts) - len(spec.gathered)])
 
 
+def bytes_over(program: RankProgram, spec: TensorSpec, axis: str) -> tuple[float, float]:
+    """Bytes of a parameter before its cut over `axis`, of which it is gathered and its gradient scattered, and after it."""
+    place = next(k for k, cut in enumerate(spec.cuts) if cut.axis == axis)
+    before, after = (_cut_bytes(program, spec.shape, spec.dtype, spec.cuts[:count]) for count in (place, place + 1))
+    return before, after
+
+
+def bytes_moved(program: RankProgram, spec: TensorSpec, instruction: Instruction) -> float:
+    """Bytes of a parameter or its gradient in a collective of the schedule. What is summed and not scattered is so after all of its
+    cuts (compiler/gradient_sums.py)."""
+    if instruction.kind in ("gather", "reduce_scatter"):
+        return bytes_over(program, spec, instruction.axis)[0]
+    return tensor_bytes(program, spec)
+
+
 def _cut_bytes(program: RankProgram, shape: tuple[int, ...], dtype: torch.dtype, cuts: tuple[Cut, ...]) -> float:
     left = list(shape)
     for cut in cuts:
         if cut.axis == MICROBATCH:
             continue
-        index = 0
-        for name in cut.axis.split("+"):
-            index = index * program.mesh.size(name) + program.coordinates.get(name, 0)
+        index = program.mesh.index(program.coordinates, cut.axis)
         left[cut.dim] = sum(section[index] for section in cut.sections)
     return float(torch.Size(left).numel() * dtype.itemsize)
 

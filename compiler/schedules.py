@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import fx
 
 from ..passes.rules.base import has_derivatives
 from ..passes.schedule import ORDERS
 from ..runtime.program import Instruction, OutputSpec, TensorSpec
+from .gradient_sums import Sum, Sums
 from .plan import DATA_AXES, Plan
 
 BUCKET_BYTES = 128 * 2**20
@@ -29,7 +29,7 @@ class Step:
     entering, leaving            keys of activations from the stage before, to the stage after
     entering_gradients, ...      those of them that carry a gradient
     parts       by suffix: the keys that each part of that backward graph gives (passes/segment.py)
-    gradients   parameter key -> (its spec, axes its gradient is still to be summed over, stages that share it)
+    gradients   parameter key -> (its spec, the sums of its gradient, stages that share it)
     loss_axes   axes the loss is still to be summed over
     share       whether outputs other than the loss go to every stage
     """
@@ -42,7 +42,7 @@ class Step:
     leaving_gradients: tuple[str, ...]
     parameters: Mapping[str, TensorSpec]
     parts: Mapping[str, tuple[frozenset[str], ...]]
-    gradients: Mapping[str, tuple[TensorSpec, tuple[str, ...], tuple[int, ...]]]
+    gradients: Mapping[str, tuple[TensorSpec, Sums, tuple[int, ...]]]
     loss: str | None
     loss_axes: tuple[str, ...]
     share: bool = False
@@ -132,56 +132,53 @@ def _buckets(items: Iterable[tuple[str, TensorSpec | OutputSpec]]) -> list[tuple
 
 
 def _gathers(parameters: Mapping[str, TensorSpec]) -> Iterable[Instruction]:
-    for axis in dict.fromkeys(a for spec in parameters.values() for a in spec.gathered):
-        for keys in _buckets((k, s) for k, s in parameters.items() if axis in s.gathered):
-            yield Instruction("gather", keys, axis=axis)
+    """Of each parameter over the axis of its last cut first."""
+    for place in reversed(range(max((len(spec.gathered) for spec in parameters.values()), default=0))):
+        there = {key: spec for key, spec in parameters.items() if place < len(spec.gathered)}
+        for axis in dict.fromkeys(spec.gathered[place] for spec in there.values()):
+            for keys in _buckets((key, spec) for key, spec in there.items() if spec.gathered[place] == axis):
+                yield Instruction("gather", keys, axis=axis)
 
 
 class _Reductions:
-    """Sums of gradients: over the data axes, of which ZeRO leaves a shard; then over tp, so much less; then over the stages that
-    share a parameter.
+    """Sums of gradients (compiler/gradient_sums.py), and then over the stages that share a parameter.
 
-    The first sum over data of each gradient may start as soon as its part of the last backward has run; what is summed again, or by
-    the side of its stage's others, waits for the end.
+    Where a gradient is summed over the data axes, its first sum may start as soon as its part of the last backward has run; what is
+    summed again, or over tp alone, waits for the end.
     """
 
     def __init__(self, step: Step) -> None:
         self.grads = {f"grad.{key}": entry for key, entry in step.gradients.items()}
 
     def first(self, keys: frozenset[str]) -> Iterable[Instruction]:
-        """The first sums of `keys` over the data axes."""
-        yield from self._over_data([k for k in self.grads if k in keys], again=False)
+        """The first sums of `keys`."""
+        yield from self._sums([k for k in self.grads if k in keys and self._starts_early(k)], 0)
 
     def rest(self) -> Iterable[Instruction]:
-        yield from self._emit("all_reduce", "tp", [k for k, (_, axes, _) in self.grads.items() if "tp" in axes])
-        yield from self._over_data(list(self.grads), again=True)
-        tied: dict[str, list[str]] = {}
+        yield from self._sums([k for k in self.grads if not self._starts_early(k)], 0)
+        for place in range(1, max((len(sums) for _, sums, _ in self.grads.values()), default=0)):
+            yield from self._sums(list(self.grads), place)
+        tied: dict[Sum, list[str]] = {}
         for key, (_, _, stages) in self.grads.items():
             if len(stages) > 1:
-                tied.setdefault("pp:" + ",".join(map(str, stages)), []).append(key)
-        for axis, keys in tied.items():
-            yield from self._emit("all_reduce", axis, keys)
+                tied.setdefault(Sum("all_reduce", "pp:" + ",".join(map(str, stages))), []).append(key)
+        yield from self._emit(tied)
 
-    def _over_data(self, keys: list[str], again: bool) -> Iterable[Instruction]:
-        """`again`: what is left after a reduce-scatter over dp_shard."""
-        scattered = [k for k in keys if self._is_scattered(k)]
-        if not again:
-            yield from self._emit("reduce_scatter", "dp_shard", scattered)
-        groups: dict[str, list[str]] = {}
-        for key in scattered if again else [k for k in keys if k not in scattered]:
-            left = [a for a in self.grads[key][1] if a in DATA_AXES and not (again and a == "dp_shard")]
-            if left:
-                groups.setdefault("+".join(left), []).append(key)
-        for axis, members in groups.items():
-            yield from self._emit("all_reduce", axis, members)
+    def _starts_early(self, key: str) -> bool:
+        return any(axis in DATA_AXES for step in self.grads[key][1] for axis in step.axes)
 
-    def _is_scattered(self, key: str) -> bool:
-        spec, axes, _ = self.grads[key]
-        return "dp_shard" in axes and "dp_shard" in spec.gathered
+    def _sums(self, keys: Iterable[str], place: int) -> Iterable[Instruction]:
+        """Of each of the keys the sum at so many places after the first."""
+        groups: dict[Sum, list[str]] = {}
+        for key in keys:
+            for step in self.grads[key][1][place : place + 1]:
+                groups.setdefault(step, []).append(key)
+        yield from self._emit(groups)
 
-    def _emit(self, kind: Literal["all_reduce", "reduce_scatter"], axis: str, keys: Iterable[str]) -> Iterable[Instruction]:
-        for bucket in _buckets((k, self.grads[k][0]) for k in keys):
-            yield Instruction(kind, bucket, axis=axis)
+    def _emit(self, groups: Mapping[Sum, list[str]]) -> Iterable[Instruction]:
+        for step, keys in groups.items():
+            for bucket in _buckets((k, self.grads[k][0]) for k in keys):
+                yield Instruction(step.kind, bucket, axis=step.axis)
 
 
 def _home(key: str, outputs: Sequence[OutputSpec]) -> int:

@@ -19,7 +19,7 @@ from rich.text import Text
 from ..runtime.errors import DeadlockError
 from ..runtime.program import Instruction, RankProgram
 from .cost import graph_cost
-from .memory import memory_over_time, tensor_bytes, working_bytes
+from .memory import bytes_moved, memory_over_time
 from .topology import CollectiveKind, Topology, collective_seconds
 
 Duration = Callable[[RankProgram, Instruction], float]
@@ -274,6 +274,6 @@ class Durations:
             if spec is None:
                 size += self._transfer_bytes(program, key, instruction.microbatch)
             else:
-                size += tensor_bytes(program, spec) if instruction.kind == "all_reduce" else working_bytes(program, spec)
+                size += bytes_moved(program, spec, instruction)
         kind = cast(CollectiveKind, "all_gather" if instruction.kind == "gather" else instruction.kind)
         return self.topology.device.launch + collective_seconds(kind, size, self.topology.span(program.mesh, instruction.axis))

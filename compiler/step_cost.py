@@ -1,7 +1,7 @@
 """What a step of a plan takes, from the costs of its graph: seconds, bytes at the peak, and bytes received by axis.
 
     seconds = (compute + tensor traffic) x the slowest stage's share x (micro-batches + stages - 1) / micro-batches
-              + gradient and parameter traffic over the data axes + stage transfers + optimizer
+              + sums of gradients and gathers of parameters + stage transfers + optimizer
 
 with compute and traffic summed over the placement that the passes would make; bytes are those of the stage that needs the most
 (compiler/stages.py cuts it). What runs of the sums of gradients beside the last backward (passes/segment.py) is left out, as far as
@@ -13,25 +13,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 
 from ..passes.graph_tools import Calls, metas
-from ..passes.segment import largest_part, parts_of
+from ..passes.segment import largest_part
+from ..passes.segment import parts_of as segments_of
 from ..runtime.program import Mesh
 from .cost import size_of
 from .emit import SEGMENT_BYTES, Problem
 from .gathers import Whole, gather_groups, kept_whole, shared
+from .gradient_sums import GradientSums
 from .keeping import Keeping, kept_where
-from .memory import state_memory
 from .needs import read_again
 from .placed_cost import PlacedCost
 from .plan import Plan, Prediction, data_size
 from .schedules import BUCKET_BYTES
 from .stages import StageCuts, Stages, StageShare
+from .step_sums import Move, Moved, Part, copies_rate, level_of, parts_of
 from .tensor_axis import Load
-from .topology import CollectiveKind, Topology, collective_bytes, collective_seconds
+from .topology import Topology, collective_bytes, collective_seconds
 from .totals import Function, cost_of
 
 BACKWARD_SHARE = 2 / 3
@@ -61,19 +63,21 @@ class Batch:
         return self.rows * data_size(mesh) if self.mode == "local" else self.rows
 
 
-Moved = tuple[str, CollectiveKind, float, int]
-"""(axis, kind, bytes, times a step)"""
-
-
-def load_of(plan: Plan, share: float, captured: int | None = None) -> Load:
+def load_of(plan: Plan, topology: Topology, share: float, captured: int | None = None) -> Load:
     """What a placement over the plan's tp is made for, where a data rank gets a share of the captured batch, of so many samples."""
     few = captured is not None and share * captured / plan.microbatches < plan.mesh.size("tp") <= captured
-    return Load(share, plan.microbatches, rounded_down(sums_count(plan), 2**0.25, least=1 / 64), few)
+    sums = sums_count(plan, topology)
+    return Load(share, plan.microbatches, math.copysign(rounded_down(abs(sums), 2**0.25, least=1 / 64), sums), few)
 
 
-def sums_count(plan: Plan) -> float:
-    """What a second in which gradients are summed over tp, once a step, counts against one of the micro-batches."""
-    return summed(plan) / bubble(plan)
+def sums_count(plan: Plan, topology: Topology) -> float:
+    """What a second in which gradients of copies are summed over tp alone, once a step, counts against one of the micro-batches:
+    what their sums take more than those of other parameters do, of as many bytes. It may be less than nothing: data ranks whose
+    tensor axis holds copies have all its links."""
+    if plan.mesh.size("tp") == 1:
+        return 0.0
+    ways = GradientSums(plan.mesh, level_of(plan.zero), topology)
+    return (ways.copies_rate - ways.own_rate) / copies_rate(plan.mesh, topology) / bubble(plan)
 
 
 def rounded_down(x: float, base: float, least: float = 0.0) -> float:
@@ -102,6 +106,7 @@ class StepCost:
             for n, meta, size in zip(nodes, parameters, sizes, strict=True)
         }
         self._stages: dict[int, Stages] = {}
+        self._sums: dict[tuple[Mesh, int], GradientSums] = {}
 
     def whole(self, stages: int) -> list[Whole]:
         """What ZeRO-3 may keep whole, of a model in so many stages."""
@@ -114,10 +119,9 @@ class StepCost:
         whole    the shares of `plan.whole`
         """
         whole = whole or self.whole(plan.stages)[0]
-        moved = [*self._data_traffic(plan, cost, whole)]
-        seconds, size = self._seconds(plan, cost, whole, moved), self._bytes(plan, cost, whole)
+        (seconds, moved), size = self._seconds(plan, cost, whole), self._bytes(plan, cost, whole)
         parts = seconds | {f"{what} bytes": n for what, n in size.items()}
-        traffic = self._received(plan, cost, whole, moved)
+        traffic = self._received(plan, cost, moved)
         return Prediction(sum(seconds.values()), sum(size.values()), traffic, parts, cost.gap)
 
     def at_least(self, plan: Plan, whole: Sequence[Whole], least: PlacedCost) -> tuple[Function, Function]:
@@ -127,7 +131,7 @@ class StepCost:
         Both are convex in the totals, and grow with each. The more are whole, the less is gathered and the more is held; but the
         largest block that is still gathered may be smaller, and where parameters have other shares of the gradients than of the
         bytes, the gather once a step may cost more than the others save. What buckets pack is not convex, and counts as of `least`,
-        which no placement is below.
+        which no placement is below; nor is the choice of how copies are summed, which count as what their bytes take at least.
         """
         few, many = whole[0], whole[-1]
         fewer, more = replace(plan, whole=few.names), replace(plan, whole=many.names)
@@ -141,29 +145,42 @@ class StepCost:
 
         def seconds(totals: np.ndarray) -> float:
             cost = cost_of(totals, least.temporaries)
-            found = sum(self._seconds(more, cost, many, [*self._data_traffic(more, cost, many)]).values())
+            found = sum(self._seconds(more, cost, many, at_least=True)[0].values())
             return found - cost.trainable * gathered
 
         def size(totals: np.ndarray) -> float:
             cost = cost_of(totals, least.temporaries)
-            found = zip(self._stage_bytes(fewer, cost, held), full, packed, strict=True)
+            found = zip(self._stage_bytes(fewer, cost, held, at_least=True), full, packed, strict=True)
             return max(sum(each.values()) - self._packed(fewer, cost, few, stage) + least for each, stage, least in found)
 
         return seconds, size
 
-    def _seconds(self, plan: Plan, cost: PlacedCost, whole: Whole, moved: Sequence[Moved]) -> dict[str, float]:
-        mesh, m, share = plan.mesh, plan.microbatches, self.batch.share(plan.mesh)
+    def _seconds(self, plan: Plan, cost: PlacedCost, whole: Whole, *, at_least: bool = False) -> tuple[dict[str, float], Moved]:
+        """And what the data axes move. at_least: with copies at the least that they take."""
+        m, share = plan.microbatches, self.batch.share(plan.mesh)
         heaviest, work = self.stages(plan.stages).heaviest, self.stages(plan.stages).slowest.work
         runs = bubble(plan) * work
-        sums = cost.sums * summed(plan) * heaviest.trained
-        return {
+        backward = cost.compute * share * work / m * BACKWARD_SHARE
+        parts = self._parts(plan, cost, whole)
+        moved = Moved([*self._inside(plan, cost, whole)])
+        moved.add(parts, heaviest.trained, at_least)
+        seconds = {
             "compute": (cost.compute * share + cost.launches * m) * runs,
-            "tensor": (cost.traffic * share + (cost.latencies + cost.gathers) * m) * runs + sums,
-            "data": sum(n * collective_seconds(kind, size, self.topology.span(mesh, axis)) for axis, kind, size, n in moved)
-            - self._hidden_seconds(plan, moved, cost.compute * share * work / m * BACKWARD_SHARE),
+            "tensor": (cost.traffic * share + (cost.latencies + cost.gathers) * m) * runs,
+            "data": moved.seconds(self.topology, plan.mesh) - self._hidden_seconds(plan, moved, backward),
             "pipeline": self._pipeline_seconds(plan, cost, share),
-            "optimizer": self._optimizer_seconds(plan, cost.trainable * heaviest.trained),
+            "optimizer": self._optimizer_seconds(sum(part.updated(at_least) for part in parts) * heaviest.trained),
         }
+        return seconds, moved
+
+    def _parts(self, plan: Plan, cost: PlacedCost, whole: Whole) -> list[Part]:
+        copied = cost.sums / copies_rate(plan.mesh, self.topology) if cost.sums else 0.0
+        return parts_of(plan, partial(self._sums_of, plan.mesh), cost.trainable, copied, whole)
+
+    def _sums_of(self, mesh: Mesh, level: int) -> GradientSums:
+        if (mesh, level) not in self._sums:
+            self._sums[mesh, level] = GradientSums(mesh, level, self.topology)
+        return self._sums[mesh, level]
 
     def stages(self, count: int) -> Stages:
         """Of a model in so many stages."""
@@ -179,14 +196,14 @@ class StepCost:
         """Of the stage that needs the most."""
         return max(self._stage_bytes(plan, cost, whole), key=lambda found: sum(found.values()))
 
-    def _stage_bytes(self, plan: Plan, cost: PlacedCost, whole: Whole) -> Iterator[dict[str, float]]:
-        m, share = plan.microbatches, self.batch.share(plan.mesh)
+    def _stage_bytes(self, plan: Plan, cost: PlacedCost, whole: Whole, *, at_least: bool = False) -> Iterator[dict[str, float]]:
+        """Of the stages that may need the most. at_least: with copies cut over tp besides, wherever they may be."""
+        m, share, parts = plan.microbatches, self.batch.share(plan.mesh), self._parts(plan, cost, whole)
         for stage, held_at_once in self._fullest(plan):
             trained = cost.trainable * stage.trained
             frozen = max(0.0, cost.parameters * stage.held - trained)
-            state = state_bytes(plan, trained * (1 - whole.trained), frozen * (1 - whole.held))
-            if plan.whole:
-                state += state_bytes(replace(plan, zero=2), trained * whole.trained, frozen * whole.held)
+            state = sum(part.state(stage.trained, at_least) for part in parts)
+            state += frozen_bytes(plan, frozen * (1 - whole.held)) + frozen * whole.held
             activations = cost.activations * share * held_at_once / m + cost.fixed * stage.kept + cost.temporaries * share / m
             # Under ZeRO-3 the backward of a block holds its parameters whole, and their gradients until they are scattered; the
             # first gradient of a parameter that is used twice waits for the second, which is added where it lies.
@@ -198,37 +215,28 @@ class StepCost:
                 gathered += self._part(plan, cost, whole, stage) + self._packed(plan, cost, whole, stage)
             yield {"state": state, "activation": activations, "gathered": gathered}
 
-    def _received(self, plan: Plan, cost: PlacedCost, whole: Whole, moved: Sequence[Moved]) -> dict[str, float]:
+    def _received(self, plan: Plan, cost: PlacedCost, moved: Moved) -> dict[str, float]:
         mesh, stages, m, share = plan.mesh, plan.stages, plan.microbatches, self.batch.share(plan.mesh)
         found = {axis: 0.0 for axis in mesh.axes}
-        for axis, kind, size, n in moved:
-            found[axis] += n * collective_bytes(kind, size, mesh.size(axis))
+        for axis, kind, size, n in moved.moves:
+            found[axis] = found.get(axis, 0.0) + n * collective_bytes(kind, size, mesh.size(axis))
         if "tp" in found:
-            once = cost.received_once * summed(plan)
-            found["tp"] += (cost.received * share + cost.received_gathers * m + once) / stages
+            found["tp"] += (cost.received * share + cost.received_gathers * m) / stages
         if "pp" in found:
             found["pp"] += 2 * sum(self.stages(stages).widths) / stages * self._border(plan, cost, share) * m
         return found
 
-    def _data_traffic(self, plan: Plan, cost: PlacedCost, whole: Whole) -> Iterator[Moved]:
-        """Gradients summed, and parameters gathered, over the data axes."""
+    def _inside(self, plan: Plan, cost: PlacedCost, whole: Whole) -> Iterator[Move]:
+        """What ZeRO-3 gathers and scatters inside the graphs."""
+        if plan.zero < 3 or not whole.left:
+            return
         stage = self.stages(plan.stages).heaviest
         held, trainable, again = cost.parameters * stage.held, cost.trainable * stage.trained, cost.read_again * stage.again
-        for axis in plan.data_axes:
-            if axis == "dp_shard" and plan.zero == 3 and whole.left:
-                blocks = math.ceil(whole.left / plan.stages)
-                times = plan.microbatches * blocks
-                yield axis, "all_gather", held * (1 - whole.held) / blocks, times
-                yield axis, "all_gather", again * (1 - whole.again) / blocks, times
-                yield axis, "reduce_scatter", trainable * (1 - whole.trained) / blocks, times
-            if axis == "dp_shard" and (plan.zero in (1, 2) or plan.whole):
-                once = trainable * (whole.trained if plan.whole else 1.0)
-                yield axis, "all_gather", once, 1
-                yield axis, "reduce_scatter", once, 1
-        shards = plan.mesh.size("dp_shard") if plan.zero else 1
-        for axis in plan.data_axes:
-            if axis != "dp_shard" or not plan.zero:
-                yield axis, "all_reduce", trainable / shards, 1
+        blocks = math.ceil(whole.left / plan.stages)
+        times = plan.microbatches * blocks
+        yield "dp_shard", "all_gather", held * (1 - whole.held) / blocks, times
+        yield "dp_shard", "all_gather", again * (1 - whole.again) / blocks, times
+        yield "dp_shard", "reduce_scatter", trainable * (1 - whole.trained) / blocks, times
 
     def _scattered(self, plan: Plan, cost: PlacedCost, whole: Whole, stage: StageShare) -> float:
         """Bytes of a stage's gradients that are scattered once a step, whole over the data axes."""
@@ -256,18 +264,15 @@ class StepCost:
     def _backward_parts(self, plan: Plan, stage: StageShare) -> int:
         """Parts of a stage's backward, after each of which gradients are summed. It is whole where data ranks run other shapes."""
         uneven = self.batch.mode == "global" and self.batch.rows % plan.data_size
-        return 1 if uneven or plan.data_size == 1 else parts_of(self.trained * stage.trained, SEGMENT_BYTES)
+        return 1 if uneven or plan.data_size == 1 else segments_of(self.trained * stage.trained, SEGMENT_BYTES)
 
-    def _hidden_seconds(self, plan: Plan, moved: Sequence[Moved], backward: float) -> float:
+    def _hidden_seconds(self, plan: Plan, moved: Moved, backward: float) -> float:
         """Seconds of first sums of gradients that the last micro-batch's `backward` hides: all but those of its last part. What
         ZeRO-3 scatters inside the graphs is waited for."""
         parts = self._backward_parts(plan, self.stages(plan.stages).heaviest)
-        first: CollectiveKind = "reduce_scatter" if plan.zero else "all_reduce"
-        if parts == 1 or (plan.zero == 3 and not plan.whole):
+        if parts == 1 or not moved.early:
             return 0.0
-        sums = [(axis, size) for axis, kind, size, n in moved if kind == first]
-        axes = sums[-1:] if plan.whole else sums  # the last: what is scattered once a step
-        seconds = sum(collective_seconds(first, size, self.topology.span(plan.mesh, axis)) for axis, size in axes)
+        seconds = moved.hideable(self.topology, plan.mesh)
         return self.topology.overlap.get("data", 0.0) * min(seconds, backward) * (parts - 1) / parts
 
     def _border(self, plan: Plan, cost: PlacedCost, share: float) -> float:
@@ -280,19 +285,15 @@ class StepCost:
         span, size = self.topology.span(plan.mesh, "pp"), self._border(plan, cost, share) * self.stages(plan.stages).widest
         return 2 * (plan.microbatches + plan.stages - 2) * collective_seconds("send", size, span)
 
-    def _optimizer_seconds(self, plan: Plan, size: float) -> float:
+    def _optimizer_seconds(self, size: float) -> float:
         """Read parameter, gradient and two moments, write three of them (AdamW)."""
-        shards = plan.mesh.size("dp_shard") if plan.zero else 1
         device = self.topology.device
-        return 7 * size / max(1, shards) / (device.bandwidth * device.memory_efficiency)
+        return 7 * size / (device.bandwidth * device.memory_efficiency)
 
 
-def state_bytes(plan: Plan, trained: float, frozen: float) -> float:
-    """Bytes that a rank holds all the time of so many bytes of parameters, whole over the data axes; under ZeRO-1 and 2 of their
-    gradients the shards (`StepCost._part` says what is whole before)."""
-    shards = max(1, plan.mesh.size("dp_shard"))
-    level = 2 if plan.zero == 1 else plan.zero
-    return state_memory(trained, level, shards).total + frozen / (shards if plan.zero == 3 else 1)
+def frozen_bytes(plan: Plan, size: float) -> float:
+    """Bytes that a rank holds of so many bytes of parameters without gradients, whole over the data axes."""
+    return size / (max(1, plan.mesh.size("dp_shard")) if plan.zero == 3 else 1)
 
 
 def bubble(plan: Plan) -> float:
@@ -304,8 +305,3 @@ def bubble(plan: Plan) -> float:
 def flying(stages: int, schedule: str, microbatches: int) -> tuple[int, ...]:
     """Micro-batches whose activations each stage holds at once."""
     return tuple(min(stages - k, microbatches) if schedule == "1f1b" else microbatches for k in range(stages))
-
-
-def summed(plan: Plan) -> float:
-    """Of gradients that are summed over tp, the share that each rank sums: ZeRO scatters them before."""
-    return 1 / plan.mesh.size("dp_shard") if plan.zero else 1.0

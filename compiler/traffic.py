@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..passes.ops.collectives import COMMUNICATION
-from ..runtime.program import Instruction, RankProgram, TensorSpec
+from ..runtime.program import Instruction, RankProgram
 from .cost import communication_of
+from .memory import bytes_moved
 from .topology import collective_bytes
 
 
@@ -49,7 +50,6 @@ def traffic(program: RankProgram) -> list[Collective]:
     specs = {f"param.{s.name}": s for s in program.parameters}
     outputs = {o.key: float(o.dtype.itemsize) for o in program.outputs}
     found: list[Collective] = []
-    scattered: set[str] = set()
     for instruction in program.schedule:
         match instruction.kind:
             case "run":
@@ -60,9 +60,7 @@ def traffic(program: RankProgram) -> list[Collective]:
                 pass
             case _:
                 names = [(k, specs.get(k.removeprefix("grad."))) for k in instruction.keys]
-                size = sum(outputs[k] if s is None else _bytes(program, s, k in scattered) for k, s in names)
-                if instruction.kind == "reduce_scatter":
-                    scattered.update(instruction.keys)
+                size = sum(outputs[k] if s is None else bytes_moved(program, s, instruction) for k, s in names)
                 found.append(Collective(instruction.kind.replace("gather", "all_gather"), instruction.axis, size, "schedule"))
     return found
 
@@ -74,18 +72,6 @@ def received(program: RankProgram) -> dict[str, float]:
         n = math.prod(program.mesh.size(axis) for axis in c.axis.partition(":")[0].split("+"))
         found[c.axis] += collective_bytes(c.kind, c.size, n)  # type: ignore[arg-type]
     return dict(found)
-
-
-def _bytes(program: RankProgram, spec: TensorSpec, scattered: bool) -> float:
-    """Bytes of a parameter as the graphs take it, cut by every axis but those it is gathered over; or of its scattered gradient."""
-    shape = list(spec.shape)
-    for cut in spec.cuts:
-        if scattered or cut.axis not in spec.gathered:
-            shape[cut.dim] = sum(section[program.coordinates[cut.axis]] for section in cut.sections)
-    size = float(spec.dtype.itemsize)
-    for n in shape:
-        size *= n
-    return size
 
 
 def _messages(program: RankProgram, instruction: Instruction) -> Iterator[float]:

@@ -6,6 +6,7 @@ casts to float32 promoted, on both sides), with the bounds of `within`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..passes.ops.collectives import join_shards, take_shard
 from ..runtime.errors import ShardwrightError
 from ..runtime.executor import Executor, StepResult
 from ..runtime.lockstep import run_ranks
-from ..runtime.program import Cut, RankProgram, TensorSpec
+from ..runtime.program import Cut, Mesh, RankProgram, TensorSpec
 
 RELATIVE = 1e-9
 """Of a gradient's own largest entry."""
@@ -48,15 +49,15 @@ def reference(
     return results[loss].detach(), {k: g for k, g in zip(leaves, found, strict=True) if g is not None}
 
 
-def cut(whole: Tensor, cuts: Sequence[Cut], coordinates: Mapping[str, int]) -> Tensor:
+def cut(whole: Tensor, cuts: Sequence[Cut], mesh: Mesh, coordinates: Mapping[str, int]) -> Tensor:
     for c in cuts:
-        whole = take_shard(whole, c.dim, c.sections, coordinates[c.axis])
+        whole = take_shard(whole, c.dim, c.sections, mesh.index(coordinates, c.axis))
     return whole
 
 
 def working_part(whole: Tensor, spec: TensorSpec, program: RankProgram) -> Tensor:
     """What the graphs of a rank take of a parameter or buffer."""
-    return cut(whole, [c for c in spec.cuts if c.axis not in spec.gathered], program.coordinates).clone()
+    return cut(whole, [c for c in spec.cuts if c.axis not in spec.gathered], program.mesh, program.coordinates).clone()
 
 
 def run_programs(
@@ -73,7 +74,7 @@ def run_programs(
         working = {k: v for k, v in state.items() if k.startswith("const.")}
         for prefix, specs in (("param.", program.parameters), ("buffer.", program.buffers)):
             working.update({prefix + s.name: working_part(state[prefix + s.name], s, program) for s in specs})
-        given = {s.key: cut(inputs[s.key], s.cuts, program.coordinates) for s in program.inputs}
+        given = {s.key: cut(inputs[s.key], s.cuts, program.mesh, program.coordinates) for s in program.inputs}
         executor = Executor(
             program, world.communicator(program.mesh, rank), "cpu", gather=lambda i: {k: working[k] for k in i.keys}
         )
@@ -87,7 +88,7 @@ def whole_gradients(programs: Sequence[RankProgram], results: Sequence[StepResul
     found = []
     for program in programs:
         spec = next((s for s in program.parameters if s.name == name), None)
-        if spec is None or any(program.coordinates[c.axis] for c in spec.cuts):
+        if spec is None or any(program.mesh.index(program.coordinates, c.axis) for c in spec.cuts):
             continue
         found.append(_joined(programs, results, name, program.coordinates))
     return found
@@ -103,7 +104,9 @@ def _joined(
     if depth == len(cuts):
         return results[rank].gradients[f"grad.param.{name}"]
     first = cuts[depth]
-    parts = [_joined(programs, results, name, {**here, first.axis: i}, depth + 1) for i in range(len(first.sections[0]))]
+    axes = first.axis.split("+")
+    places = itertools.product(*(range(programs[0].mesh.size(axis)) for axis in axes))
+    parts = [_joined(programs, results, name, {**here, **dict(zip(axes, place, strict=True))}, depth + 1) for place in places]
     return join_shards(parts, first.dim, first.sections)
 
 

@@ -272,11 +272,8 @@ class _Keys:
 
     def collective(self, instruction: Instruction) -> None:
         """Operands of a collective: a gradient that this rank has no part in enters as zeros, a broadcast has one source."""
-        names = instruction.axis.split("+")
         if instruction.kind == "broadcast":
-            place = 0
-            for name in names:
-                place = place * self.program.mesh.size(name) + self.program.coordinates.get(name, 0)
+            place = self.program.mesh.index(self.program.coordinates, instruction.axis)
             self.need(instruction.keys if place == instruction.peer else (), instruction)
         elif instruction.kind == "gather":
             self._spec_of(instruction)

@@ -18,6 +18,7 @@ A graph's placeholders are its `inputs` in order, its output tuple its `outputs`
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +59,17 @@ class Mesh:
         return rank
 
     def size(self, axis: str) -> int:
-        return self.sizes[self.axes.index(axis)] if axis in self.axes else 1
+        """Ranks on an axis, or on several joined by "+"; 1 of what the mesh lacks."""
+        if axis in self.axes:
+            return self.sizes[self.axes.index(axis)]
+        return math.prod(map(self.size, axis.split("+"))) if "+" in axis else 1
+
+    def index(self, coordinates: Mapping[str, int], axis: str) -> int:
+        """Where a rank stands on an axis, or on several joined by "+", major first."""
+        found = 0
+        for name in axis.split("+"):
+            found = found * self.size(name) + coordinates.get(name, 0)
+        return found
 
     def ranks_on(self, rank: int, axis: str) -> tuple[int, ...]:
         """The ranks that `axis` joins with `rank`, by their index on it: `dp`, several flattened as `dp+tp`, or some indices alone

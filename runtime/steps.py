@@ -118,11 +118,7 @@ def working_shape(program: RankProgram, spec: TensorSpec) -> Shape:
 
 def axis_place(program: RankProgram, axis: str) -> tuple[int, int]:
     """This rank's index on `axis`, which may be flattened, and the axis's size."""
-    index, size = 0, 1
-    for name in axis.split("+"):
-        extent = program.mesh.size(name)
-        index, size = index * extent + program.coordinates.get(name, 0), size * extent
-    return index, size
+    return program.mesh.index(program.coordinates, axis), program.mesh.size(axis)
 
 
 @dataclass

@@ -91,8 +91,10 @@ def test_equals_one_device_with_parameters_kept_whole(model: str, strategy: str)
     plan = Plan(mesh(**axes), whole=names, **{**options, "microbatches": times})
     programs = emit_all(case, plan, balanced_sizes(case.batch, plan.data_size), TEMPLATES)
     for spec in programs[0].parameters:
-        sharded = any(cut.axis == "dp_shard" for cut in spec.cuts)
-        assert bool(spec.gathered) == (sharded and spec.name in names)
+        sharded, gathered = (
+            any("dp_shard" in axis.split("+") for axis in axes) for axes in ([cut.axis for cut in spec.cuts], spec.gathered)
+        )
+        assert gathered == (sharded and spec.name in names)
     compare(case, programs, run(case, programs))
 
 

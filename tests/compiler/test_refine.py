@@ -83,7 +83,8 @@ def test_no_plan_that_fits_takes_less_than_is_proven(name: str) -> None:
 @pytest.mark.parametrize("topology", [NEAR, HIDES], ids=["near", "overlap"])
 @pytest.mark.parametrize("model", ["gpt", "gpt2", "vit", "adapted"])
 def test_a_step_takes_no_less_than_its_totals_say(model: str, topology: Topology) -> None:
-    """With any number of whole parameters between two; and with just as many exactly as much, but for bytes without totals."""
+    """With any number of whole parameters between two; and with just as many exactly as much, but for bytes without totals, and
+    for the latencies of sums over tp."""
     search = search_of(model, topology, Strategy(), math.inf)
     plans = {(c.plan.mesh, c.plan.zero): replace(c.plan, whole=()) for c in search.candidates() if c.plan.layouts.any}
     for plan, (held, kept) in itertools.product(plans.values(), PRICES[::2]):
@@ -97,7 +98,8 @@ def test_a_step_takes_no_less_than_its_totals_say(model: str, topology: Topology
             seconds, size = (of(totals_of(cost)) for of in search.steps.at_least(plan, whole[k : k + 1], least))
             assert between[0] <= seconds * (1 + 1e-9)
             assert between[1] <= size * (1 + 1e-9)
-            assert seconds == pytest.approx(found.step_seconds, rel=1e-9)
+            assert seconds == pytest.approx(found.step_seconds, rel=1e-3 if cost.sums else 1e-9)
+            assert seconds <= found.step_seconds * (1 + 1e-9)
             assert size <= found.peak_bytes * (1 + 1e-9)
 
 

@@ -180,7 +180,8 @@ def data_parallel(parts=4):
         for i in (Instruction("run", graph=f"backward{k}"), Instruction("reduce_scatter", (key,), axis="dp_shard"))
     ]
     schedule = (*runs, Instruction("all_reduce", tuple(keys), axis="dp_replicate"))
-    specs = tuple(TensorSpec(key.removeprefix("grad.param."), (100,), F32) for key in keys)
+    half = (Cut("dp_shard", 0, ((50, 50),)),)
+    specs = tuple(TensorSpec(key.removeprefix("grad.param."), (100,), F32, half, ("dp_shard",)) for key in keys)
     return [RankProgram(rank, mesh, 1, graphs, schedule, specs, (), (), (), {}) for rank in range(4)]
 
 

@@ -212,6 +212,8 @@ PREDICTED = {
     "tp2pp2": Strategy(pp=2, tp=2, microbatches=2),
     "any": Strategy(tp=4, layouts="any"),
     "zero3any": Strategy(dp=2, tp=2, zero=3, layouts="any"),
+    "zero2sp2": Strategy(dp=2, tp=2, zero=2, sequence_parallel=True),
+    "sp2": Strategy(dp_replicate=2, tp=2, sequence_parallel=True),
     "anypp2": Strategy(pp=2, tp=2, microbatches=2, layouts="any"),
 }
 
@@ -230,6 +232,6 @@ def test_plans_predict_the_bytes_of_their_programs(name: str) -> None:
     for rank in range(RANKS):
         for axis, size in received(emit(problem, chosen, rank)).items():
             counted[axis.partition(":")[0]] += size / RANKS
-    assert chosen.predicted is not None and set(chosen.predicted.traffic) == set(chosen.mesh.axes)
+    assert chosen.predicted is not None and set(chosen.predicted.traffic) >= set(chosen.mesh.axes)
     for axis, size in chosen.predicted.traffic.items():
         assert size == pytest.approx(counted[axis], rel=0.01, abs=4 * SMALL), axis

@@ -91,7 +91,7 @@ def test_functions_that_know_of_no_places() -> None:
         functions = {name: emit_python.compile_graph(spec, name) for name, spec in program.graphs.items()}
         made = executor.Executor(program, world.communicator(program.mesh, rank), "cpu", functions=functions)
         working = {f"param.{s.name}": verify.working_part(found.state[f"param.{s.name}"], s, program) for s in program.parameters}
-        inputs = {s.key: verify.cut(found.inputs[s.key], s.cuts, program.coordinates) for s in program.inputs}
+        inputs = {s.key: verify.cut(found.inputs[s.key], s.cuts, program.mesh, program.coordinates) for s in program.inputs}
         return made.run(working, inputs, 0)
 
     verify.compare(programs, run_ranks(2, body), found.loss_key, found.loss, found.gradients)

@@ -1,0 +1,173 @@
+"""How gradients are summed once a step: over which axes together, in which order, and what each rank is left with of them.
+
+The backward leaves a gradient partial over the data axes and, of a parameter that the ranks of a tensor axis hold copies of, over
+that axis too. Each sum takes one of these axes or several at once. ZeRO leaves a rank a shard of what is summed over dp_shard, and
+of copies over tp besides; before the next step the parameter is gathered over these, which is part of the price. The cheapest
+sequence for the machine is found, not listed: where the links of a node add up it is one exchange over all ranks, where little is
+copied a second sum of the shards.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from ..runtime.program import Mesh
+from .plan import DATA_AXES
+from .topology import CollectiveKind, Topology, collective_bytes, collective_seconds
+
+
+@dataclass(frozen=True)
+class Sum:
+    """One collective. axis: several are joined by "+", major first."""
+
+    kind: Literal["all_reduce", "reduce_scatter"]
+    axis: str
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return tuple(self.axis.split("+"))
+
+    @property
+    def kinds(self) -> tuple[CollectiveKind, ...]:
+        """What it takes: of what is scattered the parameter is gathered."""
+        return (self.kind, "all_gather") if self.kind == "reduce_scatter" else (self.kind,)
+
+
+Sums = tuple[Sum, ...]
+"""Each over other axes; those that scatter come first, for after them less is to be summed."""
+
+Price = Callable[[int, Sum, float], float]
+"""Of the first, second, ... sum, of so large a share of a gradient."""
+
+
+def scattered(sums: Sums) -> tuple[str, ...]:
+    """Over which axes a rank is left a shard, in the order in which they cut."""
+    return tuple(s.axis for s in sums if s.kind == "reduce_scatter")
+
+
+def shares(mesh: Mesh, sums: Sums, share: float = 1.0) -> Iterator[tuple[Sum, float]]:
+    """Each sum, with the share of a gradient that it sums."""
+    for step in sums:
+        yield step, share
+        if step.kind == "reduce_scatter":
+            share /= mesh.size(step.axis)
+
+
+def cheapest(mesh: Mesh, pending: Sequence[str], may: Collection[str], must: Collection[str], price: Price) -> Sums:
+    """The sums over all of the `pending` axes that cost the least; of equally cheap ones the fewest, and of these those that leave
+    the smallest shard.
+
+    may, must    axes of which a shard may be left, and those of them of which one has to be
+    """
+    found = []
+    for sums in _sequences(tuple(pending), may, must):
+        cost = sum(price(k, step, share) for k, (step, share) in enumerate(shares(mesh, sums)))
+        left = math.prod(map(mesh.size, scattered(sums)))
+        found.append((cost, len(sums), -left, sums))
+    return min(found, key=lambda each: each[:3])[-1]
+
+
+def _sequences(left: tuple[str, ...], may: Collection[str], must: Collection[str], scattering: bool = True) -> Iterator[Sums]:
+    if not left:
+        yield ()
+    for count in range(1, len(left) + 1):
+        for taken in itertools.combinations(left, count):
+            rest, axis = tuple(a for a in left if a not in taken), "+".join(taken)
+            if scattering and set(taken) <= set(may):
+                yield from ((Sum("reduce_scatter", axis), *then) for then in _sequences(rest, may, must))
+            if not set(must) & set(left):
+                yield from ((Sum("all_reduce", axis), *then) for then in _sequences(rest, may, must, False))
+
+
+@dataclass(frozen=True)
+class GradientSums:
+    """On a mesh, of parameters at a level of ZeRO: 0, 2 (1 runs as 2 does), or 3, of which the graphs scatter the gradients.
+
+    topology    None: sums are chosen by the bytes that a rank receives
+    """
+
+    mesh: Mesh
+    level: int
+    topology: Topology | None
+
+    @property
+    def held(self) -> float:
+        """Of a gradient, the share that the graphs give."""
+        return 1 / self.mesh.size("dp_shard") if self.level == 3 else 1.0
+
+    @cached_property
+    def own(self) -> Sums:
+        """Of parameters that tp holds no copies of."""
+        return self._found(self._data, self._sharded, self._of_many)
+
+    def copies(self, size: float) -> Sums:
+        """Of parameters that tp holds copies of; in all they have so many bytes, whole over the data axes. Few bytes go the way of
+        the fewest latencies, many that of the most bandwidth."""
+        own = self.own
+
+        def price(k: int, step: Sum, share: float) -> float:
+            together = own[k : k + 1] == (step,)  # in one bucket with those that tp holds no copies of
+            return self._seconds(step, size * self.held * share) - (self._seconds(step, 0.0) if together else 0.0)
+
+        return self._found(self._with_tp, self._cut, price)
+
+    def if_short(self, copied: bool) -> Iterator[Sums]:
+        """What is left to do, one after the other, where the dims of a parameter are too short to be cut in so many shards."""
+        pending = self._with_tp if copied else self._data
+        for may in (self._sharded, ()):
+            yield self._found(pending, may, self._of_many)
+
+    @cached_property
+    def own_rate(self) -> float:
+        """Seconds that a byte takes at least, whole over the data axes, whatever the latencies: where tp holds no copies."""
+        return self._least_rate(self._data, self._sharded)
+
+    @cached_property
+    def copies_rate(self) -> float:
+        """The same of parameters that it holds copies of."""
+        return self._least_rate(self._with_tp, self._cut)
+
+    def _least_rate(self, pending: Sequence[str], may: Collection[str]) -> float:
+        found = self._found(pending, may, lambda _, step, share: self._rate(step) * share)
+        return self.held * sum(self._rate(step) * share for step, share in shares(self.mesh, found))
+
+    @property
+    def _data(self) -> tuple[str, ...]:
+        return tuple(a for a in self.mesh.axes if a in DATA_AXES and not (a == "dp_shard" and self.level == 3))
+
+    @property
+    def _with_tp(self) -> tuple[str, ...]:
+        return tuple(a for a in self.mesh.axes if a in self._data or a == "tp")
+
+    @property
+    def _sharded(self) -> tuple[str, ...]:
+        return ("dp_shard",) if self.level and "dp_shard" in self._data else ()
+
+    @property
+    def _cut(self) -> tuple[str, ...]:
+        return (*self._sharded, "tp") if self.level else ()
+
+    def _found(self, pending: Sequence[str], may: Collection[str], price: Price) -> Sums:
+        return cheapest(self.mesh, pending, may, set(may) & set(self._sharded), price)
+
+    def _seconds(self, step: Sum, size: float) -> float:
+        if self.topology is None:
+            return sum(collective_bytes(kind, size, self.mesh.size(step.axis)) for kind in step.kinds)
+        span = self.topology.span(self.mesh, step.axis)
+        return sum(collective_seconds(kind, size, span) for kind in step.kinds)
+
+    def _rate(self, step: Sum) -> float:
+        """Seconds a byte, latencies aside."""
+        return (self._seconds(step, _MANY) - self._seconds(step, 0.0)) / _MANY
+
+    def _of_many(self, _: int, step: Sum, share: float) -> float:
+        return self._seconds(step, share * _MANY)
+
+
+_MANY = 2.0**27
+"""Bytes of which latency is next to nothing."""

@@ -1,0 +1,147 @@
+"""How gradients are summed over several axes: the cheapest sequence is found, and any of them gives the gradients of one device."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import pytest
+from harness import compare, emit_all, run
+from programs import case, mesh, program
+from programs import plan as plan_of
+
+from shardwright.compiler.gradient_sums import GradientSums, Sum, Sums, cheapest, scattered, shares
+from shardwright.compiler.topology import Device, Level, Topology, collective_bytes
+from shardwright.compiler.traffic import traffic
+from shardwright.passes.types import balanced_sizes
+from shardwright.runtime.program import Mesh
+
+DEVICE = Device("slow", {"float64": 1e9, "float32": 1e9}, 1e12, 1e11, launch=1e-9)
+MANY = 1e12
+
+
+def network(inner: float, outer: float, latency: float = 1e-9) -> Topology:
+    """Nodes of two devices each, with so many bytes/s inside and between them."""
+    return Topology(DEVICE, (Level("node", 2, inner, latency), Level("cluster", 8, outer, latency)))
+
+
+def every_sequence(axes: tuple[str, ...], may: tuple[str, ...], must: tuple[str, ...]) -> Iterator[Sums]:
+    """In any order, those that scatter after those that do not included."""
+    if not axes:
+        yield ()
+    for count in range(1, len(axes) + 1):
+        for taken in itertools.combinations(axes, count):
+            rest, axis = tuple(a for a in axes if a not in taken), "+".join(taken)
+            for then in every_sequence(rest, may, must):
+                if not set(taken) & set(must):
+                    yield (Sum("all_reduce", axis), *then)
+                if set(taken) <= set(may):
+                    yield (Sum("reduce_scatter", axis), *then)
+
+
+@pytest.mark.parametrize("latency", [1e-9, 1e-4])
+@pytest.mark.parametrize(("inner", "outer"), [(1e10, 1e10), (1e10, 1e8), (1e8, 1e8)])
+@pytest.mark.parametrize("axes", [(2, 2, 2), (1, 4, 2), (4, 1, 2), (1, 2, 4)])
+def test_no_other_sequence_is_cheaper(axes: tuple[int, ...], inner: float, outer: float, latency: float) -> None:
+    over = mesh(**dict(zip(("dp_replicate", "dp_shard", "tp"), axes, strict=True)))
+    topology = network(inner, outer, latency)
+    level = 2 if "dp_shard" in over.axes else 0
+    may, must = (("dp_shard", "tp"), ("dp_shard",)) if level else ((), ())
+    sums = GradientSums(over, level, topology)
+
+    def cost(found: Sums, size: float) -> float:
+        return sum(sums._seconds(step, size * share) for step, share in shares(over, found))
+
+    for size in (1e3, 1e6, 1e9):
+        found = cheapest(over, over.axes, may, must, lambda k, step, share: sums._seconds(step, size * share))  # noqa: B023
+        assert cost(found, size) == pytest.approx(min(cost(s, size) for s in every_sequence(over.axes, may, must)), rel=1e-12)
+    least = min(cost(s, MANY) for s in every_sequence(over.axes, may, must)) / MANY
+    assert sums.copies_rate == pytest.approx(least, rel=1e-3)
+
+
+def test_few_bytes_go_with_the_others_and_many_over_all_links() -> None:
+    sums = GradientSums(mesh(dp_shard=4, tp=2), 2, network(1e8, 1e8, latency=1e-4))
+    assert sums.own == (Sum("reduce_scatter", "dp_shard"),)
+    assert sums.copies(10.0)[0] == sums.own[0] and len(sums.copies(10.0)) == 2
+    assert scattered(sums.copies(MANY)) and len(sums.copies(10.0)) >= len(sums.copies(MANY))
+    replicated = GradientSums(mesh(dp_replicate=4, tp=2), 0, network(1e8, 1e8, latency=1e-4))
+    assert replicated.copies(MANY) == (Sum("all_reduce", "dp_replicate+tp"),)
+
+
+def test_without_a_machine_bytes_count() -> None:
+    over = mesh(dp_replicate=2, dp_shard=2, tp=2)
+    found = GradientSums(over, 2, None).copies(MANY)
+
+    def received(sums: Sums) -> float:
+        return sum(
+            collective_bytes(kind, share, math.prod(map(over.size, step.axes)))
+            for step, share in shares(over, sums)
+            for kind in step.kinds
+        )
+
+    everything = list(every_sequence(over.axes, ("dp_shard", "tp"), ("dp_shard",)))
+    assert received(found) == pytest.approx(min(map(received, everything)))
+    assert scattered(found) == ("dp_shard+tp",)
+
+
+TOPOLOGIES = {"alike": network(1e8, 1e8), "nodes": network(1e10, 1e6), "latency": network(1e10, 1e10, latency=1.0), "none": None}
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(
+    ("axes", "zero"),
+    [
+        ({"dp_shard": 2, "tp": 2}, 2),
+        ({"dp_shard": 2, "tp": 2}, 3),
+        ({"dp_replicate": 2, "tp": 2}, 0),
+        ({"dp_replicate": 2, "dp_shard": 2, "tp": 2}, 1),
+        ({"dp_shard": 3, "tp": 2}, 2),
+        ({"pp": 2, "dp_shard": 2, "tp": 2}, 2),
+    ],
+    ids=["zero2", "zero3", "replicated", "hybrid", "uneven", "pipeline"],
+)
+def test_equals_one_device(axes: dict[str, int], zero: int, topology: str) -> None:
+    """Norms on activations that are cut by their tokens: tp holds copies of their weights."""
+    found, micro = case("gpt", batch=12), 2 if "pp" in axes else 1
+    wanted = plan_of(zero, sequence_parallel=True, microbatches=micro, topology=TOPOLOGIES[topology], **axes)
+    programs = emit_all(found, wanted, balanced_sizes(found.batch, wanted.data_size))
+    sums = {i.axis for i in programs[0].schedule if i.kind in ("all_reduce", "reduce_scatter") and i.keys[0].startswith("grad.")}
+    assert any("tp" in axis.split("+") for axis in sums)
+    compare(found, programs, run(found, programs))
+
+
+def test_sequences_differ_by_machine() -> None:
+    """The tests above run over all of them."""
+    orders = set()
+    for topology in TOPOLOGIES.values():
+        made = program(case("gpt"), plan_of(2, sequence_parallel=True, dp_shard=2, tp=2, topology=topology))
+        orders |= {s.gathered for s in made.parameters}
+    assert orders == {("dp_shard",), ("dp_shard", "tp"), ("dp_shard+tp",)} or len(orders) >= 3, orders
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_zero_shards_copies_over_tp_too(zero: int) -> None:
+    """What tp holds copies of lies in quarters on 2 x 2 ranks, and no gradient is summed whole over tp."""
+    made = program(case("gpt"), plan_of(zero, sequence_parallel=True, dp_shard=2, tp=2))
+    copies = [s for s in made.parameters if any("tp" in axis.split("+") for axis in s.gathered)]
+    assert copies
+    for spec in copies:
+        ranks = math.prod(len(cut.sections[0]) for cut in spec.cuts)
+        assert ranks == 4 and not spec.replicated
+    over_tp = [c for c in traffic(made) if "tp" in c.axis.split("+") and c.phase == "schedule" and c.kind == "all_reduce"]
+    short = [s for s in made.parameters if "tp" in s.replicated and s.trainable]  # too short to be cut in four
+    assert sum(c.size for c in over_tp) <= sum(math.prod(s.shape) * s.dtype.itemsize for s in short)
+
+
+def test_shards_are_alike_on_all_ranks() -> None:
+    """Whatever a rank's own share of an uneven cut, the same dims are cut by the same axes."""
+    found, wanted = case("gpt", batch=12), plan_of(2, sequence_parallel=True, dp_shard=3, tp=2)
+    programs = emit_all(found, wanted, balanced_sizes(found.batch, 3))
+    for specs in zip(*(p.parameters for p in programs), strict=True):
+        assert len({tuple((c.axis, c.dim) for c in s.cuts) for s in specs}) == 1
+
+
+def test_axes_keep_the_order_of_the_mesh() -> None:
+    found = cheapest(Mesh(("a", "b", "c"), (2, 2, 2)), ("a", "b", "c"), (), (), lambda k, step, share: 1.0)
+    assert found == (Sum("all_reduce", "a+b+c"),)
