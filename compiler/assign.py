@@ -8,7 +8,7 @@ The way to the optimum:
 
 1. Presolve, exact (`assign_presolve.Network`): strategies that cannot be part of any solution, or that another one dominates, are
    dropped; nodes with at most two neighbours are eliminated by a min-plus product, which leaves their best strategy as a table.
-2. The linear relaxation of the mixed-integer program (`_Program`), over x[v, s] (strategy taken), f[u, p, t] (use u converts p
+2. The linear relaxation of the mixed-integer program (`Program`), over x[v, s] (strategy taken), f[u, p, t] (use u converts p
    to t) and c[value, p, t] (the conversion is paid):
 
        minimize    sum cost[v, s] x[v, s] + sum conversion[p, t] c[value, p, t]
@@ -23,6 +23,7 @@ The way to the optimum:
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -168,12 +169,12 @@ def _solve_reduced(network: Network, gap: float, deadline: float) -> tuple[dict[
     """Strategy positions of the remaining nodes, and a lower bound on the cost of what remains."""
     if not network.remaining():
         return {}, 0.0
-    program = _Program(network)
-    relaxed, bound = _run_highs(program.model(), deadline)
+    program = Program(network)
+    relaxed, bound = run_highs(program.model(), deadline)
     if relaxed is not None and program.is_integral(relaxed):
         return program.positions(relaxed), bound / program.scale
     start = network.heuristic([] if relaxed is None else [program.positions(relaxed)])
-    solution, tree_bound = _run_highs(program.model(integer=True), deadline, gap, None if start is None else program.point(start))
+    solution, tree_bound = run_highs(program.model(integer=True), deadline, gap, None if start is None else program.point(start))
     bound = max(bound, tree_bound) / program.scale
     if solution is not None:
         found = [program.positions(solution), *([] if start is None else [start])]
@@ -183,7 +184,7 @@ def _solve_reduced(network: Network, gap: float, deadline: float) -> tuple[dict[
     raise AssignError("no solution was found within the time limit: allow more time")
 
 
-class _Program:
+class Program:
     """The mixed-integer program of a reduced network. Columns: x of every remaining node, then f and c."""
 
     def __init__(self, network: Network):
@@ -267,6 +268,14 @@ class _Program:
             self._enter(rows, paid[paid >= 0], 1.0)
             self._enter(rows, f[paid >= 0], -1.0)
 
+    def couple(self, v: int, classes: np.ndarray, parts: Sequence[tuple[int, float]]) -> None:
+        """(coupled) of compiler/assign_apart.py: parts, with the share that each is of v, take no more of a class than v does."""
+        for t in np.unique(classes):
+            row = self._new_rows(1, 0.0, INFINITY)
+            for node, coefficient, kinds in ((v, 1.0, classes), *((n, -share, np.arange(len(classes))) for n, share in parts)):
+                taken = self._x(node)[kinds[self.network.alive[node]] == t]
+                self._enter(np.repeat(row, len(taken)), taken, coefficient)
+
     def _budget(self) -> None:
         """(budget), less what the eliminated nodes weigh whatever they choose; in units of the budget."""
         network = self.network
@@ -310,8 +319,8 @@ class _Program:
         return np.arange(self.strategies, dtype=np.int32), x
 
 
-def _run_highs(
-    model: highspy.HighsLp, deadline: float, gap: float = 0.0, start: tuple[np.ndarray, np.ndarray] | None = None
+def run_highs(
+    model: highspy.HighsLp, deadline: float = math.inf, gap: float = 0.0, start: tuple[np.ndarray, np.ndarray] | None = None
 ) -> tuple[np.ndarray | None, float]:
     """The best point found, if any, and a lower bound (0 where none is known: no cost is negative here)."""
     solver, is_integer = highspy.Highs(), len(model.integrality_) > 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -37,9 +37,14 @@ class Shared:
 
 @dataclass
 class Network:
-    """The problem while it is reduced: unary costs, pairwise cost matrices, and shared values, over the strategies still alive."""
+    """The problem while it is reduced: unary costs, pairwise cost matrices, and shared values, over the strategies still alive.
+
+    tied    nodes of which something else depends on the class of their strategy, with these classes: they are not eliminated, and
+            no strategy is dropped for one of another class
+    """
 
     problem: Problem
+    tied: Mapping[int, Sequence[np.ndarray]] = field(default_factory=dict)
     alive: list[np.ndarray] = field(init=False)
     unary: list[np.ndarray] = field(init=False)
     weight: list[np.ndarray] = field(init=False)
@@ -158,6 +163,9 @@ class Network:
                     worst = np.where(np.isfinite(costs)[None], costs[:, None, :], 0.0).max(2)
                     extra += np.where(needed[:, None] == needed[None, :], 0.0, worst)
         beats = (extra <= 0.0) & (self.weight[v][:, None] <= self.weight[v][None, :])
+        for classes in self.tied.get(v, ()):
+            own = classes[self.alive[v]]
+            beats &= own[:, None] == own[None, :]
         np.fill_diagonal(beats, False)
         return beats
 
@@ -184,7 +192,7 @@ class Network:
 
     def _eliminate(self, v: int) -> bool:
         """Take v out of the problem if it has at most two neighbours, and leaving its place to one matrix makes it smaller."""
-        if self.shared_of[v] or len(self.pairs[v]) > 2 or np.ptp(self.weight[v]) > 0:
+        if v in self.tied or self.shared_of[v] or len(self.pairs[v]) > 2 or np.ptp(self.weight[v]) > 0:
             return False
         neighbours = tuple(self.pairs[v])
         sizes = [len(self.problem.node_cost[n]) for n in neighbours]

@@ -29,9 +29,7 @@ def explain(plan: Plan, name: str | None = None, width: int = 110) -> str:
             proven = "proven optimal" if gap == 0 else f"within {max(gap, 1e-4):.2%} of the cheapest possible"
             console.print(f"Placement over tp={plan.mesh.size('tp')}: {proven}")
         elif plan.mesh.size("tp") > 1 or gap:
-            console.print(
-                f"Proven: with like blocks placed alike, no plan that fits takes over {max(gap, 1e-4):.2%} less time for a sample"
-            )
+            console.print(f"Proven: no plan that fits takes over {max(gap, 1e-4):.2%} less time for a sample")
     if plan.layouts.mixed is not None:
         console.print(f"In other layouts than the rest: blocks {_ranges(plan.layouts.mixed.blocks)}")
     for reason in plan.reasons:

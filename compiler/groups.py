@@ -35,10 +35,14 @@ def regrouped(gm: fx.GraphModule, groups: Groups, pinned: Mapping[str, Type] | N
     return found
 
 
-def group_of(node: fx.Node, groups: Groups) -> int:
-    """Of a parameter that of the block that reads it."""
+def block_of(node: fx.Node) -> int | None:
+    """Of a parameter the block that reads it."""
     reader = next(iter(node.users), node) if node.op == "placeholder" else node
-    block = reader.meta.get("block")
+    return reader.meta.get("block")
+
+
+def group_of(node: fx.Node, groups: Groups) -> int:
+    block = block_of(node)
     return 0 if block is None else groups.get(block, 0)
 
 

@@ -22,6 +22,7 @@ from .cost import FREE, op_name, size_of
 from .heaviest import heaviest
 from .needs import NEEDS_RESULT, held_by, needs_value, passes_on
 from .offers import Offers
+from .parts import Readers, parts
 from .place import KeptAt, Place, Placement, Policy, Rules, Sized
 from .prices import held
 from .stream import Stream, stream, stream_at
@@ -155,13 +156,19 @@ def kept_at(calls: Calls, kept: Keeping, offered: Offers, *, fixed: bool = False
     def result(node: fx.Node, k: int) -> Place:
         return at(node, len(calls[node][0].operands) + k)
 
-    found: Counter[tuple[Place, tuple[Place, ...], bool]] = Counter()
+    found: list[tuple[tuple[Place, tuple[Place, ...], bool], fx.Node, Readers]] = []
+    sizes: Counter[tuple[Place, tuple[Place, ...], bool]] = Counter()
     for (node, k), uses in kept.used(fixed=fixed):
-        users = tuple(sorted({at(*use) for use in uses}))
-        found[result(node, k), users, (node, k) in kept.rebuilt] += size_of(calls[node][0].results[k])
+        readers: dict[Place, list[fx.Node | None]] = {}
+        for use in sorted(uses, key=lambda use: at(*use)):
+            readers.setdefault(at(*use), []).append(use[0])
+        found.append(((result(node, k), tuple(readers), (node, k) in kept.rebuilt), node, readers))
+        sizes[found[-1][0]] += size_of(calls[node][0].results[k])
     for node, k in kept.shown(fixed=fixed):
-        found[result(node, k), (), False] += size_of(calls[node][0].results[k])
-    return [KeptAt(float(size), maker, uses, rebuilt) for (maker, uses, rebuilt), size in found.items()]
+        found.append(((result(node, k), (), False), node, {}))
+        sizes[found[-1][0]] += size_of(calls[node][0].results[k])
+    counted = parts(found)
+    return [KeptAt(float(size), key[0], counted[key], key[1], key[2]) for key, size in sizes.items()]
 
 
 def sized(calls: Calls, kept: Keeping, offered: Offers) -> Sized:

@@ -19,6 +19,7 @@ from ..passes.rules.base import Axis, OpCall, Strategy, TensorMeta, find_rule, s
 from ..passes.splits import Cuts, Site, Value, spread
 from ..passes.types import I, R, Type, Varying, even_sections
 from .groups import Groups, group_of, regrouped, stand_ins
+from .parts import Part, parts
 
 Role = Literal["data", "time", "tensor"]
 
@@ -54,8 +55,8 @@ class Offers:
     """decisions    by the name of their node, in the graph's order
     meta         of each value that a decision makes
     exits        the value that each output of the graph is
-    uses         how many nodes at a value's place give it to the same uses: a block's last repetition may serve others than the
-                 first ones do, and pays for the conversions that these need alone
+    uses         which nodes at a value's place give it to the same uses, and how many: a block's last repetition may serve others
+                 than the first ones do, and pays for the conversions that these need alone
     stand_ins    `groups.stand_ins`
     """
 
@@ -63,7 +64,7 @@ class Offers:
     decisions: Mapping[str, Decision]
     meta: Mapping[Value, TensorMeta]
     exits: Sequence[Value]
-    uses: Mapping[tuple[Value, Uses], int]
+    uses: Mapping[tuple[Value, Uses], Part]
     twins: Mapping[str, str]
     cuts: Cuts
     stand_ins: Mapping[object, tuple[int, float]]
@@ -180,12 +181,13 @@ def _placeholder_types(decision: Decision, axis: Axis, role: Role, pinned: Mappi
 
 def _uses(
     calls: Calls, results: Sequence[fx.Node], decisions: Mapping[str, Decision], twins: Mapping[str, str]
-) -> Counter[tuple[Value, Uses]]:
-    uses: dict[tuple[fx.Node, int], dict[tuple[int, int], None]] = {}
+) -> dict[tuple[Value, Uses], Part]:
+    uses: dict[tuple[fx.Node, int], dict[tuple[int, int], list[fx.Node | None]]] = {}
     for node, (_, sources) in calls.items():
         reader = decisions[twins.get(node.name, node.name)].index
         for k, source in enumerate(sources):
-            uses.setdefault(result_of(source), {})[reader, k] = None
+            uses.setdefault(result_of(source), {}).setdefault((reader, k), []).append(node)
     for reader, result in enumerate(results, len(decisions)):
-        uses.setdefault(result_of(result), {})[reader, 0] = None
-    return Counter(((twins.get(maker.name, maker.name), k), tuple(found)) for (maker, k), found in uses.items())
+        uses.setdefault(result_of(result), {}).setdefault((reader, 0), []).append(None)
+    found = ((((twins.get(maker.name, maker.name), k), tuple(own)), maker, own) for (maker, k), own in uses.items())
+    return parts(found)

@@ -6,7 +6,7 @@ Costs count all nodes at the same position of identical blocks, which are one de
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -22,11 +22,14 @@ from ..passes.rules.base import (
 )
 from ..passes.shard import ShardingError
 from ..passes.types import I, Partial, R, Type, Varying
+from . import assign_apart
 from .assign import AssignError, Problem, Solution, Use, relative_gap, solve
 from .assign import Value as AssignValue
+from .assign_apart import Loose, Repeated
 from .backward_memory import Moment
 from .needs import gathered_again
 from .offers import Decision, Offers, Role, Uses, Value, canonical, offers
+from .parts import Part
 from .prices import Prices, held, size_of
 
 
@@ -95,12 +98,14 @@ class KeptAt:
     """What is kept for the backward, of so many bytes in whole: values that are made at one place and used at the same.
 
     maker      where they are made
+    part       which of the nodes there, and at their uses
     uses       where they are taken by what needs them in its backward; nowhere, where the maker's own does
     rebuilt    whether they are computed again from other kept values where they are needed as they were made
     """
 
     size: float
     maker: Place
+    part: Part
     uses: tuple[Place, ...] = ()
     rebuilt: bool = False
 
@@ -140,9 +145,10 @@ class Sized:
 @dataclass(frozen=True)
 class Priced:
     """The problem of a graph along an axis before bytes have a price. types: of each value, in the order of its conversions.
-    exit_types: of each output, by its number after the decisions."""
+    exit_types: of each output, by its number after the decisions. loose: costs of some of a decision's nodes."""
 
     costs: list[np.ndarray]
+    loose: list[Loose]
     values: list[AssignValue]
     types: list[list[Type]]
     exit_types: dict[int, list[Type]]
@@ -185,6 +191,16 @@ def place(
     except AssignError as error:
         raise builder.explain(error) from error
     return builder.placement(solution)
+
+
+def least(
+    gm: fx.GraphModule, axis: Axis, rules: Rules, calls: Calls, sized: Sized, offered: Offers, priced: Priced, alike: float
+) -> float:
+    """What no placement costs less than, those included that place each of like blocks by itself. All is as `place` takes it.
+
+    alike    what none costs less than in which they lie alike
+    """
+    return assign_apart.least(_Builder(gm, axis, rules, calls, offered, sized, priced).repeated(), alike)
 
 
 def price(gm: fx.GraphModule, axis: Axis, policy: Policy, prices: Prices, calls: Calls, offered: Offers) -> Priced:
@@ -251,30 +267,58 @@ class _Builder:
             self.options[d.index] = same or options
 
     def problem(self) -> Problem:
+        """Where the nodes of a decision take one strategy."""
+        found = self.repeated(apart=False)
+        costs = list(found.problem.node_cost)
+        for loose in found.loose:
+            costs[loose.node] = costs[loose.node] + loose.costs
+        return replace(found.problem, node_cost=tuple(costs))
+
+    def repeated(self, apart: bool = True) -> Repeated:
+        """The same with what tells the nodes of a decision apart.
+
+        apart    what a block gathers is priced as the mean over like blocks: the one with the most gathers no less
+        """
         base = self.known or self.priced()
         self.exit_types = base.exit_types
-        costs, values = list(base.costs), list(base.values)
+        costs, values, loose = list(base.costs), list(base.values), list(base.loose)
+        parts = [*self.offers.uses.values()]
+        places: list[tuple[Hashable, ...]] = [(value, *uses) for value, uses in self.offers.uses]
         self._price_held(costs)
-        self._price_gathered(base, values)
-        self._price_sized(lambda policy: policy.kept_price, self.sized.kept, costs, values)
-        self._price_sized(lambda policy: policy.stream_price, self.sized.stream, costs, values)
-        return Problem(tuple(costs), tuple(values))
+        self._price_gathered(base, values, apart)
+        for which, sized in (("kept", self.sized.kept), ("stream", self.sized.stream)):
+            for kept in sized:
+                policy, _ = self._rules(self.order[kept.maker[0]])
+                price = policy.kept_price if which == "kept" else policy.stream_price
+                if price and kept.uses:
+                    values.append(self._kept_value(price, kept))
+                    parts.append(kept.part)
+                    places.append((("kept", kept.maker), *(("kept", use) for use in kept.uses)))
+                elif price:
+                    cost = price * np.array([kept.cost(share, share) for share in self._shares(kept.maker)])
+                    loose.append(Loose((which, kept.maker), kept.maker[0], cost, kept.part.makers))
+        counts = [d.places.total() for d in self.order] + [1] * len(self.exit_types)
+        return Repeated(Problem(tuple(costs), tuple(values)), counts, parts, places, loose)
 
     def _rules(self, d: Decision) -> Rules:
         return self.rules[min(d.group, 1)]
 
     def priced(self) -> Priced:
-        costs = [self._option_costs(d) for d in self.order]
+        costs, loose = [], list[Loose]()
+        for d in self.order:
+            found = self._option_costs(d)
+            costs.append(found[0][0] if len(found) == 1 else np.zeros(len(self.options[d.index])))
+            loose += [Loose("run", d.index, *each) for each in found if len(found) > 1]
         self.exit_types: dict[int, list[Type]] = {}
         for k, value in enumerate(self.offers.exits):
             self.exit_types[len(costs)] = types = self._output_types(k, value)
             costs.append(np.zeros(len(types)))
         values, types = [], []
-        for (value, uses), count in self.offers.uses.items():
-            found, order = self._assign_value(value, count, [(node, self._needed(value, node, k)) for node, k in uses])
-            values.append(found)
+        for (value, uses), part in self.offers.uses.items():
+            made, order = self._assign_value(value, part.makers, [(node, self._needed(value, node, k)) for node, k in uses])
+            values.append(made)
             types.append(order)
-        return Priced(costs, values, types, self.exit_types)
+        return Priced(costs, loose, values, types, self.exit_types)
 
     def _price_held(self, costs: list[np.ndarray]) -> None:
         for d in self.order:
@@ -283,35 +327,29 @@ class _Builder:
                 price = each * size_of(metas(d.node)[0]) * d.places.total()
                 costs[d.index] = costs[d.index] + price * np.array(self._shares((d.index, 0)))
 
-    def _price_gathered(self, base: Priced, values: list[AssignValue]) -> None:
-        for i, key in enumerate(self.offers.uses):
+    def _price_gathered(self, base: Priced, values: list[AssignValue], apart: bool) -> None:
+        heaviest = self.sized.heaviest
+        blocks: dict[int, int] = {}
+        for (value, _), heavy in heaviest.items():
+            blocks[heavy.number] = max(blocks.get(heavy.number, 1), self.decisions[value[0]].places.total())
+        for i, (key, part) in enumerate(self.offers.uses.items()):
             prices = self._rules(self.decisions[key[0][0]])[0].gather_prices
-            if any(prices) and key in self.sized.heaviest:
-                heavy = self.sized.heaviest[key]
+            if any(prices) and key in heaviest:
+                heavy = heaviest[key]
                 gathered = np.array([[makes_whole(a, b) for b in base.types[i]] for a in base.types[i]])
                 price = prices[heavy.number] * heavy.share * size_of(self.meta[key[0]])
+                price *= part.makers / blocks[heavy.number] if apart else 1.0
                 values[i] = replace(values[i], conversion=values[i].conversion + np.where(gathered, price, 0.0))
 
-    def _price_sized(
-        self, each: Callable[[Policy], float], sized: Sequence[KeptAt], costs: list[np.ndarray], values: list[AssignValue]
-    ) -> None:
+    def _kept_value(self, price: float, kept: KeptAt) -> AssignValue:
         """What is kept is paid for once for each share that a use takes of it, as conversions are."""
-        for kept in sized:
-            at = kept.maker[0]
-            price = each(self._rules(self.order[at])[0])
-            if not price:
-                continue
-            made = self._shares(kept.maker)
-            if not kept.uses:
-                costs[at] = costs[at] + price * np.array([kept.cost(share, share) for share in made])
-                continue
-            taken = {use: self._shares(use) for use in kept.uses}
-            own, others = sorted({*made}), sorted({share for shares in taken.values() for share in shares})
-            table = np.full((len(own) + len(others),) * 2, np.inf)  # made in so large shares, needed in so large
-            np.fill_diagonal(table, 0.0)
-            table[: len(own), len(own) :] = [[price * kept.cost(m, n) for n in others] for m in own]
-            asked = tuple(Use(use[0], tuple(len(own) + others.index(n) for n in shares)) for use, shares in taken.items())
-            values.append(AssignValue(at, tuple(map(own.index, made)), table, asked))
+        made, taken = self._shares(kept.maker), {use: self._shares(use) for use in kept.uses}
+        own, others = sorted({*made}), sorted({share for shares in taken.values() for share in shares})
+        table = np.full((len(own) + len(others),) * 2, np.inf)  # made in so large shares, needed in so large
+        np.fill_diagonal(table, 0.0)
+        table[: len(own), len(own) :] = [[price * kept.cost(m, n) for n in others] for m in own]
+        asked = tuple(Use(use[0], tuple(len(own) + others.index(n) for n in shares)) for use, shares in taken.items())
+        return AssignValue(kept.maker[0], tuple(map(own.index, made)), table, asked)
 
     def _shares(self, place: Place) -> list[float]:
         """Of a value that a rank holds, by the strategy of the node that takes or makes it."""
@@ -395,20 +433,21 @@ class _Builder:
             return b == I or scattered
         return True
 
-    def _option_costs(self, d: Decision) -> np.ndarray:
+    def _option_costs(self, d: Decision) -> list[tuple[np.ndarray, int]]:
+        """By strategy; of nodes that cost others, each by themselves, and how many they are."""
         options, (_, prices) = self.options[d.index], self._rules(d)
         if d.node.op == "placeholder":
             meta = metas(d.node)[0]
             found = [prices.placeholder(s.outs[0], meta, self.axis) for s in options]
-            return np.array(found, dtype=float) * d.places.total()
+            return [(np.array(found, dtype=float) * d.places.total(), d.places.total())]
         assert d.call is not None
         counts: Counter[tuple[bool, ...]] = Counter()
         for operands, count in d.places.items():
             counts[tuple(is_parameter(self.decisions[name].node) for name, _ in operands)] += count
-        total = np.zeros(len(options))
-        for from_parameters, count in counts.items():
-            total += count * np.array([prices.node(d.call, s, self.axis, from_parameters) for s in options], dtype=float)
-        return total
+        return [
+            (count * np.array([prices.node(d.call, s, self.axis, from_parameters) for s in options], dtype=float), count)
+            for from_parameters, count in counts.items()
+        ]
 
     def explain(self, error: AssignError) -> ShardingError:
         names = [where(self.order[i].node) for i in error.nodes if i < len(self.order)][:4]

@@ -211,7 +211,7 @@ def _price(c: Conversion, seconds: Seconds, axis: Axis) -> tuple[Timing, float]:
 
 def _conversions(placement: Placement, calls: Calls, offered: Offers, nodes: Sequence[fx.Node]) -> Iterator[Conversion]:
     """The conversions that operands and outputs need, each made once for a value and a type."""
-    for ((name, k), uses), count in offered.uses.items():
+    for ((name, k), uses), part in offered.uses.items():
         maker = offered.decisions[name].node
         have, _ = produced(maker, placement, k)
         meta = offered.meta[name, k]
@@ -223,7 +223,7 @@ def _conversions(placement: Placement, calls: Calls, offered: Offers, nodes: Seq
                 continue
             made.add(needed)
             again = gathered_again(maker, have, needed, calls)
-            yield Conversion(maker, (name, k), uses, have, needed, meta, count, again)
+            yield Conversion(maker, (name, k), uses, have, needed, meta, part.makers, again)
 
 
 def produced(node: fx.Node, placement: Placement, k: int = 0) -> tuple[Type, int]:

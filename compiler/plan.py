@@ -38,8 +38,8 @@ def decode_type(value: Any) -> Type:
 class Prediction:
     """What a plan is expected to cost: seconds a step, bytes a rank at the peak, bytes received a rank and step by axis.
 
-    gap    by how much at most, relative to its time, a plan that fits could be faster, of those that the search is for and in which
-           like blocks lie alike: proven
+    gap    by how much at most, relative to its time, a plan that fits could be faster, of those that the search is for: proven. Of
+           Megatron's layouts alone, where these are pinned, what is cheaper at their prices with like blocks placed alike
     """
 
     step_seconds: float

@@ -6,7 +6,7 @@ may have the fastest plan on, each is opened: it is split until it has one such 
 tell the most (compiler/asking.py). What is found says more of all placements. Where the fastest plan would lie between two layouts,
 these are mixed (compiler/mixing.py). The search ends where no family may have a plan faster than the best one found.
 
-All of this is about plans in which like blocks lie alike, but for the mixtures: what these take at least follows from nothing here.
+What families take at least holds of plans that place each block for itself: lines are of all these (compiler/assign_apart.py).
 """
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ VAIN = 8
 @dataclass
 class Refinement:
     """best     seconds a sample of the fastest plan that fits
-    bound    seconds a sample: no plan that fits, and in which like blocks lie alike, takes less, in any family; once all candidates
-             were made
+    bound    seconds a sample: no plan that fits takes less, in any family, however its blocks lie; once all candidates were made
     """
 
     search: Search

@@ -16,6 +16,7 @@ from torch import fx
 
 from ..passes.graph_tools import Calls, metas, result_of
 from .offers import Offers
+from .parts import Part
 from .place import KeptAt, Place
 from .prices import size_of
 
@@ -63,9 +64,9 @@ def stream_bytes(found: Stream) -> float:
 
 def stream_at(found: Stream, offered: Offers) -> list[KeptAt]:
     """The same by where an axis decides in which types the values are made, each with its part in the mean."""
-    sizes: Counter[Place] = Counter()
+    counts: Counter[tuple[Place, float]] = Counter()
     for node, count in found.makers.items():
         maker, k = result_of(node)
         d = offered.decisions[offered.first(maker)]
-        sizes[d.index, len(d.operands) + k] += size_of(metas(node)[0]) * count
-    return [KeptAt(size / len(found.places), place) for place, size in sizes.items()]
+        counts[(d.index, len(d.operands) + k), size_of(metas(node)[0]) * count] += 1
+    return [KeptAt(size * n / len(found.places), place, Part(n)) for (place, size), n in counts.items()]

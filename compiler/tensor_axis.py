@@ -27,7 +27,7 @@ from .groups import together
 from .keeping import Keeping, sized, sized_for
 from .layouts import Layouts
 from .offers import Offers, offers
-from .place import Barred, Placement, Policy, Priced, Rules, Sized, place, price
+from .place import Barred, Placement, Policy, Priced, Rules, Sized, least, place, price
 from .placed_cost import PlacedCost, placed_cost
 from .prices import Prices, megatron_prices, size_of
 from .samples import Samples, without_cuts
@@ -200,7 +200,7 @@ class TensorAxis:
             cost = self._costs[key] = placed_cost(self.gm, seconds, placement, self.calls, self.kept, offered, counted)
             if placement is not None and layouts.any and layouts.mixed is None:
                 explored = self.explored(size, load)
-                explored.known.learn(totals_prices(layouts, key[2]), placement.bound)
+                explored.known.learn(totals_prices(layouts, key[2]), self.apart(size, layouts, load))
                 explored.costs.append(cost)
                 explored.layouts.append(layouts)
         return self._costs[key]
@@ -235,6 +235,15 @@ class TensorAxis:
                 self.gm, self.loss, size, layouts, seconds, self.calls, counted=counted, offered=offered, priced=priced
             )
         return self._placements.get(key)
+
+    def apart(self, size: int, layouts: Layouts, load: Load) -> float:
+        """What no placement costs less than at these prices, however each of like blocks lies."""
+        placement, load = self.placement(size, layouts, load), load_for(layouts, load)
+        assert placement is not None and layouts.any and layouts.mixed is None
+        offered, priced = self._offers(size, load.few), self._priced_of(size, load, layouts)
+        found = rules(layouts, self.loss, {}, self._seconds_of(size, load))
+        counted = self._sized_of(size, ())
+        return least(self.gm, Axis("tp", size), found, self.calls, counted, offered, priced, placement.bound)
 
     @property
     def placed(self) -> int:

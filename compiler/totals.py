@@ -1,7 +1,8 @@
 """What is known of all placements of a graph over an axis at once: lines that the totals of none of them are below.
 
 What a plan takes depends on a placement through a few totals alone: seconds of compute, bytes held, bytes kept. A placement that is
-the cheapest at some prices of these says of all others that they cost no less at these prices. However many of that are known, the
+the cheapest at some prices of these says of all others that they cost no less at these prices; and of those that place each block
+for itself, how much at least (compiler/assign_apart.py). However many of that are known, the
 least that a plan can take within them is a linear program; and what holds of one mesh and batch holds of all with as many ranks.
 """
 

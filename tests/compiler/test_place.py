@@ -31,8 +31,8 @@ from shardwright.compiler.groups import Groups, group_of, together
 from shardwright.compiler.keeping import keeping, sized
 from shardwright.compiler.layouts import Layouts
 from shardwright.compiler.needs import gathered_again
-from shardwright.compiler.offers import canonical, offers
-from shardwright.compiler.place import Placement, Policy, Rules, Sized, _Builder, place
+from shardwright.compiler.offers import Offers, canonical, offers
+from shardwright.compiler.place import Placement, Policy, Rules, Sized, _Builder, least, place, price
 from shardwright.compiler.plan import Plan
 from shardwright.compiler.prepare import mark_twins
 from shardwright.compiler.prices import Prices, Volume, held, megatron_prices, size_of
@@ -307,6 +307,44 @@ def test_no_choice_for_blocks_in_groups_is_cheaper(recipe: Recipe, how: str, mix
     mark_twins(graph)
     assume(graph.meta["twins"])
     check_exact(graph, 2, how, mixed, together(blocks))
+
+
+def alike_and_apart(graph: fx.GraphModule, n: int, rules: Rules) -> tuple[Placement, Placement, float]:
+    """The best placement in which like blocks lie alike; that of each block by itself; and what none of these costs less than."""
+    axis, (policy, prices), calls = Axis("x", n), rules, op_calls(graph)
+
+    def placed(groups: Groups) -> tuple[Placement, Sized, Offers]:
+        offered = offers(graph, axis, calls, policy.role, policy.pinned, policy.slices, groups)
+        counted = sized(calls, keeping(calls), offered)
+        return place(graph, axis, policy, prices, calls, sized=counted, offered=offered), counted, offered
+
+    alike, counted, offered = placed({})
+    apart, *_ = placed({block: block for n in graph.graph.nodes if (block := n.meta["block"]) is not None})
+    priced = price(graph, axis, policy, prices, calls, offered)
+    return alike, apart, least(graph, axis, rules, calls, counted, offered, priced, alike.bound)
+
+
+@given(repeated(), HOW)
+@examples(60)
+def test_no_placement_of_each_block_by_itself_is_cheaper_than_proven(recipe: Recipe, how: str) -> None:
+    graph = build(recipe).graph
+    mark_twins(graph)
+    assume(graph.meta["twins"])
+    try:
+        alike, apart, bound = alike_and_apart(graph, 2, policies(graph, 2)[how])
+    except ShardingError:
+        return
+    assert bound <= apart.cost * (1 + 1e-9) and apart.cost <= alike.cost * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("how", ["dice", "time", "kept", "gathered"])
+@pytest.mark.parametrize("model", ["gpt2", "t5", "vit", "mixtral"])
+def test_what_is_proven_of_each_block_by_itself_is_near(model: str, how: str) -> None:
+    found = case(model)
+    rules = policies(found.graph, 2)[how]
+    alike, apart, bound = alike_and_apart(found.graph, 2, (replace(rules[0], loss=found.captured.loss), rules[1]))
+    assert bound <= apart.cost * (1 + 1e-9) and apart.cost <= alike.cost * (1 + 1e-9)
+    assert bound >= apart.cost * (1 - 0.01)
 
 
 CPU = Topology.preset("cpu", devices=4)

@@ -14,7 +14,7 @@ from programs import FAR, NEAR, adapted, case, machine
 from shardwright import Strategy
 from shardwright.compiler import refine
 from shardwright.compiler.candidates import Candidate, Search
-from shardwright.compiler.layouts import Layouts
+from shardwright.compiler.layouts import Layouts, Mixed
 from shardwright.compiler.plan import Plan
 from shardwright.compiler.strategy import resolve
 from shardwright.compiler.topology import Level, Topology
@@ -121,10 +121,36 @@ def test_between_two_layouts_some_blocks_lie_in_each() -> None:
     assert tight.fits(best)
     plan = replace(tight.with_layout(best.plan), predicted=best.predicted)
     assert f"In other layouts than the rest: blocks 0-{len(mixed.blocks) - 1}\n" in plan.explain()
-    assert "with like blocks placed alike" in plan.explain()
+    assert "Proven: no plan that fits takes over" in plan.explain()
     assert Plan.from_json(plan.to_json()) == plan
     blocks = [[t for name, t in plan.layout.items() if f".{k}." in name] for k in range(8)]
     assert [k for k in range(8) if blocks[k] != blocks[7]] == list(mixed.blocks)
+
+
+@pytest.mark.parametrize("topology", [machine(1e9), NEAR], ids=["slow", "near"])
+@pytest.mark.parametrize("share", [0.8, 0.7])
+def test_no_mixture_that_fits_takes_less_than_is_proven(share: float, topology: Topology) -> None:
+    """Of any two layouts that were found, with any number of blocks in the one, and with every other block."""
+    found = case("gpt", layers=6)
+    request = resolve((4,), Strategy(tp=4, layouts="any"))
+
+    def search(limit: float) -> Search:
+        return Search(problem_of(found, [found.batch]), request, topology, found.batch, "global", None, limit)
+
+    tight = search(share * searched(search(math.inf))[0].predicted.peak_bytes)
+    made = list(tight.candidates())
+    assert tight.bound <= min((c.per_sample for c in made if tight.fits(c)), default=math.inf)
+    alike = {c.plan.layouts: c for c in made if c.plan.layouts.any and c.plan.layouts.mixed is None}.values()
+    pairs = itertools.product([c for c in alike if not tight.fits(c)][:3], [c for c in alike if tight.fits(c)][:3])
+    fitting = 0
+    for one, other in pairs:
+        for blocks in (*(range(k) for k in range(1, 6)), range(0, 6, 2)):
+            layouts = replace(one.plan.layouts, mixed=Mixed(tuple(blocks), other.plan.layouts))
+            for c in tight.completed(tight.price(replace(one.plan, layouts=layouts, whole=()))):
+                if tight.fits(c):
+                    fitting += 1
+                    assert c.per_sample >= tight.bound * (1 - 1e-9)
+    assert fitting > 5
 
 
 @pytest.mark.parametrize("share", [0.8, 0.5])

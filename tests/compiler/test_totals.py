@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ from hypothesis import strategies as st
 from programs import FAR, NEAR, adapted, case, machine
 from properties import examples
 
+from shardwright.compiler.groups import runs
 from shardwright.compiler.keeping import keeping
-from shardwright.compiler.layouts import Layouts
+from shardwright.compiler.layouts import Layouts, Mixed
 from shardwright.compiler.tensor_axis import Load, TensorAxis
 from shardwright.compiler.topology import Topology
 from shardwright.compiler.totals import PARAMETERS, SLACK, TOTALS, Known, tangent, totals_of
@@ -82,7 +85,8 @@ def test_tangents_are_of_the_larger_of_two() -> None:
 @pytest.mark.parametrize("topology", [NEAR, FAR, machine(1e9)], ids=["near", "far", "slow"])
 @pytest.mark.parametrize("model", ["gpt", "gpt2", "t5", "vit", "mixtral", "adapted"])
 def test_what_is_known_holds_of_every_placement(model: str, topology: Topology) -> None:
-    """Found at any prices and loads, and in Megatron's layouts: within low and high, and above all lines."""
+    """Found at any prices and loads, in Megatron's layouts, and with blocks in two of them: within low and high, and above all
+    lines."""
     found = adapted() if model == "adapted" else case(model)
     calls = op_calls(found.graph)
     tensor = TensorAxis(found.graph, found.captured.loss, topology, calls, keeping(calls))
@@ -91,6 +95,10 @@ def test_what_is_known_holds_of_every_placement(model: str, topology: Topology) 
     for held, kept, gathered in ((0.0, 0.0, 0.0), (1e-10, 0.0, 0.0), (1e-9, 1e-8, 0.0), (1e-7, 1e-10, 1e-8), (1e-7, 1e-6, 0.0)):
         layouts.append(Layouts(False, held, kept, kept / 10, (gathered, 2 * gathered), 1.0 - 0.5 * (held == 1e-9)))
     costs = [tensor.cost(2, option, other) for option in layouts for other in (load, Load(1.0, 4, 1.0))]
+    blocks = sorted(runs(found.graph))
+    some = itertools.cycle([blocks[::2], blocks[:1], blocks[1:]])
+    for one, other, own in zip(layouts[2:], [*layouts[3:], layouts[2]], some, strict=False):
+        costs.append(tensor.cost(2, replace(one, mixed=Mixed(tuple(own), other)), load))
     known_ = tensor.explored(2, load).known
     assert len(known_.lines) > 5
     for totals in map(totals_of, costs):
