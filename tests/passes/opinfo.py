@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardwright.compiler.capture import capture
-from shardwright.compiler.check_rule import Run, Sample, check_lowered, check_strategy, run_whole, splits_of
+from shardwright.compiler.check_rule import Run, Sample, check_lowered, check_strategy, runs, splits_of
 from shardwright.passes.normalize import normalize
 from shardwright.passes.rules.base import RULES, Axis, OpCall, Strategy, strategies
 from shardwright.passes.types import Varying
@@ -139,7 +139,7 @@ def examine(name: str, *, execute: bool = True) -> Examined:
 def _examine_call(sample: Sample, found: Examined, execute: bool) -> None:
     place = family(sample.target), str(sample.target)
     offered = False
-    for whole in _runs(sample):
+    for whole in runs(sample):
         for axis in (TWO, THREE):
             shardings = real_shardings(whole.call, axis)
             found.offered |= {(*place, s.label.partition("#")[0]) for s in shardings}
@@ -158,16 +158,6 @@ def family(target: Any) -> str:
     if rule is not None:
         return rule.__module__.rpartition(".")[2]
     return "pointwise" if torch.Tag.pointwise in getattr(target, "tags", ()) else "no rule"
-
-
-def _runs(sample: Sample) -> list[Run]:
-    """With gradients, where torch has them, and without."""
-    plain = run_whole(sample, grad=False)
-    try:
-        whole = run_whole(sample, grad=True)
-    except RuntimeError:  # no derivative, or one that the op's other results have not
-        return [plain]
-    return [whole, plain] if any(o.grad for o in whole.call.operands) else [plain]
 
 
 def real_shardings(call: OpCall, axis: Axis) -> list[Strategy]:

@@ -140,6 +140,26 @@ def test_an_op_has_one_rule() -> None:
         shardwright.register_rule(torch.ops.aten.mm, "m k, k n -> m n")
 
 
+@torch.library.custom_op("shardwright_tests::halves", mutates_args=())
+def halves(x: Tensor) -> Tensor:
+    """Half of x, without a derivative."""
+    return x / 2
+
+
+@halves.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def test_an_op_without_a_derivative_is_checked_forward() -> None:
+    op = torch.ops.shardwright_tests.halves
+    try:
+        shardwright.register_rule(op, "r c -> r c")
+        assert shardwright.check_rule(op, example()[0]) > 4
+    finally:
+        RULES.pop(op.default, None)
+
+
 @torch.library.custom_op("shardwright_tests::ramp", mutates_args=())
 def ramp(size: int) -> Tensor:
     """0, 1, ... size - 1 over size."""
