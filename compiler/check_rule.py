@@ -295,6 +295,16 @@ def _require(holds: bool, message: str) -> None:
         raise VerificationError(message)
 
 
+def runs(sample: Sample) -> list[Run]:
+    """With gradients, where torch has them, and, as rules may offer more then, without."""
+    plain = run_whole(sample, grad=False)
+    try:
+        whole = run_whole(sample, grad=True)
+    except RuntimeError:  # no derivative, or one that the op's other results have not
+        return [plain]
+    return [whole, plain] if any(o.grad for o in whole.call.operands) else [plain]
+
+
 def check_rule(op: Any, *args: Any, **kwargs: Any) -> int:
     """Run `op(*args, **kwargs)` under every strategy that its rule offers, over two and over three ranks in this process, even and
     uneven, forward and backward. How many were run: 0 where the op has no rule, or one that offers nothing for these shapes.
@@ -304,7 +314,7 @@ def check_rule(op: Any, *args: Any, **kwargs: Any) -> int:
     """
     target = op if isinstance(op, OpOverload) else op.default
     sample, count = Sample(target, args, kwargs), 0
-    for whole in (run_whole(sample, grad=True), run_whole(sample, grad=False)):
+    for whole in runs(sample):
         for axis in (Axis("x", 2), Axis("x", 3)):
             for strategy in strategies(whole.call, axis, splits_of(whole.call, axis.size)):
                 if any(isinstance(t, Varying) for t in (*strategy.ins, *strategy.outs)):

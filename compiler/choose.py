@@ -116,7 +116,7 @@ def _warn_of_unruled(calls: Calls) -> None:
     """One warning that names the ops without a sharding rule, how often and where first each is called."""
     found: dict[object, list[fx.Node]] = {}
     for node, (call, _) in calls.items():
-        if any(o.shape for o in call.operands) and find_rule(call, Axis("", 2)) is None:
+        if any(meta.shape for meta in (*call.operands, *call.results)) and find_rule(call, Axis("", 2)) is None:
             found.setdefault(call.target, []).append(node)
     if found:
         ops = "; ".join(f"{len(nodes)} x {where(nodes[0])}" for nodes in found.values())

@@ -68,12 +68,24 @@ def _without_writes(traced: fx.GraphModule) -> bool:
         written: Any = node.args[0]
         if same is None or same is node.target or _is_view(written) or any(_is_view(user) for user in written.users):
             return False
+        node.kwargs = {**node.kwargs, **_defaults(node, node.target, same)}
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
         if same(*args, **kwargs).dtype != written.meta["val"].dtype:  # a write keeps the dtype
             return False
         node.target = same
         written.replace_all_uses_with(node, lambda user, node=node: user > node)
     return True
+
+
+def _defaults(node: fx.Node, target: OpOverload, other: OpOverload) -> dict[str, Any]:
+    """The arguments that a call leaves to its op's defaults, and that `other` has not the same default for."""
+    wanted = {a.name: a for a in other._schema.arguments}
+    left = [a for a in target._schema.arguments[len(node.args) :] if a.name not in node.kwargs and a.has_default_value()]
+    return {
+        a.name: a.default_value
+        for a in left
+        if (b := wanted.get(a.name)) is not None and not (b.has_default_value() and b.default_value == a.default_value)
+    }
 
 
 def _is_view(node: fx.Node) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...compiler.torch_compat import OpOverload
 from .cleanup import nothing, to_copy
 from .gradients import mark_gradients
 from .rewrite import Builder, map_leaves, rewrite
@@ -58,7 +59,17 @@ def _cast(b: Builder, x: Any, *, dtype: torch.dtype | None = None, **_: Any) -> 
 
 
 def _call(b: Builder, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    kwargs = {**kwargs, **_implied(b, target, kwargs)}
     return b.emit(target, *map_leaves(args, _wide), **map_leaves(kwargs, _wide))
+
+
+def _implied(b: Builder, target: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The floating dtype of a tensor made from numbers alone (`eye`, `linspace`), where its call leaves it to torch's default."""
+    names = {a.name for a in target._schema.arguments} if isinstance(target, OpOverload) else ()
+    if "dtype" not in names or kwargs.get("dtype") is not None or b.origin is None or b.origin.all_input_nodes:
+        return {}
+    dtype = b.origin.meta["val"].dtype
+    return {"dtype": dtype} if dtype.is_floating_point else {}
 
 
 NARROW = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -82,4 +93,5 @@ def _wide_cast(b: Builder, x: Any, *, dtype: torch.dtype | None = None, **_: Any
 
 
 def _wide_call(b: Builder, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    kwargs = {**kwargs, **_implied(b, target, kwargs)}
     return b.emit(target, *map_leaves(args, _widest), **map_leaves(kwargs, _widest))

@@ -11,6 +11,14 @@ from .base import Axis, Factor, OpCall, Rule, Slot, Strategy, has_derivatives, r
 aten = torch.ops.aten
 ours = torch.ops.shardwright
 
+# The op that draws a shard, and whether the whole one's arguments name its shape already.
+RANDOM = {
+    ours.dropout.default: (ours.dropout_shard.default, False),
+    ours.dropout_shard.default: (ours.dropout_shard.default, True),
+    ours.uniform.default: (ours.uniform_shard.default, True),
+    ours.uniform_shard.default: (ours.uniform_shard.default, True),
+}
+
 # Operands that an op is linear in together (a set), the other operands being coefficients.
 LINEAR = {
     aten.add.Tensor: (frozenset({0, 1}),),
@@ -101,22 +109,19 @@ def linear_sets(call: OpCall) -> tuple[frozenset[int], ...]:
     return tuple(s for s in found if max(s) < len(call.operands))
 
 
-def _sharded_dropout(call: OpCall, axis: Axis, strategy: Strategy, cut: Sections) -> Strategy | None:
-    """Dropout draws by global index, so a shard's op carries the cut it belongs to."""
-    return append_cut(call, axis, strategy)
-
-
-def append_cut(call: OpCall, axis: Axis, strategy: Strategy) -> Strategy:
-    """`dropout` or `dropout_shard` with one more cut, over `axis`."""
-    cut = strategy.outs[0]
-    assert isinstance(cut, Varying)
-    sizes = flatten_sections(cut.sections)
-    if call.target is ours.dropout.default:
-        args = (*call.args, list(call.results[0].shape), [axis.name], [cut.dim], [len(sizes)], sizes)
+def append_cut(call: OpCall, axis: Axis, strategy: Strategy, cut: Sections) -> Strategy:
+    """A random op, or its `_shard` form, with one more cut, over `axis`: it draws by global position."""
+    target, named = RANDOM[call.target]
+    out = strategy.outs[0]
+    assert isinstance(out, Varying)
+    sizes = flatten_sections(out.sections)
+    if target is call.target:
+        *head, axes, dims, counts, old = call.args
     else:
-        *head, shape, axes, dims, counts, old = call.args
-        args = (*head, shape, [*axes, axis.name], [*dims, cut.dim], [*counts, len(sizes)], [*old, *sizes])
-    return Strategy(strategy.label, strategy.ins, strategy.outs, ours.dropout_shard.default, args, call.kwargs)
+        head, (axes, dims, counts, old) = [*call.args], ([],) * 4
+        head += [] if named else [list(call.results[0].shape)]
+    args = (*head, [*axes, axis.name], [*dims, out.dim], [*counts, len(sizes)], [*old, *sizes])
+    return Strategy(strategy.label, strategy.ins, strategy.outs, target, args, call.kwargs)
 
 
 @rule_for(ours.dropout.default, ours.dropout_shard.default)
@@ -125,4 +130,12 @@ def dropout(call: OpCall, axis: Axis) -> Rule | None:
     x = call.operands[0].shape
     seed = len(call.operands) - 1
     factors = tuple(Factor(f"d{dim}", size, (Slot(dim), *([None] * seed)), (Slot(dim),)) for dim, size in enumerate(x) if size > 1)
-    return Rule(factors, linear=(frozenset({0}),), swap={f.name: _sharded_dropout for f in factors})
+    return Rule(factors, linear=(frozenset({0}),), swap={f.name: append_cut for f in factors})
+
+
+@rule_for(ours.uniform.default, ours.uniform_shard.default)
+def uniform(call: OpCall, axis: Axis) -> Rule | None:
+    """The result maps on every dim; the seed is common."""
+    none = (None,) * len(call.operands)
+    factors = tuple(Factor(f"d{dim}", size, none, (Slot(dim),)) for dim, size in enumerate(call.results[0].shape) if size > 1)
+    return Rule(factors, swap={f.name: append_cut for f in factors})

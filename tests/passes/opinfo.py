@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardwright.compiler.capture import capture
-from shardwright.compiler.check_rule import Run, Sample, check_lowered, check_strategy, run_whole, splits_of
+from shardwright.compiler.capture_error import CaptureError
+from shardwright.compiler.check_rule import Run, Sample, check_lowered, check_strategy, runs, splits_of
 from shardwright.passes.normalize import normalize
 from shardwright.passes.rules.base import RULES, Axis, OpCall, Strategy, strategies
 from shardwright.passes.types import Varying
@@ -58,13 +59,15 @@ class Function(nn.Module):
 class Examined:
     """What came of an entry.
 
-    refused    why its samples were not captured, "" if one was
+    refused    why none of its samples was captured, "" if one was: the project's own refusal
+    failed     samples whose capture failed otherwise
     offered    (family, op, label) of every real sharding that its ops were offered
     whole      (family, op) of calls that were offered none
     wrong      strategies that gave another result than one rank
     """
 
     refused: str = ""
+    failed: list[str] = field(default_factory=list)
     offered: set[tuple[str, str, str]] = field(default_factory=set)
     whole: set[tuple[str, str]] = field(default_factory=set)
     wrong: list[str] = field(default_factory=list)
@@ -101,45 +104,46 @@ def samples_of(name: str) -> list[tuple[Any, list[Any], Any]]:
     return [sample for _, sample in (*first, *rest[: SAMPLES - 1])]
 
 
-def calls_of(name: str) -> Iterator[list[Sample]]:
-    """The op calls of each sample of an entry that can be captured. Raises what capture raises where none can."""
-    error: Exception | None = None
-    captured = False
-    for op, leaves, spec in samples_of(name):
-        tensors = [x.clone() for x in leaves if isinstance(x, Tensor)]
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                found = capture(Function(op, leaves, spec), tuple(tensors), {})
-                gm = normalize(found.graph)
-            given = {**found.call.flatten(tuple(tensors), {}), **found.constants, "seed": torch.tensor(3)}
-            recorder = _Recorder(gm)
-            recorder.run(*(given[n.meta["key"]] for n in gm.graph.nodes if n.op == "placeholder"))
-        except Exception as refusal:
-            error = refusal
-            continue
-        captured = True
-        yield recorder.calls
-    if error is not None and not captured:
-        raise error
+def calls_of(sample: tuple[Any, list[Any], Any]) -> list[Sample]:
+    """The op calls of a sample, which is captured and normalized as any model is."""
+    op, leaves, spec = sample
+    tensors = [x.clone() for x in leaves if isinstance(x, Tensor)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = capture(Function(op, leaves, spec), tuple(tensors), {})
+        gm = normalize(found.graph)
+    given = {**found.call.flatten(tuple(tensors), {}), **found.constants, "seed": torch.tensor(3)}
+    recorder = _Recorder(gm)
+    recorder.run(*(given[n.meta["key"]] for n in gm.graph.nodes if n.op == "placeholder"))
+    return recorder.calls
 
 
 def examine(name: str, *, execute: bool = True) -> Examined:
     """What the rules offer for every op of an entry, over two and three ranks and over two by two; `execute`: and run it."""
-    found = Examined()
-    try:
-        for calls in calls_of(name):
-            for sample in calls:
-                _examine_call(sample, found, execute)
-    except Exception as error:
-        found.refused = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    found, refused, captured = Examined(), "", False
+    for sample in samples_of(name):
+        try:
+            calls = calls_of(sample)
+        except CaptureError as error:
+            refused = _text(error)
+        except Exception as error:
+            found.failed.append(_text(error))
+        else:
+            captured = True
+            for call in calls:
+                _examine_call(call, found, execute)
+    found.refused = "" if captured else refused
     return found
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def _examine_call(sample: Sample, found: Examined, execute: bool) -> None:
     place = family(sample.target), str(sample.target)
     offered = False
-    for whole in _runs(sample):
+    for whole in runs(sample):
         for axis in (TWO, THREE):
             shardings = real_shardings(whole.call, axis)
             found.offered |= {(*place, s.label.partition("#")[0]) for s in shardings}
@@ -160,16 +164,6 @@ def family(target: Any) -> str:
     return "pointwise" if torch.Tag.pointwise in getattr(target, "tags", ()) else "no rule"
 
 
-def _runs(sample: Sample) -> list[Run]:
-    """With gradients, where torch has them, and without."""
-    plain = run_whole(sample, grad=False)
-    try:
-        whole = run_whole(sample, grad=True)
-    except RuntimeError:  # no derivative, or one that the op's other results have not
-        return [plain]
-    return [whole, plain] if any(o.grad for o in whole.call.operands) else [plain]
-
-
 def real_shardings(call: OpCall, axis: Axis) -> list[Strategy]:
     """Strategies under which some value is cut."""
     offered = strategies(call, axis, splits_of(call, axis.size))
@@ -184,7 +178,7 @@ def _try_all(sample: Sample, whole: Run, axis: Axis, offered: Sequence[Strategy]
             check_strategy(sample, whole, axis, strategy)
         except Exception as error:
             notes = "; ".join(getattr(error, "__notes__", []))
-            found.wrong.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} [{notes}]")
+            found.wrong.append(f"{_text(error)} [{notes}]")
 
 
 def _try_pairs(sample: Sample, whole: Run, found: Examined) -> None:

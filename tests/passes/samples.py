@@ -225,6 +225,8 @@ def pointwise(s: _Source) -> Iterator[Any]:
     yield Sample(ours.with_slope.default, (x, s.real(3, 4, 5), s.real(3, 4, 5)), differentiable=2)
     yield ours.dropout.default, (x, torch.tensor(11), 0.3, 4)
     yield ours.dropout.default, (s.real(7), torch.tensor(11), 0.3, 5)
+    yield ours.uniform.default, (torch.tensor(11), 6, [7, 8, 9], torch.float64)
+    yield ours.uniform.default, (torch.tensor(11), 7, [7], torch.float32)
 
 
 def normalizations(s: _Source) -> Iterator[Any]:

@@ -15,10 +15,11 @@ from torch import Tensor, fx, nn
 
 from shardwright.compiler.capture import Captured, capture
 from shardwright.compiler.fidelity import check_capture
+from shardwright.compiler.prepare import in_float64, prepare
 from shardwright.passes.normalize import RULES, check_normal, normalize
 from shardwright.passes.normalize.attention import explicit
 from shardwright.passes.normalize.masks import Affine, AtLeast, affine, is_causal
-from shardwright.passes.normalize.promote import promote_casts
+from shardwright.passes.normalize.promote import double, promote_casts
 from shardwright.passes.normalize.rewrite import rewrite
 from tests.zoo import MODELS
 
@@ -580,6 +581,30 @@ def test_promoted_constants_and_what_is_asserted_of_them() -> None:
     torch.testing.assert_close(graph(*state)[0], (x / 3**0.5).sum(), rtol=1e-14, atol=0)
 
 
+MADE: dict[str, Callable[[], Tensor]] = {
+    "eye": lambda: torch.eye(5),
+    "eye of rows": lambda: torch.eye(5, 5),
+    "linspace": lambda: torch.linspace(0, 1, 25).view(5, 5),
+    "logspace": lambda: torch.logspace(0, 1, 25).view(5, 5),
+    "full": lambda: torch.full((5, 5), 2.0),
+    "ones": lambda: torch.ones(5, 5),
+    "hann": lambda: torch.hann_window(25).view(5, 5),
+    "kaiser": lambda: torch.kaiser_window(25).view(5, 5),
+    "arange": lambda: torch.arange(0.0, 25.0).view(5, 5),
+    "rand": lambda: torch.rand(5, 5),
+}
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_a_tensor_of_torchs_default_dtype_is_widened(made: str) -> None:
+    """Of numbers alone, its dtype named nowhere: a product takes operands of one dtype."""
+    captured = capture(Function(lambda x: (x @ MADE[made]() + torch.arange(5)).sum()), (torch.randn(3, 5),), {})
+    graph = in_float64(prepare(captured), captured.loss)
+    given = {"input.0": randn(3, 5), "seed": torch.tensor(3), **{k: double(v) for k, v in captured.constants.items()}}
+    (loss,) = fx.Interpreter(graph).run(*(given[n.meta["key"]] for n in graph.graph.nodes if n.op == "placeholder"))
+    assert loss.dtype is torch.float64
+
+
 # --- the contract
 
 
@@ -613,6 +638,27 @@ def test_a_composite_of_values_alike_keeps_them_apart() -> None:
 def test_composites_that_write_are_taken_apart_into_ops_that_do_not(body: Callable[..., Tensor]) -> None:
     graph = normal(body, randn(5), randn(5))
     assert not any(getattr(n.target, "_schema", None) and n.target._schema.is_mutable for n in graph.graph.nodes)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        nn.Dropout1d(),
+        nn.Dropout2d(),
+        nn.Dropout3d(),
+        nn.AlphaDropout(),
+        nn.FeatureAlphaDropout(),
+        lambda x: F.dropout3d(x),
+        lambda x: F.feature_alpha_dropout(x, training=True),
+        lambda x: torch.empty_like(x).bernoulli_() * x,
+        lambda x: torch.empty_like(x).normal_() * x,
+    ],
+    ids=["1d", "2d", "3d", "alpha", "feature alpha", "functional 3d", "functional alpha", "bernoulli", "normal"],
+)
+def test_random_ops_with_their_default_probability(body: Callable[..., Tensor]) -> None:
+    """Those that write have a default of their own, which the op that stands for them need not have."""
+    graph = normalize(capture(Function(lambda x: body(x).sum()), (randn(2, 3, 4),), {}).graph)
+    assert ops(graph)["shardwright.uniform"] and not ops(graph)["bernoulli"]
 
 
 def test_complex_parts_have_one_spelling() -> None:

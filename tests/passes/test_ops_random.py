@@ -14,8 +14,11 @@ from programs import plan, shares
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import shardwright
+from shardwright import Strategy, Topology
 from shardwright.compiler.capture import capture
 from shardwright.compiler.capture_error import CaptureError
+from shardwright.compiler.memory import program_memory
 from shardwright.compiler.prepare import prepare as prepare_graph
 from shardwright.passes.normalize import normalize
 from shardwright.passes.ops import StaticCommunicator, ops, use_communicator
@@ -224,12 +227,45 @@ class Noisy(nn.Module):
         return self.second(h + torch.randn(h.shape, dtype=h.dtype)).square().mean()
 
 
-@pytest.mark.parametrize("axes", [{"dp_shard": 4}, {"tp": 2, "dp_shard": 2}, {"pp": 2, "microbatches": 2}], ids=str)
-def test_models_draw_the_same_numbers_on_every_mesh(axes: dict[str, int]) -> None:
-    found = prepare(Noisy(), {"x": torch.randn(4, 6)})
+MESHES = [{"dp_shard": 4}, {"tp": 2}, {"tp": 2, "dp_shard": 2}, {"pp": 2, "microbatches": 2}, {"dp_shard": 2, "microbatches": 2}]
+
+
+@pytest.mark.parametrize("batch", [4, 7])
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+def test_models_draw_the_same_numbers_on_every_mesh(axes: dict[str, int], batch: int) -> None:
+    found = prepare(Noisy(), {"x": torch.randn(batch, 6)})
     wanted = plan(**axes)
     programs = emit_all(found, wanted, shares(found, wanted))
     compare(found, programs, run(found, programs))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_rank_draws_its_own_samples_alone(ranks: int) -> None:
+    found = prepare(Noisy(), {"x": torch.randn(8, 6)})
+    wanted = plan(dp_shard=ranks)
+    for program in emit_all(found, wanted, shares(found, wanted)):
+        drawn = [n for n in program.graphs["forward"].graph.graph.nodes if "uniform" in str(n.target)]
+        assert {n.target for n in drawn} == {ops.uniform_shard.default}
+        assert [n.meta["val"].numel() * ranks for n in drawn] == [math.prod(n.args[2]) for n in drawn]
+
+
+def test_memory_of_what_is_drawn_does_not_grow_with_the_mesh() -> None:
+    class Big(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x + torch.randn_like(x)).square().mean()
+
+    def counted(devices: int) -> tuple[float, float]:
+        topology, x = Topology.preset("h100", devices=devices), torch.randn(4, 4, 64, 64, device="meta")
+        found = shardwright.plan(Big(), topology, example_inputs=(x,), strategy=Strategy(dp=devices))
+        return found.plan.predicted.peak_bytes, program_memory(shardwright.emit(found, 0)).peak
+
+    (_, few), (predicted, many) = counted(2), counted(64)
+    assert many <= few * 1.01
+    assert predicted == pytest.approx(many, rel=0.5)
 
 
 @pytest.mark.parametrize(

@@ -138,3 +138,48 @@ def test_a_rule_that_does_not_fit_the_call_is_named() -> None:
 def test_an_op_has_one_rule() -> None:
     with pytest.raises(ValueError, match="has a sharding rule already"):
         shardwright.register_rule(torch.ops.aten.mm, "m k, k n -> m n")
+
+
+@torch.library.custom_op("shardwright_tests::halves", mutates_args=())
+def halves(x: Tensor) -> Tensor:
+    """Half of x, without a derivative."""
+    return x / 2
+
+
+@halves.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def test_an_op_without_a_derivative_is_checked_forward() -> None:
+    op = torch.ops.shardwright_tests.halves
+    try:
+        shardwright.register_rule(op, "r c -> r c")
+        assert shardwright.check_rule(op, example()[0]) > 4
+    finally:
+        RULES.pop(op.default, None)
+
+
+@torch.library.custom_op("shardwright_tests::ramp", mutates_args=())
+def ramp(size: int) -> Tensor:
+    """0, 1, ... size - 1 over size."""
+    return torch.arange(size) / size
+
+
+@ramp.register_fake
+def _(size: int) -> Tensor:
+    return torch.empty(size)
+
+
+def test_an_op_without_operands_is_warned_of_too() -> None:
+    class Ramped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.linear(x) * torch.ops.shardwright_tests.ramp(8)).square().mean()
+
+    topology = shardwright.Topology.preset("cpu", devices=2)
+    with pytest.warns(UserWarning, match=r"without a sharding rule.*ramp"):
+        shardwright.plan(Ramped(), topology, example_inputs=(torch.randn(4, 6),), strategy=Strategy(dp=2))

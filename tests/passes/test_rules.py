@@ -13,12 +13,16 @@ from samples import aten, generic_sample, ours, samples, tagged_pointwise_ops
 
 from shardwright.compiler.check_rule import Choice, Run, Sample, check_lowered, check_strategy, run_whole, splits_of
 from shardwright.passes.convert import convert
-from shardwright.passes.rules.base import RULES, Axis, strategies
-from shardwright.passes.types import Varying
+from shardwright.passes.rules.base import RULES, Axis, OpCall, Strategy, strategies
+from shardwright.passes.types import Sections, Varying, even_sections
 
 SAMPLES = samples()
 AXES = [Axis("x", 2), Axis("x", 3)]
-ELSEWHERE = {convert: "test_convert.py", ours.dropout_shard.default: "test_dropout_lowered_twice"}
+ELSEWHERE = {
+    convert: "test_convert.py",
+    ours.dropout_shard.default: "test_dropout_lowered_twice",
+    ours.uniform_shard.default: "test_uniform_lowered_twice",
+}
 """Ops that only a first lowering makes, and where they are tested."""
 
 
@@ -73,6 +77,7 @@ MUST_OFFER = {
     aten.group_norm.default: "n g",
     aten.split.Tensor: "d0 piece",
     aten.sum.dim_IntList: "d0 d1 d2 P",
+    ours.dropout.default: "d0 d1 d2 P",
 }
 """Factors without which a transformer would not be sharded as it should, for the first sample of each op."""
 
@@ -90,6 +95,11 @@ def test_grouped_convolution_offers_groups_and_channels(transposed: bool) -> Non
     sample = Sample(aten.convolution.default, (torch.zeros(2, 4, 7), weight, None, [1], [0], [1], transposed, [0], 2))
     offered = {s.label for s in strategies(run_whole(sample, grad=True).call, AXES[0])}
     assert offered >= {"n", "g", "o", "c"}
+
+
+def test_uniform_offers_every_dim() -> None:
+    sample = next(s for s in SAMPLES if s.target is ours.uniform.default)
+    assert {s.label for s in strategies(run_whole(sample, grad=False).call, AXES[0])} == {"I", "d0", "d1", "d2"}
 
 
 def test_every_rule_has_a_sample() -> None:
@@ -115,6 +125,30 @@ def test_dropout_lowered_twice(labels: tuple[str, str]) -> None:
     x = torch.randn(7, 8, 9, dtype=torch.float64)
     sample = Sample(ours.dropout.default, (x, torch.tensor(11), 0.4, 6))
     check_lowered(sample, run_whole(sample, grad=True), by_label(labels))
+
+
+@pytest.mark.parametrize("labels", list(itertools.product(("d0", "d1", "d2"), repeat=2)), ids="-".join)
+def test_uniform_lowered_twice(labels: tuple[str, str]) -> None:
+    sample = Sample(ours.uniform.default, (torch.tensor(11), 6, [7, 8, 9], torch.float64))
+    check_lowered(sample, run_whole(sample, grad=False), by_label(labels))
+
+
+@pytest.mark.parametrize("first, second", [(((2, 5),), ((1, 0, 4), (0, 1, 1))), (((1, 2), (3, 1)), ((2, 1, 1),))], ids=str)
+def test_uniform_lowered_twice_unevenly(first: Sections, second: Sections) -> None:
+    """Sections that differ between ranks, of which some get nothing."""
+    sample = Sample(ours.uniform.default, (torch.tensor(11), 6, [7, 300], torch.float64))
+
+    def cut(axis: Axis, sections: Sections) -> Choice:
+        def choose(call: OpCall) -> Strategy:
+            size = call.results[0].shape[0]
+            own = sections if sum(map(sum, sections)) == size else even_sections(size, axis.size)
+            offered = strategies(call, axis, {("out", 0, 0): [own]})
+            return next(s for s in offered if s.outs == (Varying(0, own),))
+
+        return choose
+
+    path = [(Axis("x", 2), cut(Axis("x", 2), first)), (Axis("y", 3), cut(Axis("y", 3), second))]
+    check_lowered(sample, run_whole(sample, grad=False), path)
 
 
 def by_label(labels: Sequence[str]) -> list[tuple[Axis, Choice]]:
