@@ -99,7 +99,7 @@ def higher_order(name: str, source: str | None) -> CaptureError:
     return CaptureError(
         f"the forward uses the higher-order op {name}, whose body is a graph of its own, which is not sharded",
         source,
-        "write it out: torch.where for a branch, a Python loop of a fixed count for a loop, a batched operation for a map",
+        "write it out: torch.where for a branch, a Python loop of fixed length for a loop, a batched op for a map",
     )
 
 
