@@ -26,9 +26,9 @@ def lazy_graph_modules() -> AbstractContextManager[None]:
 
 
 class _WithoutMkldnn:
-    """Within, torch does not call oneDNN, whose layer of an LSTM runs on CPUs alone and has no derivative that can be traced: an
-    LSTM is traced as its cells. Threads may be within at once: the setting is the process's, and the last to leave puts it back. Waits
-    for: `torch.backends.mkldnn.flags` not to warn of settings that it leaves alone."""
+    """Within, torch does not call oneDNN, whose layer of an LSTM runs on CPUs alone and has no derivative that can be traced:
+    an LSTM is traced as its cells. Threads may be within at once: the setting is the process's, and the last to leave puts
+    it back. Waits for: `torch.backends.mkldnn.flags` not to warn of settings that it leaves alone."""
 
     def __init__(self) -> None:
         self.lock, self.within, self.before = threading.Lock(), 0, True

@@ -6,7 +6,8 @@ import itertools
 
 import torch
 
-from .base import Axis, Factor, OpCall, Rule, Slot, localizer, rule_for
+from .base import Axis, Factor, OpCall, Rule, Slot, everywhere, localizer, rule_for
+from .notation import factors
 
 aten = torch.ops.aten
 
@@ -47,7 +48,6 @@ CORE_DIMS = {
     aten.pixel_unshuffle.default: (3,),
     aten.channel_shuffle.default: (3,),
     aten.diag_embed.default: (1,),
-    aten._cdist_forward.default: (2, 2),
     aten.affine_grid_generator.default: (2,),
 }
 if hasattr(aten, "cholesky"):  # torch 2.14 has linalg_cholesky_ex alone
@@ -123,3 +123,10 @@ def margin_loss(call: OpCall, axis: Axis) -> Rule:
         return Rule()
     common = (None,) * (len(call.operands) - 2)
     return Rule((Factor("n", x[0], (Slot(0), Slot(0), *common), (Slot(0),) * len(call.results)),))
+
+
+@rule_for(aten._cdist_forward.default, aten._euclidean_dist.default)
+def distances(call: OpCall, axis: Axis) -> Rule:
+    """x[..., n, k], y[..., m, k] -> [..., n, m]: all but the width map."""
+    found = factors("... n k, ... m k -> ... n m; block: k", call)
+    return Rule(found, swap={f.name: everywhere for f in found})

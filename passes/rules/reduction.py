@@ -141,3 +141,10 @@ def _pick_shard(call: OpCall, axis: Axis, strategy: Strategy, cut: Sections) -> 
     assert isinstance(x, Varying)
     args = (*call.args, axis.name, flatten_sections(x.sections))
     return Strategy("v", (x, R), (P,), ours.pick_shard.default, args, {})
+
+
+@rule_for(aten.vdot.default)
+def vdot(call: OpCall, axis: Axis) -> Rule:
+    size = call.operands[0].shape[0]
+    factor = Factor("k", size, (Slot(0), Slot(0)), (None,), "sum")
+    return Rule((factor,) if size > 1 else (), linear=(frozenset({0}), frozenset({1})))
