@@ -264,8 +264,9 @@ def _put_back(module: nn.Module, attributes: dict[str, Any]) -> list[str]:
 
 def _export(traced: _Traced, fakes: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
     try:
-        with warnings.catch_warnings(), torch_compat.lazy_graph_modules():
+        with warnings.catch_warnings(), torch_compat.lazy_graph_modules(), torch_compat.WITHOUT_MKLDNN:
             warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
+            warnings.filterwarnings("ignore", message="The tensor attributes? ")  # `_prepared` names them, where they matter
             program = torch.export.export(traced, fakes, strict=False)
             fidelity.drop_checks(program.graph_module)
             fidelity.check_static(program.graph_module)
@@ -277,6 +278,10 @@ def _export(traced: _Traced, fakes: tuple[Tensor, ...]) -> torch.export.Exported
         raise
     except Exception as error:
         source = fidelity.line_of_traceback(error.__traceback__)
+        if (name := fidelity.control_flow(error.__traceback__)) is not None:
+            raise fidelity.higher_order(name, source) from error
+        if fidelity.draws_truncated(error.__traceback__):
+            raise fidelity.truncated(source) from error
         if type(error).__name__ in ("GuardOnDataDependentSymNode", "DataDependentOutputException", "UserError"):
             raise fidelity.data_dependent(source) from error
         raise CaptureError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import linecache
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -70,6 +71,53 @@ def line_of_traceback(traceback: TracebackType | None) -> str | None:
             found = line_of(filename, traceback.tb_lineno)
         traceback = traceback.tb_next
     return found
+
+
+CONTROL_FLOW = {"cond": "torch.cond", "while_loop": "torch.while_loop", "map": "map", "scan": "scan"}
+"""Higher-order ops that are refused, by the file of torch._higher_order_ops that they stand in."""
+
+
+def files_of_traceback(traceback: TracebackType | None) -> Iterator[str]:
+    """The files of torch's frames of a traceback, outermost first, relative to torch."""
+    while traceback is not None:
+        filename = traceback.tb_frame.f_code.co_filename
+        if filename.startswith(TORCH_ROOT):
+            yield filename.removeprefix(TORCH_ROOT).replace(os.sep, "/")
+        traceback = traceback.tb_next
+
+
+def control_flow(traceback: TracebackType | None) -> str | None:
+    """The higher-order op of `CONTROL_FLOW` within which an error was raised."""
+    for name in files_of_traceback(traceback):
+        folder, _, file = name.rpartition("/")
+        if folder == "_higher_order_ops" and file.removesuffix(".py") in CONTROL_FLOW:
+            return CONTROL_FLOW[file.removesuffix(".py")]
+    return None
+
+
+def higher_order(name: str, source: str | None) -> CaptureError:
+    return CaptureError(
+        f"the forward uses the higher-order op {name}, whose body is a graph of its own, which is not sharded",
+        source,
+        "write it out: torch.where for a branch, a Python loop of fixed length for a loop, a batched op for a map",
+    )
+
+
+def draws_truncated(traceback: TracebackType | None) -> bool:
+    """Whether an error was raised within `nn.init.trunc_normal_`."""
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_name == "_no_grad_trunc_normal_":
+            return True
+        traceback = traceback.tb_next
+    return False
+
+
+def truncated(source: str | None) -> CaptureError:
+    return CaptureError(
+        "the forward draws from a truncated normal distribution, which torch does by trying again until the numbers fit",
+        source,
+        "draw through the inverse: torch.erfinv of torch.rand, scaled to the interval; initialize parameters outside the forward",
+    )
 
 
 def line_of_stack_trace(stack_trace: str | None) -> str | None:
@@ -149,6 +197,12 @@ class Watch(TorchFunctionMode):
                 f"{func.__name__} in the forward would be lost: hooks on activations are not captured",
                 calling_line(),
                 "write the change of the gradient into the forward (for a factor s: `x * s + (x * (1 - s)).detach()`)",
+            )
+        if func is Tensor.random_:  # torch writes one overload of it, `from`, as Python that cannot be read
+            raise CaptureError(
+                "random_ in the forward draws from torch's generator, whose numbers would differ between ranks",
+                calling_line(),
+                "draw with torch.randint or torch.randint_like",
             )
         if func in GRADIENT_CALLS:
             raise CaptureError(
@@ -276,6 +330,8 @@ def check_autograd_graph(outputs: Sequence[Tensor]) -> None:
             continue
         seen.add(node)
         if isinstance(node, torch.autograd.function.BackwardCFunction) and not torch_compat.is_registered_autograd(type(node)):
+            if (match := re.match("(Cond|WhileLoop|Map|Scan)AutogradOp", node.name())) is not None:
+                raise higher_order({"WhileLoop": "torch.while_loop", "Cond": "torch.cond"}.get(match[1], match[1].lower()), None)
             raise custom_function(node.name(), None)
         stack.extend(parent for parent, _ in node.next_functions if parent is not None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -22,6 +23,31 @@ def lazy_graph_modules() -> AbstractContextManager[None]:
     """Within, torch writes and compiles the code of a graph when it is called, not whenever it has changed: of an export that was a
     fifth of the time. Waits for: `torch.export` to do so itself."""
     return _use_lazy_graph_module(True)
+
+
+class _WithoutMkldnn:
+    """Within, torch does not call oneDNN, whose layer of an LSTM runs on CPUs alone and has no derivative that can be traced:
+    an LSTM is traced as its cells. Threads may be within at once: the setting is the process's, and the last to leave puts
+    it back. Waits for: `torch.backends.mkldnn.flags` not to warn of settings that it leaves alone."""
+
+    def __init__(self) -> None:
+        self.lock, self.within, self.before = threading.Lock(), 0, True
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.within == 0:
+                self.before = torch._C._get_mkldnn_enabled()
+                torch._C._set_mkldnn_enabled(False)
+            self.within += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.within -= 1
+            if self.within == 0:
+                torch._C._set_mkldnn_enabled(self.before)
+
+
+WITHOUT_MKLDNN = _WithoutMkldnn()
 
 
 def swap_state(module: torch.nn.Module, replace: Callable[[str, torch.Tensor], torch.Tensor]) -> Callable[[], None]:

@@ -79,6 +79,18 @@ def test_equals_one_device(model: str, strategy: str) -> None:
     check(case_of(model), Plan(mesh(**axes), **options))
 
 
+@pytest.mark.parametrize("axes", [{"dp_shard": 2}, {"tp": 2}, {"dp_shard": 2, "tp": 2}], ids=["dp2", "tp2", "dp2tp2"])
+def test_an_lstm_equals_one_device(axes: dict[str, int]) -> None:
+    """Captured as its cells, whose batch stays cut over the data axis: no activation is gathered."""
+    case, plan = case_of("lstm"), Plan(mesh(**axes))
+    assert "mkldnn_rnn_layer" not in str(case.graph.graph)
+    programs = emit_all(case, plan, balanced_sizes(case.batch, plan.data_size), TEMPLATES)
+    if "tp" not in axes:
+        calls = [n for g in programs[0].graphs.values() for n in g.graph.graph.nodes if n.op == "call_function"]
+        assert not [n for n in calls if "all_gather" in str(n.target)]
+    compare(case, programs, run(case, programs))
+
+
 @pytest.mark.parametrize("strategy", ["hsdp", "zero3tp2", "zero3pp2"])
 @pytest.mark.parametrize("model", MODELS)
 def test_equals_one_device_with_parameters_kept_whole(model: str, strategy: str) -> None:

@@ -218,6 +218,22 @@ def mlp(dropout: float = 0.0, batch: int = BATCH, layers: int = 3) -> tuple[nn.M
     return HandMLP(sizes, dropout).train(), {"x": torch.randn(batch, 13), "y": torch.randn(batch, 5)}
 
 
+class HandLSTM(nn.Module):
+    """Two layers of an LSTM over a short sequence."""
+
+    def __init__(self, inner: int) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(5, inner, num_layers=2, batch_first=True), nn.Linear(inner, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(self.head(self.lstm(x)[0]), y)
+
+
+def lstm(batch: int = BATCH, inner: int = 6) -> tuple[nn.Module, Batch]:
+    torch.manual_seed(0)
+    return HandLSTM(inner).train(), {"x": torch.randn(batch, 4, 5), "y": torch.randn(batch, 4, 3)}
+
+
 MODELS: dict[str, Callable[..., tuple[nn.Module, Batch]]] = {
     "llama": llama,
     "llama4": lambda **options: llama(layers=4, **options),
@@ -229,4 +245,5 @@ MODELS: dict[str, Callable[..., tuple[nn.Module, Batch]]] = {
     "resnet": resnet,
     "gpt": gpt,
     "mlp": mlp,
+    "lstm": lstm,
 }

@@ -6,7 +6,8 @@ import itertools
 
 import torch
 
-from .base import Axis, Factor, OpCall, Rule, Slot, rule_for
+from .base import Axis, Factor, OpCall, Rule, Slot, everywhere, localizer, rule_for
+from .notation import factors
 
 aten = torch.ops.aten
 
@@ -47,6 +48,7 @@ CORE_DIMS = {
     aten.pixel_unshuffle.default: (3,),
     aten.channel_shuffle.default: (3,),
     aten.diag_embed.default: (1,),
+    aten.affine_grid_generator.default: (2,),
 }
 if hasattr(aten, "cholesky"):  # torch 2.14 has linalg_cholesky_ex alone
     CORE_DIMS[aten.cholesky.default] = (2,)
@@ -73,3 +75,58 @@ def batched(call: OpCall, axis: Axis) -> Rule | None:
             if size > 1
         )
     )
+
+
+localizer(aten.affine_grid_generator.default)(
+    lambda call, strategy, index: (
+        call.target,
+        (call.args[0], [strategy.outs[0].local_size(index), *call.args[1][1:]], *call.args[2:]),
+        dict(call.kwargs),
+    )
+)
+
+
+@rule_for(aten.linalg_cross.default)
+def cross(call: OpCall, axis: Axis) -> Rule:
+    """Dims other than the vectors' own map, broadcast ones included."""
+    shape = call.results[0].shape
+    dim = call.arg(2, "dim", -1) % len(shape)
+
+    def slot(own: tuple[int, ...], d: int) -> Slot | None:
+        return Slot(d) if own[d] == shape[d] else None
+
+    if any(len(o.shape) != len(shape) for o in call.operands):
+        return Rule()
+    return Rule(
+        tuple(
+            Factor(f"d{d}", size, tuple(slot(o.shape, d) for o in call.operands), (Slot(d),))
+            for d, size in enumerate(shape)
+            if d != dim and size > 1
+        )
+    )
+
+
+@rule_for(aten.renorm.default)
+def renorm(call: OpCall, axis: Axis) -> Rule:
+    """Each slice along `dim` is scaled alone: that dim maps."""
+    shape = call.operands[0].shape
+    dim = call.arg(2, "dim") % len(shape)
+    return Rule((Factor("d", shape[dim], (Slot(dim),), (Slot(dim),)),) if shape[dim] > 1 else ())
+
+
+@rule_for(aten.multi_margin_loss.default, aten.multilabel_margin_loss_forward.default)
+def margin_loss(call: OpCall, axis: Axis) -> Rule:
+    """Samples map, where each keeps its own loss."""
+    position = 5 if call.target is aten.multi_margin_loss.default else 2
+    x = call.operands[0].shape
+    if call.arg(position, "reduction", 1) != 0 or len(x) != 2 or x[0] < 2:
+        return Rule()
+    common = (None,) * (len(call.operands) - 2)
+    return Rule((Factor("n", x[0], (Slot(0), Slot(0), *common), (Slot(0),) * len(call.results)),))
+
+
+@rule_for(aten._cdist_forward.default, aten._euclidean_dist.default)
+def distances(call: OpCall, axis: Axis) -> Rule:
+    """x[..., n, k], y[..., m, k] -> [..., n, m]: all but the width map."""
+    found = factors("... n k, ... m k -> ... n m; block: k", call)
+    return Rule(found, swap={f.name: everywhere for f in found})

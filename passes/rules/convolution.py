@@ -67,13 +67,18 @@ def windows(call: OpCall, axis: Axis) -> Rule:
     aten.adaptive_avg_pool2d.default,
     aten._adaptive_avg_pool2d.default,
     aten.adaptive_avg_pool1d.default,
+    aten.adaptive_avg_pool3d.default,
     aten.max_pool1d.default,
     aten.upsample_nearest2d.vec,
     aten.upsample_bilinear2d.vec,
+    aten._upsample_bilinear2d_aa.default,
+    aten._upsample_bilinear2d_aa.vec,
+    aten._upsample_bicubic2d_aa.default,
+    aten._upsample_bicubic2d_aa.vec,
 )
 def pool(call: OpCall, axis: Axis) -> Rule:
     """Every dim but the pooled positions maps."""
-    positions = 1 if "1d" in str(call.target) else 2
+    positions = next(n for n in (1, 2, 3) if f"{n}d" in str(call.target))
     rank = len(call.operands[0].shape)
     rule = dims_map(call, [(d, d) for d in range(rank - positions)])
     n = len(call.results)

@@ -45,7 +45,7 @@ def gather(call: OpCall, axis: Axis) -> Rule:
     return Rule(tuple(factors), linear=(frozenset({0}),))
 
 
-@rule_for(aten.scatter.src, aten.scatter.value, aten.scatter_add.default)
+@rule_for(aten.scatter.src, aten.scatter.value, aten.scatter_add.default, aten.scatter_reduce.two)
 def scatter(call: OpCall, axis: Axis) -> Rule:
     """x with src (or a value) at [i, index[i, j]] for dim 1: dims other than `dim` map where all are equally long."""
     shapes = [m.shape for m in call.operands]
@@ -100,3 +100,61 @@ def index(call: OpCall, axis: Axis) -> Rule | None:
         if shape[d] > 1:
             factors.append(Factor(f"d{d}", shape[d], (Slot(d), *([None] * (n - 1))), (Slot(after),)))
     return Rule(tuple(factors), linear=(frozenset({0}),))
+
+
+@rule_for(
+    aten.index_add.default,
+    aten.index_copy.default,
+    aten.index_reduce.default,
+    aten.index_fill.int_Scalar,
+    aten.index_fill.int_Tensor,
+)
+def index_into(call: OpCall, axis: Axis) -> Rule:
+    """x with a source (or one value) at the rows index[i] of `dim`: dims other than `dim` map."""
+    shape = call.operands[0].shape
+    dim = call.arg(1, "dim") % len(shape) if shape else 0
+
+    def slots(d: int) -> tuple[Slot | None, ...]:
+        return tuple(Slot(d) if len(m.shape) == len(shape) and i != 1 else None for i, m in enumerate(call.operands))
+
+    return Rule(tuple(Factor(f"d{d}", s, slots(d), (Slot(d),)) for d, s in enumerate(shape) if d != dim and s > 1))
+
+
+@rule_for(aten.index_put.default)
+def index_put(call: OpCall, axis: Axis) -> Rule:
+    """x[i0, :, i1] = value: dims of x that are not indexed map, and with them those of the value, which may broadcast."""
+    shape, indices = call.operands[0].shape, list(call.arg(1, "indices"))
+    where = [d for d, i in enumerate(indices) if i is not None]
+    n, value = len(call.operands), call.operands[-1].shape
+    if not where or any(m.dtype == torch.bool for m in call.operands[1:-1]):
+        return Rule()
+    spread = len(torch.broadcast_shapes(*(call.operands[indices[d].index].shape for d in where)))
+    adjacent = where == list(range(where[0], where[0] + len(where)))
+    free = [d for d in range(len(shape)) if d not in where]
+    factors = []
+    for k, d in enumerate(free):
+        after = k if adjacent and d < where[0] else k + spread
+        own = after - (len(free) + spread - len(value))
+        written = Slot(own) if own >= 0 and value[own] == shape[d] else None
+        if shape[d] > 1:
+            factors.append(Factor(f"d{d}", shape[d], (Slot(d), *(None,) * (n - 2), written), (Slot(d),)))
+    return Rule(tuple(factors))
+
+
+@rule_for(aten.bucketize.Tensor, aten.searchsorted.Tensor)
+def bucketize(call: OpCall, axis: Axis) -> Rule:
+    """Values map where the boundaries are one row for all; where each row of values has its own, the leading dims map."""
+    place = 0 if call.target is aten.bucketize.Tensor else 1
+    values, bounds = call.operands[place].shape, call.operands[1 - place].shape
+    n = len(call.operands)
+    shared = len(bounds) == 1
+    factors = []
+    for d, size in enumerate(values):
+        if size > 1 and (shared or d < len(values) - 1):
+            slots = tuple(Slot(d) if i == place or not shared else None for i in range(n))
+            factors.append(Factor(f"d{d}", size, slots, (Slot(d),)))
+    if not shared and values:
+        last = len(values) - 1
+        slots = tuple(Slot(last) if i == place else None for i in range(n))
+        factors += [Factor("v", values[last], slots, (Slot(last),))] if values[last] > 1 else []
+    return Rule(tuple(factors))

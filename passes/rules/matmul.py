@@ -6,7 +6,7 @@ import torch
 
 from ..ops import experts  # noqa: F401  (defines the op)
 from ..types import P, R, Sections, Varying, flatten_sections
-from .base import Axis, OpCall, Rule, Strategy, rule_for
+from .base import Axis, Factor, OpCall, Rule, Slot, Strategy, everywhere, rule_for
 from .notation import factors
 
 aten = torch.ops.aten
@@ -45,3 +45,20 @@ def matmul(call: OpCall, axis: Axis) -> Rule | None:
     if a < 2 or b < 2:
         return None
     return Rule(factors("... m k, ... k n -> ... m n", call), linear=(frozenset({0}), frozenset({1})))
+
+
+@rule_for(aten._trilinear.default)
+def trilinear(call: OpCall, axis: Axis) -> Rule:
+    """The product of three tensors, each with dims of length 1 put in at `expand`, summed over `sumdim`: as a product of two."""
+    summed = set(call.args[6])
+    rank = len(call.operands[0].shape) + len(call.args[3])
+    places = [[d for d in range(rank) if d not in call.args[3 + i]] for i in range(3)]
+    kept = [d for d in range(rank) if d not in summed]
+    found = []
+    for d in range(rank):
+        held = [o.shape[p.index(d)] if d in p else 1 for o, p in zip(call.operands, places, strict=True)]
+        size = max(held)
+        slots = tuple(Slot(p.index(d)) if d in p and n == size else None for p, n in zip(places, held, strict=True))
+        if size > 1:
+            found.append(Factor(f"d{d}", size, slots, (Slot(kept.index(d)) if d in kept else None,), "sum"))
+    return Rule(tuple(found), linear=tuple(frozenset({i}) for i in range(3)), swap={f.name: everywhere for f in found})

@@ -65,6 +65,9 @@ KEPT_DIMS = {
     aten.std_mean.correction: (1, 3),
     aten.var_mean.correction: (1, 3),
     aten.aminmax.default: (1, 2),
+    aten.norm.ScalarOpt_dim: (2, 3),
+    aten.count_nonzero.default: (1, 9),  # has no keepdim
+    aten.count_nonzero.dim_IntList: (1, 9),
 }
 
 
@@ -86,6 +89,7 @@ WHOLE_DIM = {
     aten.cumsum.default: (1, "dim"),
     aten.cumprod.default: (1, "dim"),
     aten.sort.default: (1, "dim"),
+    aten.sort.stable: (9, "dim"),  # by name alone
     aten.topk.default: (2, "dim"),
     aten.argsort.default: (1, "dim"),
     aten.cummax.default: (1, "dim"),
@@ -137,3 +141,10 @@ def _pick_shard(call: OpCall, axis: Axis, strategy: Strategy, cut: Sections) -> 
     assert isinstance(x, Varying)
     args = (*call.args, axis.name, flatten_sections(x.sections))
     return Strategy("v", (x, R), (P,), ours.pick_shard.default, args, {})
+
+
+@rule_for(aten.vdot.default)
+def vdot(call: OpCall, axis: Axis) -> Rule:
+    size = call.operands[0].shape[0]
+    factor = Factor("k", size, (Slot(0), Slot(0)), (None,), "sum")
+    return Rule((factor,) if size > 1 else (), linear=(frozenset({0}), frozenset({1})))

@@ -304,3 +304,11 @@ def unfold(call: OpCall, axis: Axis) -> Rule:
 @rule_for(aten.tril.default, aten.triu.default)
 def triangle(call: OpCall, axis: Axis) -> Rule:
     return dims_map(call, [(d, d) for d in range(len(call.operands[0].shape) - 2)])
+
+
+@rule_for(aten.diagonal.default)
+def diagonal(call: OpCall, axis: Axis) -> Rule:
+    """Dims other than the two of the matrix stay, in their order; the diagonal comes last."""
+    rank = len(call.operands[0].shape)
+    gone = {_dim(call.arg(2, "dim1", 0), rank), _dim(call.arg(3, "dim2", 1), rank)}
+    return dims_map(call, [(d, k) for k, d in enumerate(d for d in range(rank) if d not in gone)])
