@@ -23,7 +23,7 @@ from .candidates import Candidate, Search
 from .collector import without_collection
 from .cost import Seconds
 from .emit import Problem
-from .fit import why_nothing_fits
+from .fit import Misfit, why_nothing_fits
 from .plan import Alternative, Plan, data_size
 from .strategy import Limits, Request
 from .topology import Topology
@@ -35,7 +35,12 @@ allocator's holes, an error of some percent."""
 
 
 class DoesNotFit(ValueError):
-    """No plan fits the memory limit: says by how much the smallest misses, and what would fit."""
+    """No plan fits the memory limit: says by how much the smallest misses, and what would fit, `changes` the same as data."""
+
+    def __init__(self, misfit: Misfit | str) -> None:
+        found = misfit if isinstance(misfit, Misfit) else Misfit(misfit, ())
+        super().__init__(found.text)
+        self.changes = found.changes
 
 
 @dataclass(frozen=True)
