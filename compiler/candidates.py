@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from ..passes.graph_tools import Calls, metas, op_calls
 from ..passes.prologue import TIME
@@ -53,18 +53,21 @@ class Search:
         batch: str,
         microbatches: int | None,
         limit: float,
+        like: Search | None = None,
     ) -> None:
+        """like: of the same graph and captured batch, on a topology with the same innermost level."""
         self.problem, self.request, self.topology, self.limit = problem, request, topology, limit
         self.microbatches = microbatches if microbatches is not None else request.strategy.microbatches
         self.batch = Batch(rows, batch, sum(problem.local_batches))
         placeholders = problem.graph.graph.find_nodes(op="placeholder")
         self.parameters = {n.meta["key"]: metas(n)[0] for n in placeholders if n.meta["key"].startswith("param.")}
-        self.calls = op_calls(problem.graph)
-        self.kept = keeping(self.calls)
+        self.calls = like.calls if like else op_calls(problem.graph)
+        self.kept = like.kept if like else keeping(self.calls)
         cut = partial(samples, problem.graph, self.batch.captured, problem.batch_inputs, problem.loss, self.calls)
-        self.tensor = TensorAxis(problem.graph, problem.loss, topology, self.calls, self.kept, cut)
+        tensor = like.tensor if like else None
+        self.tensor = tensor or TensorAxis(problem.graph, problem.loss, topology, self.calls, self.kept, cut)
         self.steps = StepCost(problem, topology, self.batch, self.calls, self.kept)
-        self.runs = runs(problem.graph)
+        self.runs = like.runs if like else runs(problem.graph)
         self.bound = math.inf  # seconds a sample; see `Refinement.bound`
         self._coupled: ShardingError | Literal[False] | None = None
 
@@ -155,8 +158,23 @@ class Search:
         free = Strategy()
         if self.request.strategy == free:
             return None
-        request = replace(self.request, strategy=free)
-        return Search(self.problem, request, self.topology, self.batch.rows, self.batch.mode, None, self.limit)
+        return self.of(request=replace(self.request, strategy=free), microbatches=None)
+
+    def of(self, **changed: Any) -> Search:
+        """The same search with other arguments; what depends on the graph and the innermost level of the topology is shared."""
+        own = {name: getattr(self, name) for name in ("problem", "request", "topology", "microbatches", "limit")}
+        return Search(**{**own, "rows": self.batch.rows, "batch": self.batch.mode, "like": self, **changed})
+
+    def first(self) -> Candidate | None:
+        """One that fits, the first of Megatron's layouts unless others are pinned: any layouts take long to search for in vain.
+        None where none does, or the request cannot be met."""
+        pins = self.request.strategy
+        plain = pins if pins.layouts or pins.tp == 1 else replace(pins, layouts="megatron")
+        search = self.of(request=replace(self.request, strategy=plain))
+        try:
+            return next(filter(search.fits, search.candidates()), None)
+        except StrategyError:
+            return None
 
     def variants(self, mesh: Mesh, pins: Strategy) -> Iterable[Plan]:
         """Plans over one mesh: ZeRO level, layouts over tp, micro-batches."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isclose
 
@@ -15,15 +15,19 @@ from torch import fx
 
 from ..passes.graph_tools import Calls, metas, where
 from ..passes.rules.base import Axis, find_rule
+from ..passes.rules.base import Strategy as Rule
+from ..passes.types import I
+from ..runtime.program import Mesh
 from .assign import relative_gap
 from .candidates import Candidate, Search
 from .collector import without_collection
+from .cost import Seconds
 from .emit import Problem
-from .fit import why_nothing_fits
+from .fit import Misfit, why_nothing_fits
 from .plan import Alternative, Plan, data_size
 from .strategy import Limits, Request
 from .topology import Topology
-from .units import bytes_text
+from .units import bytes_text, seconds_text
 
 USABLE = 0.92
 """The share of a device's memory that plans are made for. The rest is for what no plan foresees: the libraries' own buffers, an
@@ -31,7 +35,12 @@ allocator's holes, an error of some percent."""
 
 
 class DoesNotFit(ValueError):
-    """No plan fits the memory limit: says by how much the smallest misses, and what would fit."""
+    """No plan fits the memory limit: says by how much the smallest misses, and what would fit, `changes` the same as data."""
+
+    def __init__(self, misfit: Misfit | str) -> None:
+        found = misfit if isinstance(misfit, Misfit) else Misfit(misfit, ())
+        super().__init__(found.text)
+        self.changes = found.changes
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,8 @@ def choose(
     """
     limit = USABLE * topology.device.memory if memory_limit is None else float(memory_limit)
     search = Search(problem, request, topology, rows, batch, microbatches, limit)
-    _warn_of_unruled(search.calls)
+    unruled = _unruled(search.calls)
+    _warn_of_unruled(unruled)
     again = _again(search, known) if known is not None else None
     if again is not None:
         return again
@@ -91,7 +101,7 @@ def choose(
         topology=replace(topology, sources={}),
         predicted=replace(best.predicted, gap=max(best.predicted.gap, relative_gap(best.per_sample, search.bound))),
         alternatives=tuple(_alternative(c, best, limit) for c in others),
-        reasons=_reasons(best, fitting, candidates),
+        reasons=(*_reasons(best, fitting, candidates), *_replicated(search, best.plan, unruled)),
     )
 
 
@@ -112,19 +122,37 @@ def _again(search: Search, known: Known) -> Plan | None:
     return replace(search.with_layout(bare), predicted=replace(found, gap=before.gap), **facts)
 
 
-def _warn_of_unruled(calls: Calls) -> None:
-    """One warning that names the ops without a sharding rule, how often and where first each is called."""
+def _unruled(calls: Calls) -> Mapping[object, list[fx.Node]]:
+    """The calls of ops without a sharding rule, by op."""
     found: dict[object, list[fx.Node]] = {}
     for node, (call, _) in calls.items():
         if any(meta.shape for meta in (*call.operands, *call.results)) and find_rule(call, Axis("", 2)) is None:
             found.setdefault(call.target, []).append(node)
-    if found:
-        ops = "; ".join(f"{len(nodes)} x {where(nodes[0])}" for nodes in found.values())
+    return found
+
+
+def _warn_of_unruled(unruled: Mapping[object, list[fx.Node]]) -> None:
+    """One warning that names the ops without a sharding rule, how often and where first each is called."""
+    if unruled:
+        ops = "; ".join(f"{len(nodes)} x {where(nodes[0])}" for nodes in unruled.values())
         warnings.warn(
             f"ops without a sharding rule run replicated on every rank: {ops}. "
             "shardwright.register_rule(op, text) gives an op of yours a rule",
             stacklevel=3,
         )
+
+
+def _replicated(search: Search, plan: Plan, unruled: Mapping[object, list[fx.Node]]) -> Iterator[str]:
+    """Of each op without a rule, the seconds of a step that it takes on a rank: every rank runs all of a micro-batch of all data
+    ranks, of its stage alone."""
+    share = search.batch.share(plan.mesh) * plan.data_size
+    seconds = Seconds(search.topology, Mesh((), ()), share, plan.microbatches)
+    if plan.mesh.world_size > 1:
+        for op, nodes in unruled.items():
+            calls = [search.calls[node][0] for node in nodes]
+            whole = [Rule("whole", (I,) * len(call.operands), (I,) * len(call.results)) for call in calls]
+            spent = sum(seconds.node(call, rule, Axis("tp", 1), ()) for call, rule in zip(calls, whole, strict=True))
+            yield f"{len(nodes)} x {op} run replicated for want of a rule: {seconds_text(spent / plan.stages)} of the step."
 
 
 def data_ranks(request: Request, rows: int, batch: str) -> tuple[int, int]:

@@ -56,7 +56,7 @@ def explain_node(problem: Problem, plan: Plan, topology: Topology, name: str) ->
     (node,) = nodes
     lines = [f"{_title(node)}", *(f"  {line}" for line in _place_of(node))]
     sizes = {**dict(zip(plan.mesh.axes, plan.mesh.sizes, strict=True)), TIME: plan.microbatches}
-    lines += [f"  over {axis}={sizes[axis]}: {text}" for axis, text in _axes(lowered, node)]
+    lines += [f"  over {axis}={sizes[axis]}: {text}{_sharded(plan, axis, node)}" for axis, text in _axes(lowered, node)]
     if not lowered.placements:
         lines.append("  whole: no axis shards anything")
     if plan.mesh.size("tp") > 1:
@@ -88,6 +88,16 @@ def _title(node: fx.Node) -> str:
 
 def _place_of(node: fx.Node) -> list[str]:
     return [str(node.meta[fact]) for fact in ("module", "source") if node.meta.get(fact)]
+
+
+def _sharded(plan: Plan, axis: str, node: fx.Node) -> str:
+    """What ZeRO shards of a parameter over an axis, besides how the graphs use it."""
+    key = node.meta["key"] if node.op == "placeholder" else ""
+    if axis != "dp_shard" or not plan.zero or not key.startswith("param."):
+        return ""
+    level = plan.zero_of(key.removeprefix("param."))
+    what = {1: "its optimizer state is", 2: "its gradient and optimizer state are", 3: "it, its gradient and optimizer state are"}
+    return f" where ops use it; between these {what[level]} sharded (ZeRO-{level})"
 
 
 def _axes(lowered: Lowered, node: fx.Node) -> list[tuple[str, str]]:

@@ -143,10 +143,10 @@ def test_dims_that_do_not_divide_are_cut_unevenly_or_replicated(strategy: Strate
 
 
 def test_memory_that_does_not_suffice() -> None:
-    """By how much, and what would fit: nothing here but more devices; under pins, what they rule out."""
+    """By how much, and what would fit: here nothing but more memory; under pins, what they rule out."""
     model, batch = mlp()
     text = refused(model, None, batch, memory_limit=1000)
-    assert "no plan fits 1000 B per rank" in text and "too much" in text and "x the devices" in text
+    assert "no plan fits 1000 B per rank" in text and "too much" in text and "memory_limit=" in text
     largest = max(model.named_parameters(), key=lambda item: item[1].numel())[0]
     assert f"  {largest}, its gradient and its optimizer state" in text
     text = refused(model, Strategy(dp=4, zero=0), batch, memory_limit=20_000)

@@ -90,6 +90,8 @@ def test_reduced_where_memory_does_not_allow_more() -> None:
     nothing = verify(made, memory_limit=10)
     assert nothing.numbers.startswith("not compared: about") and nothing.compared == 0
     assert verify(made, numbers=False).numbers.startswith("not compared: no inputs")
+    assert str(found).startswith("Verified: ")
+    assert str(nothing).startswith("Types and schedules checked, numbers not compared: ")
 
 
 def test_buffers_of_blocks_left_out_are_left_out() -> None:

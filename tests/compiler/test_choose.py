@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from torch import Tensor, nn
 
 from shardwright import Strategy, Topology, emit, plan
@@ -360,3 +361,36 @@ def test_a_pinned_zero_3_shards_over_all_data_ranks() -> None:
     """Two replicas of two shards would gather less, and hold twice as much."""
     made = language_model(False, Strategy(dp=4, tp=1, pp=1, zero=3))
     assert made.plan.mesh.size("dp_shard") == 4
+
+
+@pytest.mark.parametrize(
+    ("rows", "limit", "strategy", "kinds"),
+    [
+        (64, 11_000, Strategy(dp=4, zero=0), {"strategy"}),
+        (4096, 60_000, Strategy(dp=4, tp=1, pp=1, microbatches=1), {"rows"}),
+        (4, 4000, None, {"devices"}),
+    ],
+    ids=["pins", "rows", "devices"],
+)
+def test_each_change_that_is_proposed_fits(rows: int, limit: int, strategy: Strategy | None, kinds: set[str]) -> None:
+    model, _ = zoo.MODELS["mlp"]()
+
+    def planned(rows: int = rows, devices: int = 4, memory_limit: float = limit, strategy: Strategy | None = strategy) -> float:
+        example = zoo.MODELS["mlp"](batch=rows)[1]
+        topology = Topology.preset("h100", devices=devices)
+        found = plan(
+            model, topology, example_inputs=example, strategy=strategy or "auto", memory_limit=memory_limit, batch="global"
+        )
+        assert found.plan.predicted is not None
+        return found.plan.predicted.peak_bytes
+
+    with pytest.raises(DoesNotFit) as refused:
+        planned()
+    seen = set()
+    for change in refused.value.changes:
+        changed = {k: getattr(change, k) for k in ("rows", "devices", "memory_limit", "strategy")}
+        changed = {k: v for k, v in changed.items() if v is not None}
+        assert planned(**changed) <= (change.memory_limit or limit)
+        seen |= changed.keys()
+        assert change.text in str(refused.value)
+    assert seen >= {"memory_limit", *kinds}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -105,3 +106,11 @@ def test_one_device_says_so() -> None:
 def test_a_mesh_in_the_topology_s_place_is_refused() -> None:
     with pytest.raises(TypeError, match="Topology.preset"):
         plan(nn.Linear(2, 2), (4,), example_inputs=torch.randn(2, 2))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("zero", "what"), [(2, "its gradient and optimizer state are"), (3, "it, its gradient")])
+def test_what_zero_shards_of_a_parameter(zero: Literal[2, 3], what: str) -> None:
+    model, batch = zoo.MODELS["mlp"]()
+    found = plan(model, CPU, example_inputs=batch, strategy=Strategy(dp=4, zero=zero))
+    text = found.explain("layers.0.weight")
+    assert f"between these {what}" in text and f"sharded (ZeRO-{zero})" in text

@@ -12,7 +12,8 @@ from lockstep_module import assert_same, on_ranks, wholes
 from torch import Tensor, nn
 
 import shardwright
-from shardwright import Strategy
+from shardwright import Strategy, Topology
+from shardwright.compiler.units import seconds_text
 from shardwright.compiler.verify import VerificationError
 from shardwright.passes.rules.base import RULES
 from shardwright.runtime.module import ParallelModule
@@ -98,6 +99,18 @@ def test_without_a_rule_it_is_replicated_with_a_warning(strategy: Strategy) -> N
     assert shardwright.check_rule(OP, *example()) == 0
     with pytest.warns(UserWarning, match=r"without a sharding rule.*scale_rows.*test_register_rule\.py.*register_rule"):
         assert train(strategy) == 0
+
+
+@pytest.mark.filterwarnings("ignore:ops without a sharding rule")
+def test_the_plan_says_what_it_takes() -> None:
+    """Forward and backward of all rows on each rank: both read x and scale, or a gradient as large, and write as much."""
+    topology = Topology.preset("h100", devices=2)
+    model = Model().to("meta")
+    found = shardwright.plan(model, topology, example_inputs=(torch.empty(4096, 6, device="meta"),), strategy=Strategy(dp=2))
+    device, rows, width = topology.device, 2 * 4096, 8
+    once = 4 * rows * (2 * width + 1) / (device.bandwidth * device.memory_efficiency) + device.launch
+    assert f"1 x {OP.default} run replicated for want of a rule: {seconds_text(2 * once)} of the step." in found.plan.reasons
+    assert "run replicated" in found.explain()
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, Strategy(dp=4, zero=3)], ids=str)
