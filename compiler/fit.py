@@ -147,7 +147,7 @@ def _grown(topology: Topology, devices: int) -> Topology:
     """More units of the innermost level, which stays as large: of one unit it is not known how large it could be."""
     if len(topology.levels) > 1:
         return topology.resized(devices=devices)
-    (inner,) = topology.levels
+    inner = min(topology.levels, key=lambda level: level.size)
     return replace(topology, levels=(inner, replace(inner, size=devices)))
 
 

@@ -4,8 +4,8 @@ What is cheapest depends on the machine: a `Ways` asks its prices, as `passes/sh
 
 Graphs are lowered one axis after the other, so a way has one axis, and what the axes before left of the value is its whole. A value
 that changes its types over two axes goes one way after the other; in which order, the search along the later axis finds, which
-prices the conversions of the earlier one at what it leaves of the value (`Seconds` in compiler/cost.py). One collective over both
-axes, as the exchange of their cuts of one dim would be, is not found.
+prices the conversions of the earlier one at what it leaves of the value (`Seconds` in compiler/cost.py). Gradients of parameters,
+the large values that are partial over several axes, are summed over these by a search of its own (compiler/gradient_sums.py).
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ import itertools
 
 import torch
 
-from .base import Axis, Factor, OpCall, Rule, Slot, everywhere, localizer, rule_for
+from ..types import Varying
+from .base import Axis, Factor, LocalCall, OpCall, Rule, Slot, Strategy, everywhere, localizer, rule_for
 from .notation import factors
 
 aten = torch.ops.aten
@@ -77,13 +78,13 @@ def batched(call: OpCall, axis: Axis) -> Rule | None:
     )
 
 
-localizer(aten.affine_grid_generator.default)(
-    lambda call, strategy, index: (
-        call.target,
-        (call.args[0], [strategy.outs[0].local_size(index), *call.args[1][1:]], *call.args[2:]),
-        dict(call.kwargs),
-    )
-)
+@localizer(aten.affine_grid_generator.default)
+def local_grid(call: OpCall, strategy: Strategy, index: int) -> LocalCall:
+    """The size that it is given has the samples of the rank."""
+    rows, *rest = call.args[1]
+    (made,) = strategy.outs
+    size = made.local_size(index) if isinstance(made, Varying) else rows
+    return call.target, (call.args[0], [size, *rest], *call.args[2:]), dict(call.kwargs)
 
 
 @rule_for(aten.linalg_cross.default)
