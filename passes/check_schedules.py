@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from ..runtime.errors import DeadlockError, MismatchError
-from ..runtime.program import GraphSpec, Instruction, Key, Mesh, RankProgram
+from ..runtime.program import Cut, GraphSpec, Instruction, Key, Mesh, RankProgram
 from .graph_tools import map_operands
 from .ops.collectives import COMMUNICATION, ops
 from .types import Type, Varying
@@ -172,6 +172,14 @@ class _Rank:
             raise MismatchError(f"rank {self.rank}: '{receive}' expects {mine}, but rank {receive.peer} sends {payload}")
 
 
+def _cuts_met(cuts: Sequence[Cut], axis: str) -> tuple[Cut, ...]:
+    """Those that all ranks of a collective over `axis` have alike. What a cut over that axis leaves is another part on each rank,
+    and may be cut otherwise."""
+    found = tuple(c for c in cuts if c.axis != "pp")
+    last = next((k for k, c in enumerate(found) if c.axis == axis), len(found))
+    return found[: last + 1]
+
+
 def _check_equal(peers: list[_Rank]) -> None:
     first = peers[0].waiting
     assert isinstance(first, _Collective)
@@ -294,7 +302,7 @@ class _Keys:
         for key in instruction.keys:
             spec = self.specs.get(key.removeprefix("grad.").removeprefix("param.").removeprefix("buffer."))
             if spec is not None and not key.startswith("out."):
-                own = tuple(c for c in spec.cuts if c.axis != "pp")
+                own = _cuts_met(spec.cuts, instruction.axis)
                 parts.append((spec.shape, str(spec.dtype), tuple((c.axis, c.dim, c.sections) for c in own)))
             else:
                 parts.append((key, *self._size(key, instruction.microbatch)))

@@ -261,7 +261,7 @@ def test_ranks_that_all_take_the_first_share_are_refused(monkeypatch: pytest.Mon
 
     made = example_of(Columns(), {"x": torch.tensor([[49, 0], [20, 1], [3, 2], [4, 1]]), "y": torch.randint(3, (4,))})
     honest = numbers.cut
-    monkeypatch.setattr(numbers, "cut", lambda whole, cuts, at: honest(whole, cuts, dict.fromkeys(at, 0)))
+    monkeypatch.setattr(numbers, "cut", lambda whole, cuts, mesh, at: honest(whole, cuts, mesh, dict.fromkeys(at, 0)))
     with pytest.raises(VerificationError):
         verify(made)
 

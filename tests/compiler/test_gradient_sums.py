@@ -14,6 +14,7 @@ from programs import plan as plan_of
 from shardwright.compiler.gradient_sums import GradientSums, Sum, Sums, cheapest, scattered, shares
 from shardwright.compiler.topology import Device, Level, Topology, collective_bytes
 from shardwright.compiler.traffic import traffic
+from shardwright.passes.check_schedules import check_schedules
 from shardwright.passes.types import balanced_sizes
 from shardwright.runtime.program import Mesh
 
@@ -108,6 +109,7 @@ def test_equals_one_device(axes: dict[str, int], zero: int, topology: str) -> No
     programs = emit_all(found, wanted, balanced_sizes(found.batch, wanted.data_size))
     sums = {i.axis for i in programs[0].schedule if i.kind in ("all_reduce", "reduce_scatter") and i.keys[0].startswith("grad.")}
     assert any("tp" in axis.split("+") for axis in sums)
+    check_schedules(programs)
     compare(found, programs, run(found, programs))
 
 
