@@ -105,7 +105,7 @@ class Moved:
                 self.early.append((step.axis, step.kind, size, 1))
 
     def seconds(self, topology: Topology, mesh: Mesh) -> float:
-        return self.copies + sum(times * _seconds(move, topology, mesh) for move in self.moves for times in move[3:])
+        return self.copies + sum(move[3] * _seconds(move, topology, mesh) for move in self.moves)
 
     def hideable(self, topology: Topology, mesh: Mesh) -> float:
         """Seconds of the first sums; of copies that count at least, all."""

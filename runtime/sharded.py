@@ -44,10 +44,7 @@ class Layout:
 
     def index(self, axis: str) -> int:
         """Where the rank stands on `axis`, which may join several with `+`."""
-        here, index = self.mesh.coordinates(self.rank), 0
-        for name in axis.split("+"):
-            index = index * self.mesh.size(name) + here.get(name, 0)
-        return index
+        return self.mesh.index(self.mesh.coordinates(self.rank), axis)
 
     def take(self, whole: Tensor) -> Tensor:
         """This rank's shard of `whole`; a view where it is one piece."""
