@@ -166,10 +166,10 @@ class Search:
         return Search(**{**own, "rows": self.batch.rows, "batch": self.batch.mode, "like": self, **changed})
 
     def first(self) -> Candidate | None:
-        """One that fits, the first of Megatron's layouts unless others are pinned: any layouts take long to search for in vain.
+        """One that fits, the first of Megatron's layouts: any layouts, of which these are some, take long to search for in vain.
         None where none does, or the request cannot be met."""
         pins = self.request.strategy
-        plain = pins if pins.layouts or pins.tp == 1 else replace(pins, layouts="megatron")
+        plain = pins if pins.tp == 1 else replace(pins, layouts="megatron")
         search = self.of(request=replace(self.request, strategy=plain))
         try:
             return next(filter(search.fits, search.candidates()), None)

@@ -158,22 +158,38 @@ class Topology:
     def _span(self, mesh: Mesh, axis: str) -> Span:
         if mesh.world_size > self.world_size:
             raise ValueError(f"a mesh of {mesh.world_size} ranks does not fit on {self.world_size} devices")
-        offsets, stride = [0], 1
+        digits, stride = [], 1
         for name, size in zip(reversed(mesh.axes), reversed(mesh.sizes), strict=True):
             if name in axis.split("+"):
-                offsets = [o + i * stride for i in range(size) for o in offsets]
+                digits.append((stride, size))
             stride *= size
-        return self.span_of(offsets)
+        return self._hops([_below(level.size, digits) for level in self.levels])
 
     def span_of(self, ranks: list[int]) -> Span:
         """Where `ranks` lie, judged by the unit of the first of them at every level."""
+        return self._hops([sum(rank // level.size == ranks[0] // level.size for rank in ranks) for level in self.levels])
+
+    def _hops(self, together: list[int]) -> Span:
+        """`together`: of some ranks, how many one unit of each level holds."""
         hops, inside = [], 1
-        for level in self.levels:
-            together = sum(rank // level.size == ranks[0] // level.size for rank in ranks)
-            if together > inside:
-                hops.append(Hop(level, -(-together // inside)))
-                inside = together
+        for level, count in zip(self.levels, together, strict=True):
+            if count > inside:
+                hops.append(Hop(level, -(-count // inside)))
+                inside = count
         return tuple(hops)
+
+
+def _below(bound: int, digits: list[tuple[int, int]]) -> int:
+    """How many of the numbers sum(stride * i, 0 <= i < size) lie below `bound`; digits (stride, size) from the smallest stride,
+    each stride larger than the largest number of those before it."""
+    count, all_of = 0, math.prod(size for _, size in digits)
+    for stride, size in reversed(digits):
+        if bound >= stride * size:
+            return count + all_of
+        all_of //= size
+        count += bound // stride * all_of
+        bound %= stride
+    return count + (bound > 0)
 
 
 def collective_seconds(kind: CollectiveKind, size: float, span: Span) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ...compiler.torch_compat import OpOverload, is_composite, lazy_graph_modules
+from ...compiler.torch_compat import WITHOUT_MKLDNN, OpOverload, is_composite, lazy_graph_modules
 from .rewrite import Builder, leaves, map_leaves
 
 aten = torch.ops.aten
@@ -50,7 +50,7 @@ def decompose(b: Builder, target: Any, args: tuple[Any, ...], kwargs: dict[str, 
         return target.decompose(*filled[0], **filled[1])
 
     values = [n.meta["val"].clone() for n in nodes]  # nodes may share one: tracing would take them for one operand
-    with torch.no_grad(), lazy_graph_modules():
+    with torch.no_grad(), lazy_graph_modules(), WITHOUT_MKLDNN:
         traced = make_fx(call)(*values)
     if any(n.target is target for n in traced.graph.nodes) or not _without_writes(traced):
         return NotImplemented

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -28,6 +29,22 @@ def test_axes_span_the_levels_their_ranks_lie_on():
     assert fans(Mesh(("tp",), (1,)), "tp") == []
     with pytest.raises(ValueError, match="128 ranks does not fit on 64"):
         CLUSTER.span(Mesh(("dp",), (128,)), "dp")
+
+
+@pytest.mark.parametrize("sizes", [(2, 3, 4), (3, 8, 2), (5, 2, 6), (1, 7, 3), (16, 4)])
+def test_spans_are_those_of_the_listed_ranks(sizes):
+    topology = Topology(DEVICE, (FAST, Level("rack", 24, 60 * GB, 8e-6), Level("network", 96, 50 * GB, 10e-6)))
+    axes = ("pp", "dp", "tp")[: len(sizes)]
+    mesh = Mesh(axes, sizes)
+    for joined in (c for k in (1, 2, 3) for c in itertools.combinations(axes, k)):
+        spread = (range(n) if a in joined else (0,) for a, n in zip(axes, sizes, strict=True))
+        ranks = [sum(i * math.prod(sizes[k + 1 :]) for k, i in enumerate(at)) for at in itertools.product(*spread)]
+        assert topology.span(mesh, "+".join(joined)) == topology.span_of(ranks)
+
+
+def test_spans_of_many_ranks_are_counted_and_not_listed():
+    huge = Topology(DEVICE, (FAST, Level("network", 2**40, 50 * GB, 10e-6)))
+    assert [hop.fan_out for hop in huge.span(Mesh(("dp",), (2**40,)), "dp")] == [8, 2**37]
 
 
 def test_collectives_follow_the_published_formulas():
