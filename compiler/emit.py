@@ -53,7 +53,7 @@ from .keeping import sized_for
 from .known_placements import KnownPlacements
 from .layouts import Layouts
 from .offers import offers
-from .place import Placement, Policy, Rules, place
+from .place import Barred, Placement, Policy, Rules, place
 from .plan import DATA_AXES, Plan
 from .prices import Prices, Volume
 from .schedules import Step, build, crossing, part_name
@@ -127,8 +127,9 @@ def lower(
     values: Values,
     microbatch: int = 0,
     known: KnownPlacements | None = None,
+    barred: Mapping[str, Barred] | None = None,
 ) -> Lowered:
-    """Place, shard and check the graph along every axis of the plan.
+    """Place, shard and check the graph along every axis of the plan. barred: by axis, what `place` leaves out.
 
     All data ranks must make the same collectives in the same order, and all micro-batches give outputs of the same types; so where
     their samples differ the fewest decide: the others take those placements, with shapes of their own.
@@ -140,11 +141,11 @@ def lower(
     if (leader, last) != (here, microbatch) and _has_unequal_shapes(problem, plan):
         sizes = coordinates_of(plan, 0).sizes
         with use_communicator(StaticCommunicator(sizes, {**leader, TIME: last})):
-            decided = lower(problem, plan, leader, values, last, known).placements
+            decided = lower(problem, plan, leader, values, last, known, barred).placements
     seconds = Seconds(plan.topology, plan.mesh) if plan.topology is not None else None
     for step in _axis_steps(problem, plan, coordinates, microbatch, seconds):
         axis, policy, calls, like = step.axis, step.policy, op_calls(gm), decided.get(step.axis.name)
-        find = partial(_placed, gm, step, calls, like)
+        find = partial(_placed, gm, step, calls, like, (barred or {}).get(axis.name))
         placement = find() if known is None else known.of(gm, axis, policy, calls, like is not None, find)
         ways = seconds.ways(axis) if seconds is not None and axis.name != TIME else None
         twins = regrouped(gm, step.groups, policy.pinned)
@@ -154,11 +155,13 @@ def lower(
     return Lowered(gm, placements)
 
 
-def _placed(gm: fx.GraphModule, step: _AxisStep, calls: Calls, like: Placement | None) -> Placement:
+def _placed(
+    gm: fx.GraphModule, step: _AxisStep, calls: Calls, like: Placement | None, barred: Barred | None = None
+) -> Placement:
     axis, policy, mixed = step.axis, step.policy, step.mixed
     offered = offers(gm, axis, calls, policy.role, policy.pinned, policy.slices, step.groups)
     counted = sized_for(calls, offered, policy, mixed)
-    return place(gm, axis, policy, step.prices, calls, like=like, sized=counted, offered=offered, mixed=mixed)
+    return place(gm, axis, policy, step.prices, calls, barred, like, counted, offered, mixed=mixed)
 
 
 @dataclass(frozen=True)

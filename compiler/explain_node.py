@@ -3,65 +3,127 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 
 from torch import fx
 
-from ..passes.graph_tools import Calls, Values, is_parameter, metas, op_calls
+from ..passes.graph_tools import Values, metas, op_calls
 from ..passes.ops import use_communicator
 from ..passes.prologue import TIME
 from ..passes.rules.base import Axis, Strategy
 from ..passes.shard import ShardingError
-from ..passes.types import I, Type
-from .cost import Seconds, size_of
+from ..passes.types import I, R
+from .cost import size_of
 from .emit import Lowered, Problem, coordinates_of, lower
 from .explain import describe
 from .groups import regrouped
-from .needs import gathered_again
-from .offers import offers
+from .levels import Sized, levels
+from .lowered_cost import LoweredCost
+from .needs import read_again
 from .place import Placement
-from .placed_cost import placed_cost, produced
 from .plan import Plan
 from .prices import held
-from .step_cost import load_of
-from .tensor_axis import load_for, tensor_mesh, tensor_placement
+from .runner_up import Runner, next_best, next_best_along
 from .topology import Topology
 from .units import bytes_text, seconds_text
 
 
-@dataclass(frozen=True)
-class Runner:
-    """The best placement over tp in which a node lies otherwise: its types there, and what a step then takes more, on one rank.
-
-    seconds, activations, parameters, received      more than the plan's; bytes but for the first
-    """
-
-    outs: tuple[Type, ...]
-    seconds: float
-    activations: float
-    parameters: float
-    received: float
-
-
 def explain_node(problem: Problem, plan: Plan, topology: Topology, name: str) -> str:
-    """The placement of a node of the captured graph, of a parameter by its name, or of every node of a module by its path.
+    """The placement of a node of the captured graph, of a parameter by its name, or of every node of a module by its path: what it
+    costs, the next best over every axis, and the difference.
 
     Raises KeyError naming the nearest names where there is none such.
     """
     nodes = _find(problem.graph, name)
-    with use_communicator(coordinates_of(plan, 0)):
-        lowered = lower(problem, plan, coordinates_of(plan, 0).indices, Values())
-    if len(nodes) > 1:
-        return "\n".join([f"{name}: {len(nodes)} ops", *(f"  {n.name} ({n.target}): {_placed(lowered, n)}" for n in nodes)])
-    (node,) = nodes
-    lines = [f"{_title(node)}", *(f"  {line}" for line in _place_of(node))]
-    sizes = {**dict(zip(plan.mesh.axes, plan.mesh.sizes, strict=True)), TIME: plan.microbatches}
-    lines += [f"  over {axis}={sizes[axis]}: {text}{_sharded(plan, axis, node)}" for axis, text in _axes(lowered, node)]
-    if not lowered.placements:
-        lines.append("  whole: no axis shards anything")
-    if plan.mesh.size("tp") > 1:
-        lines += [f"    {line}" for line in _tensor_costs(problem, plan, topology, node)]
-    return "\n".join(lines)
+    communicator = coordinates_of(plan, 0)
+    with use_communicator(communicator):
+        lowered = lower(problem, plan, communicator.indices, Values())
+    return "\n".join(_Explained(problem, plan, topology, lowered).lines(name, nodes))
+
+
+class _Explained:
+    def __init__(self, problem: Problem, plan: Plan, topology: Topology, lowered: Lowered) -> None:
+        self.problem, self.plan, self.topology, self.lowered = problem, plan, topology, lowered
+        self.cost = LoweredCost(lowered.graph, plan, topology)
+        self.twins = regrouped(problem.graph, plan.layouts.groups)
+
+    def lines(self, name: str, nodes: list[fx.Node]) -> Iterator[str]:
+        if len(nodes) == 1:
+            yield from self._of_node(nodes[0])
+            return
+        total = sum(map(self.cost.of, nodes))
+        yield f"{name}: {len(nodes)} ops, {seconds_text(total)} a step on each rank"
+        for node in nodes:
+            yield f"  {node.name} ({node.target}), {seconds_text(self.cost.of(node))}: {_placed(self.lowered, node)}"
+
+    def _of_node(self, node: fx.Node) -> Iterator[str]:
+        yield _title(node)
+        for fact in ("module", "source"):
+            if node.meta.get(fact):
+                yield f"  {node.meta[fact]}"
+        if node.op == "call_function":
+            yield f"  cost: {seconds_text(self.cost.of(node))} a step on each rank{self._alike(node)}"
+        sizes = {**dict(zip(self.plan.mesh.axes, self.plan.mesh.sizes, strict=True)), TIME: self.plan.microbatches}
+        for axis, placement in self.lowered.placements.items():
+            yield f"  over {axis}={sizes[axis]}: {_along(placement, node)}"
+            yield from self._runner_up(node, axis, placement)
+        if not self.lowered.placements:
+            yield "  whole: no axis shards anything"
+        if node.op == "placeholder" and node.meta["key"].startswith("param."):
+            yield from self._levels(node)
+
+    def _alike(self, node: fx.Node) -> str:
+        """How many more there are in other blocks."""
+        first = self.twins.get(node.name, node.name)
+        copies = sum(self.twins.get(n.name, n.name) == first for n in self.problem.graph.graph.nodes) - 1
+        return f"; {copies} more like it in other blocks lie the same" if copies else ""
+
+    def _runner_up(self, node: fx.Node, axis: str, placement: Placement) -> Iterator[str]:
+        if node.op == "call_function" and node.name not in placement.choice:
+            return
+        try:
+            if axis == "tp":
+                found = next_best(self.problem, self.plan, self.topology, node)
+            else:
+                found = next_best_along(self.problem, self.plan, self.topology, node, axis, self.lowered, self.cost)
+        except ShardingError:
+            yield "    next best: there is no other placement"
+            return
+        others = [describe(t) if node.op == "placeholder" else str(t) for t in found.outs]
+        yield f"    next best: {', '.join(others)}: {_difference(found)}"
+
+    def _levels(self, node: fx.Node) -> Iterator[str]:
+        """Of a parameter what ZeRO shards between the ops that use it, what its gradient costs, and what other levels would."""
+        plan, name, (meta,) = self.plan, node.meta["key"].removeprefix("param."), metas(node)
+        over_tp = self.lowered.placements["tp"].placeholders[node.meta["key"]] if plan.mesh.size("tp") > 1 else I
+        size = size_of(meta) * held(over_tp, Axis("tp", plan.mesh.size("tp")))
+        again = read_again(node, op_calls(self.problem.graph))
+        own, *others = levels(plan, self.topology, name, Sized(size, meta.grad, again, copied=over_tp == R and meta.grad))
+        if plan.zero and plan.mesh.size("dp_shard") > 1:
+            yield f"  between its uses {SHARDED[plan.zero_of(name)]} sharded over dp_shard (ZeRO-{plan.zero_of(name)})"
+        yield (
+            f"  cost: {seconds_text(own.seconds)} a step on each rank in sums and gathers, "
+            f"{bytes_text(own.held)} with gradient and optimizer state{self._alike(node)}"
+        )
+        for k, other in enumerate(others):
+            found = Runner((), other.seconds - own.seconds, state=other.held - own.held)
+            yield f"    {'then' if k else 'next best'}: {other.name}: {_difference(found)}"
+
+
+SHARDED = {1: "its optimizer state is", 2: "its gradient and optimizer state are", 3: "it, its gradient and optimizer state are"}
+
+
+def _difference(found: Runner) -> str:
+    apart = abs(found.seconds) >= 1e-12  # less than sums of floats tell
+    more = [f"{seconds_text(abs(found.seconds))} {'more' if found.seconds >= 0 else 'less'} a step" if apart else "as long a step"]
+    for what, size in (
+        ("received", found.received),
+        ("held of parameters with gradients and optimizer state", found.state),
+        ("kept of activations", found.activations),
+    ):
+        if abs(size) >= 1:
+            more.append(f"{bytes_text(abs(size))} {'more' if size > 0 else 'less'} {what}")
+    return ", ".join(more)
 
 
 def _find(gm: fx.GraphModule, name: str) -> list[fx.Node]:
@@ -86,26 +148,8 @@ def _title(node: fx.Node) -> str:
     return f"{node.name} = {node.target}: {shape}"
 
 
-def _place_of(node: fx.Node) -> list[str]:
-    return [str(node.meta[fact]) for fact in ("module", "source") if node.meta.get(fact)]
-
-
-def _sharded(plan: Plan, axis: str, node: fx.Node) -> str:
-    """What ZeRO shards of a parameter over an axis, besides how the graphs use it."""
-    key = node.meta["key"] if node.op == "placeholder" else ""
-    if axis != "dp_shard" or not plan.zero or not key.startswith("param."):
-        return ""
-    level = plan.zero_of(key.removeprefix("param."))
-    what = {1: "its optimizer state is", 2: "its gradient and optimizer state are", 3: "it, its gradient and optimizer state are"}
-    return f" where ops use it; between these {what[level]} sharded (ZeRO-{level})"
-
-
-def _axes(lowered: Lowered, node: fx.Node) -> list[tuple[str, str]]:
-    return [(axis, _along(placement, node)) for axis, placement in lowered.placements.items()]
-
-
 def _placed(lowered: Lowered, node: fx.Node) -> str:
-    return "; ".join(f"over {axis} {text}" for axis, text in _axes(lowered, node)) or "whole"
+    return "; ".join(f"over {axis} {_along(p, node)}" for axis, p in lowered.placements.items()) or "whole"
 
 
 def _along(placement: Placement, node: fx.Node) -> str:
@@ -122,99 +166,3 @@ def strategy_text(strategy: Strategy) -> str:
         return "whole on every rank"
     given = ", ".join(str(t) for t in strategy.outs)
     return f"takes {', '.join(str(t) for t in strategy.ins)}; gives {given}" if strategy.ins else f"gives {given}"
-
-
-def _tensor_costs(problem: Problem, plan: Plan, topology: Topology, node: fx.Node) -> list[str]:
-    calls = op_calls(problem.graph)
-    seconds = _tensor_seconds(plan, topology)
-    chosen = _placement(problem, plan, seconds, calls)
-    own = _own_seconds(node, chosen, seconds, Axis("tp", plan.mesh.size("tp")), calls)
-    twins = regrouped(problem.graph, plan.layouts.groups)
-    first = twins.get(node.name, node.name)
-    copies = sum(twins.get(n.name, n.name) == first for n in problem.graph.graph.nodes) - 1
-    alike = f"; {copies} more like it in other blocks lie the same" if copies else ""
-    lines = [f"cost: {seconds_text(own)} a step on each rank{alike}"]
-    try:
-        found = next_best(problem, plan, topology, node, chosen, calls)
-    except ShardingError:
-        return [*lines, "next best: there is no other placement"]
-    more = [f"{seconds_text(abs(found.seconds))} {'more' if found.seconds >= 0 else 'less'} a step"]
-    for what, size in (
-        ("received", found.received),
-        ("held of parameters", found.parameters),
-        ("kept of activations", found.activations),
-    ):
-        if abs(size) >= 1:
-            more.append(f"{bytes_text(abs(size))} {'more' if size > 0 else 'less'} {what}")
-    return [*lines, f"next best: {', '.join(map(str, found.outs))}, {', '.join(more)}"]
-
-
-def next_best(
-    problem: Problem, plan: Plan, topology: Topology, node: fx.Node, chosen: Placement | None = None, calls: Calls | None = None
-) -> Runner:
-    """The best placement over tp that gives `node` (and its like in repeated blocks) other types, against the plan's.
-
-    Raises ShardingError where there is no other.
-    """
-    calls = calls or op_calls(problem.graph)
-    seconds = _tensor_seconds(plan, topology)
-    chosen = chosen or _placement(problem, plan, seconds, calls)
-    outs = _outs(chosen, node)
-    size, layouts, barred = plan.mesh.size("tp"), plan.layouts, {node.name: [outs]}
-    offered = offers(problem.graph, chosen.axis, calls, "tensor", groups=layouts.groups)
-    other = tensor_placement(problem.graph, problem.loss, size, layouts, seconds, calls, barred, offered=offered)
-    before, after = (placed_cost(problem.graph, seconds, p, calls, offered=offered) for p in (chosen, other))
-    share = _share(plan)
-
-    def more(part: str) -> float:
-        return getattr(after, part) - getattr(before, part)
-
-    each = sum(map(more, ("launches", "latencies", "gathers")))
-    return Runner(
-        _outs(other, node),
-        (more("compute") + more("traffic")) * share + (each * plan.microbatches + more("sums")) / plan.stages,
-        more("activations") * share,
-        more("parameters") / plan.stages,
-        more("received") * share + (more("received_gathers") * plan.microbatches + more("received_once")) / plan.stages,
-    )
-
-
-def _tensor_seconds(plan: Plan, topology: Topology) -> Seconds:
-    """For the load that the search placed for."""
-    load = load_for(plan.layouts, load_of(plan, topology, 1 / plan.data_size))
-    return Seconds(topology, tensor_mesh(plan.mesh.size("tp")), load.share, load.runs, load.sums)
-
-
-def _placement(problem: Problem, plan: Plan, seconds: Seconds, calls: Calls) -> Placement:
-    """The plan's own."""
-    size, layouts = plan.mesh.size("tp"), plan.layouts
-    return tensor_placement(problem.graph, problem.loss, size, layouts, seconds, calls, pinned=plan.layout)
-
-
-def _share(plan: Plan) -> float:
-    """Of the graph of the global batch, what one data rank and stage runs."""
-    return 1.0 / plan.data_size / plan.stages
-
-
-def _outs(placement: Placement, node: fx.Node) -> tuple[Type, ...]:
-    return (placement.placeholders[node.meta["key"]],) if node.op == "placeholder" else placement.choice[node.name].outs
-
-
-def _own_seconds(node: fx.Node, placement: Placement, seconds: Seconds, axis: Axis, calls: Calls) -> float:
-    """Of the op itself and of the conversions its operands go through for it alone or first; of a parameter, its gradient's sum."""
-    if node.op == "placeholder":
-        (meta,) = metas(node)
-        type_ = placement.placeholders[node.meta["key"]]
-        return seconds.placeholder(type_, meta, axis) if held(type_, axis) == 1.0 and meta.grad else 0.0
-    call, sources = calls[node]
-    strategy = placement.choice[node.name]
-    total = seconds.node(call, strategy, axis, ())
-    for source, needed in zip(sources, strategy.ins, strict=True):
-        have, _ = produced(source, placement)
-        (meta,) = metas(source)
-        if have != needed:
-            of_parameter = is_parameter(source)
-            total += seconds.conversion(have, needed, meta, axis, of_parameter)
-            if gathered_again(source, have, needed, calls):
-                total += seconds.conversion(have, I, replace(meta, grad=False), axis, of_parameter)
-    return total
