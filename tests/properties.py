@@ -1,15 +1,23 @@
-"""How many examples a property test draws: the same ones every time.
+"""How many examples a property test draws, and how many of all pairs a test of pairs takes: the same ones every time.
 
-With SHARDWRIGHT_EXAMPLES=20, 20 times as many, at random, and one that fails is made as small as it can be, which takes minutes.
+With SHARDWRIGHT_EXAMPLES=20, 20 times as many examples, at random, and one that fails is made as small as it can be, which takes
+minutes; and all pairs.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from hypothesis import HealthCheck, Phase, settings
 
 TIMES = int(os.environ.get("SHARDWRIGHT_EXAMPLES", "1"))
+
+
+def pairs(rows: Sequence[str], columns: Sequence[str], whole: Sequence[str]) -> list[tuple[str, str]]:
+    """Of these rows all pairs that are `whole`, of the others every second: each with half of the columns, which are spread evenly."""
+    found = [(row, column, (i + k) % 2 == 0) for i, row in enumerate(rows) for k, column in enumerate(columns)]
+    return [(row, column) for row, column, taken in found if taken or row in whole or TIMES > 1]
 
 
 def examples(count: int) -> settings:

@@ -301,7 +301,7 @@ BY_TIME = st.sampled_from(("time", "kept", "gathered"))
 
 
 @given(repeated(), BY_TIME, BY_TIME, st.sampled_from(((0,), (1,), (2,), (0, 1))))
-@examples(25)
+@examples(10)
 def test_no_choice_for_blocks_in_groups_is_cheaper(recipe: Recipe, how: str, mixed: str, blocks: tuple[int, ...]) -> None:
     graph = build(recipe).graph
     mark_twins(graph)
