@@ -155,9 +155,7 @@ def lower(
     return Lowered(gm, placements)
 
 
-def _placed(
-    gm: fx.GraphModule, step: _AxisStep, calls: Calls, like: Placement | None, barred: Barred | None = None
-) -> Placement:
+def _placed(gm: fx.GraphModule, step: _AxisStep, calls: Calls, like: Placement | None, barred: Barred | None = None) -> Placement:
     axis, policy, mixed = step.axis, step.policy, step.mixed
     offered = offers(gm, axis, calls, policy.role, policy.pinned, policy.slices, step.groups)
     counted = sized_for(calls, offered, policy, mixed)

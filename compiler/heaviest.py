@@ -10,8 +10,8 @@ from collections import Counter
 
 from ..passes.graph_tools import is_parameter
 from .offers import Offers, Uses, Value
-from .place import Heavy
 from .prices import size_of
+from .sized import Heavy
 
 COUNT = 2
 """Of how many blocks it has a price: in a model of equal blocks one is what is outside of them."""

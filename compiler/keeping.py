@@ -23,8 +23,9 @@ from .heaviest import heaviest
 from .needs import NEEDS_RESULT, held_by, needs_value, passes_on
 from .offers import Offers
 from .parts import Readers, parts
-from .place import KeptAt, Place, Placement, Policy, Rules, Sized
+from .place import Placement, Policy, Rules
 from .prices import held
+from .sized import KeptAt, Place, Sized
 from .stream import Stream, stream, stream_at
 
 

@@ -38,8 +38,8 @@ class LoweredCost:
         return sum(map(self._received, self.calls)) * self.plan.microbatches / self.plan.stages
 
     def of(self, node: fx.Node) -> float:
-        """Seconds of a step of an op of the captured graph, with the conversions that its operands go through for it alone or first;
-        nothing, where another op has taken its place."""
+        """Seconds of a step of an op of the captured graph, with the conversions that its operands go through for it alone or
+        first; nothing, where another op has taken its place."""
         if node.name not in self._nodes:
             return 0.0
         node = self._nodes[node.name]

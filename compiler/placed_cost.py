@@ -20,8 +20,9 @@ from .heaviest import COUNT, block_of
 from .keeping import Keeping, keeping, kept_bytes, sized
 from .needs import gathered_again, read_again
 from .offers import Offers, Uses, Value, offers
-from .place import Heavy, Place, Placement, Sized
+from .place import Placement
 from .prices import held
+from .sized import Heavy, Place, Sized
 from .stream import stream_bytes
 from .topology import collective_bytes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..passes.types import even_sections
 from ..passes.zero import shard_dim, zero_cut
@@ -32,6 +33,11 @@ class Sharding:
     coordinates: Mapping[str, int]
     topology: Topology | None
 
+    @cached_property
+    def _ways(self) -> Mapping[int, GradientSums]:
+        """By level: found once for all parameters."""
+        return {level: GradientSums(self.mesh, level, self.topology) for level in (0, 2, 3)}
+
     def shards(self, level: int, tensor_cuts: Sequence[Cut], shape: tuple[int, ...], copied: float | None) -> Shards:
         """Of a parameter of this whole shape.
 
@@ -48,7 +54,7 @@ class Sharding:
         if level == 3 and (found := zero_cut(left.own, self.mesh.size("dp_shard"))) is not None:
             inside.append(Cut("dp_shard", found.dim, found.sections))
             left = left.after(inside[0], self.coordinates["dp_shard"])
-        ways = GradientSums(self.mesh, 3 if inside else 2 if level else 0, self.topology)
+        ways = self._ways[3 if inside else 2 if level else 0]
         first = ways.own if copied is None else ways.copies(copied)
         for sums in (first, *ways.if_short(copied is not None)):
             cuts = self._cut(left, scattered(sums))

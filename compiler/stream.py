@@ -17,8 +17,8 @@ from torch import fx
 from ..passes.graph_tools import Calls, metas, result_of
 from .offers import Offers
 from .parts import Part
-from .place import KeptAt, Place
 from .prices import size_of
+from .sized import KeptAt, Place
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,11 @@ from .groups import together
 from .keeping import Keeping, sized, sized_for
 from .layouts import Layouts
 from .offers import Offers, offers
-from .place import Barred, Placement, Policy, Priced, Rules, Sized, least, place, price
+from .place import Barred, Placement, Policy, Priced, Rules, least, place, price
 from .placed_cost import PlacedCost, placed_cost
 from .prices import Prices, megatron_prices, size_of
 from .samples import Samples, without_cuts
+from .sized import Sized
 from .topology import Topology
 from .totals import (
     ACTIVATIONS,

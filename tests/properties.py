@@ -15,7 +15,7 @@ TIMES = int(os.environ.get("SHARDWRIGHT_EXAMPLES", "1"))
 
 
 def pairs(rows: Sequence[str], columns: Sequence[str], whole: Sequence[str]) -> list[tuple[str, str]]:
-    """Of these rows all pairs that are `whole`, of the others every second: each with half of the columns, which are spread evenly."""
+    """Of the rows that are `whole` all pairs, of the others every second: each with half of the columns, spread evenly."""
     found = [(row, column, (i + k) % 2 == 0) for i, row in enumerate(rows) for k, column in enumerate(columns)]
     return [(row, column) for row, column, taken in found if taken or row in whole or TIMES > 1]
 

@@ -170,7 +170,7 @@ def test_the_next_best_over_data_ranks_costs_what_its_conversions_do() -> None:
 
 @pytest.mark.parametrize("axes", [{"dp": 4}, {"dp_replicate": 2, "dp_shard": 2}], ids=["plain", "two"])
 def test_levels_of_a_parameter_are_those_of_plans(axes: dict[str, int]) -> None:
-    """Of a model that is one parameter, plans at other levels take as many seconds over the data axes and bytes as is told of it."""
+    """Of a model that is one parameter, plans at other levels take as many seconds over the data axes, and bytes, as are told."""
     with torch.device("meta"):
         model = Squared(nn.Linear(2048, 4096, bias=False))
     topology, pinned = replace(CPU, overlap={}), (2, 3) if "dp_shard" in axes else (0, 2, 3)

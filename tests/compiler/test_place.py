@@ -32,10 +32,11 @@ from shardwright.compiler.keeping import keeping, sized
 from shardwright.compiler.layouts import Layouts
 from shardwright.compiler.needs import gathered_again
 from shardwright.compiler.offers import Offers, canonical, offers
-from shardwright.compiler.place import Placement, Policy, Rules, Sized, _Builder, least, place, price
+from shardwright.compiler.place import Placement, Policy, Rules, _Builder, least, place, price
 from shardwright.compiler.plan import Plan
 from shardwright.compiler.prepare import mark_twins
 from shardwright.compiler.prices import Prices, Volume, held, megatron_prices, size_of
+from shardwright.compiler.sized import Sized
 from shardwright.compiler.topology import Device, Level
 from shardwright.passes.check_schedules import check_schedules
 from shardwright.passes.convert import exists, makes_whole
