@@ -62,7 +62,7 @@ def _level(plan: Plan, mesh: Mesh, topology: Topology, zero: int, parameter: Siz
         seconds, held = part.own * sums.own_rate + part.at_least(), part.state(1.0)
     if zero == 3:
         span = topology.span(mesh, "dp_shard")
-        kinds: list[CollectiveKind] = ["all_gather"] * (1 + parameter.again) + ["reduce_scatter"] * parameter.trained
-        each = sum(collective_seconds(kind, size, span) - collective_seconds(kind, 0.0, span) for kind in kinds)
-        seconds += plan.microbatches * each
+        times: dict[CollectiveKind, int] = {"all_gather": 1 + parameter.again, "reduce_scatter": int(parameter.trained)}
+        each = (n * (collective_seconds(kind, size, span) - collective_seconds(kind, 0.0, span)) for kind, n in times.items())
+        seconds += plan.microbatches * sum(each)
     return Level(zero, seconds, held)

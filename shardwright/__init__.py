@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .compiler.plan import Plan
     from .compiler.strategy import Strategy, StrategyError
     from .compiler.topology import Topology
-    from .passes.rules.notation import register_rule
+    from .compiler.user_rules import register_rule
     from .runtime.errors import ShardwrightError
     from .runtime.module import ParallelModule
     from .runtime.program import RankProgram
@@ -32,7 +32,7 @@ _HOMES = {
     "verify": "compiler.api",
     "PlannedModel": "compiler.api",
     "check_rule": "compiler.check_rule",
-    "register_rule": "passes.rules.notation",
+    "register_rule": "compiler.user_rules",
     "Plan": "compiler.plan",
     "Strategy": "compiler.strategy",
     "StrategyError": "compiler.strategy",

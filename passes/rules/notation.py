@@ -7,7 +7,6 @@ a result lacks is reduced by sum, unless it is named after `; block:`.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 from ...compiler.torch_compat import OpOverload
 from .base import RULES, Axis, Factor, OpCall, Rule, Slot
@@ -62,18 +61,9 @@ def factors(text: str, call: OpCall) -> tuple[Factor, ...]:
     )
 
 
-def register_rule(op: Any, text: str) -> None:
-    """Say how an op of your own may be sharded: `register_rule(torch.ops.mine.scale, "r c, r -> r c")`. Without a rule it runs
-    replicated.
-
-    op      of torch.library: `torch.ops.NAMESPACE.NAME`, or one overload of it
-    text    the dims of its tensor operands and of its results, in this file's notation: a name stands for one loop of the op. A dim
-            that a result lacks is summed over; a loop that must not be cut is named after `; block:`
-
-    `shardwright.check_rule(op, *example)` proves it by execution. Raises ValueError for text that cannot be read, and for an op
-    that has a rule.
-    """
-    target = op if isinstance(op, OpOverload) else op.default
+def register_rule(target: OpOverload, text: str) -> None:
+    """Give an op a rule: see `shardwright.register_rule`, which proves it besides. Raises ValueError for text that cannot be read,
+    and for an op that has a rule."""
     if target in RULES:
         raise ValueError(f"{target} has a sharding rule already")
     if text.count("->") != 1:

@@ -15,6 +15,7 @@ import shardwright
 from shardwright import Strategy, Topology
 from shardwright.compiler.units import seconds_text
 from shardwright.compiler.verify import VerificationError
+from shardwright.passes.rules import notation
 from shardwright.passes.rules.base import RULES
 from shardwright.runtime.module import ParallelModule
 
@@ -127,13 +128,35 @@ def test_with_a_rule_it_is_sharded(strategy: Strategy) -> None:
     assert train(strategy) == 4
 
 
+@pytest.mark.parametrize("example", [None, (torch.randn(5, 5, dtype=torch.float64), torch.randn(5, dtype=torch.float64))])
 @pytest.mark.parametrize("text", ["r c, c -> r c", "r c, k -> r c"])
-def test_a_wrong_rule_is_found_by_its_check(text: str) -> None:
-    shardwright.register_rule(OP, text)
-    square = torch.randn(5, 5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+def test_a_wrong_rule_is_found_when_it_is_given(text: str, example: tuple[Tensor, Tensor] | None) -> None:
     with pytest.raises((VerificationError, RuntimeError)) as error:
-        shardwright.check_rule(OP, *square)
+        shardwright.register_rule(OP, text, example)
     assert any("under strategy" in note for note in error.value.__notes__)
+    assert OP.default not in RULES
+
+
+def test_an_example_that_the_op_does_not_take_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="must match the size"):
+        shardwright.register_rule(OP, "r c, r -> r c", (torch.randn(4, 5), torch.randn(3)))
+    assert OP.default not in RULES
+
+
+@torch.library.custom_op("shardwright_tests::power_rows", mutates_args=())
+def power_rows(x: Tensor, exponent: float) -> Tensor:
+    return x**exponent
+
+
+def test_a_rule_that_nothing_is_known_to_run_with_is_not_proven_until_there_is_an_example() -> None:
+    op = torch.ops.shardwright_tests.power_rows
+    try:
+        with pytest.warns(UserWarning, match=r"power_rows.* is used but not proven.*it takes more than tensors.*example="):
+            shardwright.register_rule(op, "r c -> r c")
+        assert RULES.pop(op.default)
+        shardwright.register_rule(op, "r c -> r c", example=(torch.randn(4, 5, dtype=torch.float64), 2.0))
+    finally:
+        RULES.pop(op.default, None)
 
 
 @pytest.mark.parametrize(("text", "message"), [("r c, r", "reads 'dims of operands"), ("r c -> r c -> r", "reads 'dims")])
@@ -143,7 +166,7 @@ def test_text_that_cannot_be_read_is_refused(text: str, message: str) -> None:
 
 
 def test_a_rule_that_does_not_fit_the_call_is_named() -> None:
-    shardwright.register_rule(OP, "r c d, r -> r c d")
+    notation.register_rule(OP.default, "r c d, r -> r c d")
     with pytest.raises(ValueError, match=r"'r c d, r -> r c d' of .*scale_rows.* does not fit a call with \[7, 5\], \[7\]"):
         shardwright.check_rule(OP, *example())
 
