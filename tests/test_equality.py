@@ -48,8 +48,8 @@ MODELS = ("mlp", "gpt", "llama", "gpt2", "bert", "t5", "vit", "mixtral", "resnet
 COUPLED = ("resnet",)
 """Models whose samples see each other: one micro-batch."""
 
-WHOLE = ("mlp", "gpt", "llama", "mixtral", "resnet")
-"""Models that are run under all strategies; the others, whose blocks are much like these, each under half."""
+WHOLE = ("mlp", "gpt", "llama")
+"""Models that are run under all strategies; the others each under half."""
 
 TEMPLATES = Templates(Values())
 

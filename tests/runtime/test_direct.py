@@ -19,7 +19,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from shardwright.passes.ops.collectives import KERNELS, StaticCommunicator, ops, use_communicator
 from shardwright.runtime.direct import _FUNCTIONS, direct, op_path
 
-SAMPLES = 3
+SAMPLES = 6
 OTHERS = {"conv2d": "convolution", "layer_norm": "native_layer_norm", "matmul": "_unsafe_view"}
 """Functions whose samples call an aten op of another name."""
 
