@@ -14,9 +14,7 @@ from math import isclose
 from torch import fx
 
 from ..passes.graph_tools import Calls, metas, where
-from ..passes.rules.base import Axis, find_rule
-from ..passes.rules.base import Strategy as Rule
-from ..passes.types import I
+from ..passes.rules.base import Axis, find_rule, replicated
 from ..runtime.program import Mesh
 from .assign import relative_gap
 from .candidates import Candidate, Search
@@ -150,8 +148,7 @@ def _replicated(search: Search, plan: Plan, unruled: Mapping[object, list[fx.Nod
     if plan.mesh.world_size > 1:
         for op, nodes in unruled.items():
             calls = [search.calls[node][0] for node in nodes]
-            whole = [Rule("whole", (I,) * len(call.operands), (I,) * len(call.results)) for call in calls]
-            spent = sum(seconds.node(call, rule, Axis("tp", 1), ()) for call, rule in zip(calls, whole, strict=True))
+            spent = sum(seconds.node(call, replicated(call), Axis("tp", 1), ()) for call in calls)
             yield f"{len(nodes)} x {op} run replicated for want of a rule: {seconds_text(spent / plan.stages)} of the step."
 
 

@@ -155,6 +155,13 @@ def lower(
     return Lowered(gm, placements)
 
 
+def lower_for(problem: Problem, plan: Plan, rank: int = 0, barred: Mapping[str, Barred] | None = None) -> Lowered:
+    """`lower` at the coordinates of a rank, by itself."""
+    communicator = coordinates_of(plan, rank)
+    with use_communicator(communicator):
+        return lower(problem, plan, communicator.indices, Values(), barred=barred)
+
+
 def _placed(gm: fx.GraphModule, step: _AxisStep, calls: Calls, like: Placement | None, barred: Barred | None = None) -> Placement:
     axis, policy, mixed = step.axis, step.policy, step.mixed
     offered = offers(gm, axis, calls, policy.role, policy.pinned, policy.slices, step.groups)

@@ -7,17 +7,15 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from ..passes.graph_tools import Values, metas, op_calls
-from ..passes.ops import use_communicator
-from ..passes.prologue import TIME
+from ..passes.graph_tools import metas, op_calls
 from ..passes.rules.base import Axis, Strategy
 from ..passes.shard import ShardingError
 from ..passes.types import I, R
 from .cost import size_of
-from .emit import Lowered, Problem, coordinates_of, lower
+from .emit import Lowered, Problem, coordinates_of, lower_for
 from .explain import describe
 from .groups import regrouped
-from .levels import Sized, levels
+from .levels import Parameter, levels
 from .lowered_cost import LoweredCost
 from .needs import read_again
 from .place import Placement
@@ -35,26 +33,24 @@ def explain_node(problem: Problem, plan: Plan, topology: Topology, name: str) ->
     Raises KeyError naming the nearest names where there is none such.
     """
     nodes = _find(problem.graph, name)
-    communicator = coordinates_of(plan, 0)
-    with use_communicator(communicator):
-        lowered = lower(problem, plan, communicator.indices, Values())
-    return "\n".join(_Explained(problem, plan, topology, lowered).lines(name, nodes))
+    return "\n".join(_Explained(problem, plan, topology).lines(name, nodes))
 
 
 class _Explained:
-    def __init__(self, problem: Problem, plan: Plan, topology: Topology, lowered: Lowered) -> None:
-        self.problem, self.plan, self.topology, self.lowered = problem, plan, topology, lowered
-        self.cost = LoweredCost(lowered.graph, plan, topology)
+    def __init__(self, problem: Problem, plan: Plan, topology: Topology) -> None:
+        self.problem, self.plan, self.topology = problem, plan, topology
+        self.lowered = lower_for(problem, plan)
+        self.cost = LoweredCost(self.lowered.graph, plan, topology)
         self.twins = regrouped(problem.graph, plan.layouts.groups)
 
     def lines(self, name: str, nodes: list[fx.Node]) -> Iterator[str]:
         if len(nodes) == 1:
             yield from self._of_node(nodes[0])
             return
-        total = sum(map(self.cost.of, nodes))
-        yield f"{name}: {len(nodes)} ops, {seconds_text(total)} a step on each rank"
-        for node in nodes:
-            yield f"  {node.name} ({node.target}), {seconds_text(self.cost.of(node))}: {_placed(self.lowered, node)}"
+        costs = {node: self.cost.of(node) for node in nodes}
+        yield f"{name}: {len(nodes)} ops, {seconds_text(sum(costs.values()))} a step on each rank"
+        for node, seconds in costs.items():
+            yield f"  {node.name} ({node.target}), {seconds_text(seconds)}: {_placed(self.lowered, node)}"
 
     def _of_node(self, node: fx.Node) -> Iterator[str]:
         yield _title(node)
@@ -63,7 +59,7 @@ class _Explained:
                 yield f"  {node.meta[fact]}"
         if node.op == "call_function":
             yield f"  cost: {seconds_text(self.cost.of(node))} a step on each rank{self._alike(node)}"
-        sizes = {**dict(zip(self.plan.mesh.axes, self.plan.mesh.sizes, strict=True)), TIME: self.plan.microbatches}
+        sizes = coordinates_of(self.plan, 0).sizes
         for axis, placement in self.lowered.placements.items():
             yield f"  over {axis}={sizes[axis]}: {_along(placement, node)}"
             yield from self._runner_up(node, axis, placement)
@@ -98,7 +94,7 @@ class _Explained:
         over_tp = self.lowered.placements["tp"].placeholders[node.meta["key"]] if plan.mesh.size("tp") > 1 else I
         size = size_of(meta) * held(over_tp, Axis("tp", plan.mesh.size("tp")))
         again = read_again(node, op_calls(self.problem.graph))
-        own, *others = levels(plan, self.topology, name, Sized(size, meta.grad, again, copied=over_tp == R and meta.grad))
+        own, *others = levels(plan, self.topology, name, Parameter(size, meta.grad, again, copied=over_tp == R and meta.grad))
         if plan.zero and plan.mesh.size("dp_shard") > 1:
             yield f"  between its uses {SHARDED[plan.zero_of(name)]} sharded over dp_shard (ZeRO-{plan.zero_of(name)})"
         yield (

@@ -28,7 +28,7 @@ GROWN = 8
 """At most so many times the least number of devices that could fit is looked at."""
 
 MOST = 1024
-"""So many times the devices are no proposal any more."""
+"""More than so many times the devices are no proposal."""
 
 ROUNDS = 3
 """So often a plan smaller than the smallest known is searched for."""
@@ -137,9 +137,7 @@ def _more_devices(search: Search, least: Candidate) -> Change | None:
         return None
     world = search.request.world_size
     start = max(1, math.floor(math.log2(_peak(least) / search.limit)))
-    for times in (2**k for k in range(start, start + GROWN.bit_length())):
-        if times > MOST:
-            return None
+    for times in (2**k for k in range(start, min(start + GROWN.bit_length(), MOST.bit_length()))):
         request = replace(search.request, world_size=times * world)
         grown = search.of(request=request, topology=_grown(search.topology, times * world), limit=SCALED * search.limit)
         found = grown.first()

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from ..passes.graph_tools import Values, op_calls
-from ..passes.ops import use_communicator
+from ..passes.graph_tools import op_calls
 from .collector import without_collection
-from .emit import Problem, coordinates_of, lower
+from .emit import Problem, lower_for
 from .place import Placement
 from .plan import Plan
 from .stages import StageCuts
@@ -30,8 +29,6 @@ def with_layout(problem: Problem, plan: Plan) -> Plan:
     """Of a plan that was not searched for (`choose` fills its own in). Rank 0's coordinates stand for all."""
     placement = None
     if plan.mesh.size("tp") > 1 and not plan.layout:
-        communicator = coordinates_of(plan, 0)
-        with use_communicator(communicator):
-            placement = lower(problem, plan, communicator.indices, Values()).placements["tp"]
+        placement = lower_for(problem, plan).placements["tp"]
     gm = problem.graph
     return with_places(plan, placement, lambda: StageCuts(gm, stream(op_calls(gm))))

@@ -13,8 +13,8 @@ from .topology import CollectiveKind, Topology, collective_seconds
 
 
 @dataclass(frozen=True)
-class Sized:
-    """Of a parameter: its bytes on a rank, whole over the data axes. trained, again: whether it has a gradient, and whether the
+class Parameter:
+    """Its bytes on a rank, whole over the data axes. trained, again: whether it has a gradient, and whether the
     backward reads it; copied: whether tp holds copies whose gradients are summed."""
 
     size: float
@@ -39,7 +39,7 @@ class Level:
         return f"ZeRO-{self.zero}" if self.zero else "whole on every data rank"
 
 
-def levels(plan: Plan, topology: Topology, name: str, parameter: Sized) -> list[Level]:
+def levels(plan: Plan, topology: Topology, name: str, parameter: Parameter) -> list[Level]:
     """The plan's own, and after it the others, the fastest first. There are no others without data ranks."""
     mesh, own = plan.mesh, level_of(plan.zero_of(name)) if plan.mesh.size("dp_shard") > 1 else 0
     found = {own: _level(plan, mesh, topology, own, parameter)}
@@ -54,7 +54,7 @@ def _sharded(mesh: Mesh) -> Mesh:
     return replace(mesh, axes=tuple("dp_shard" if axis == "dp_replicate" else axis for axis in mesh.axes))
 
 
-def _level(plan: Plan, mesh: Mesh, topology: Topology, zero: int, parameter: Sized) -> Level:
+def _level(plan: Plan, mesh: Mesh, topology: Topology, zero: int, parameter: Parameter) -> Level:
     sums, size = GradientSums(mesh, zero, topology), parameter.size
     seconds, held = 0.0, frozen_bytes(replace(plan, mesh=mesh, zero=zero), size)
     if parameter.trained:

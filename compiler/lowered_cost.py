@@ -10,7 +10,7 @@ from torch import fx
 
 from ..passes.convert import convert, makes_whole
 from ..passes.graph_tools import is_parameter, op_calls
-from ..passes.rules.base import OpCall, Strategy
+from ..passes.rules.base import OpCall, replicated
 from ..passes.types import I, Varying
 from .cost import Seconds, conversion_bytes, size_of
 from .needs import read_again
@@ -22,7 +22,7 @@ class LoweredCost:
     """Of the graph of one micro-batch, forward and backward: of ops the roofline, of conversions the collectives."""
 
     def __init__(self, gm: fx.GraphModule, plan: Plan, topology: Topology) -> None:
-        self.gm, self.plan = gm, plan
+        self.plan = plan
         self.calls = op_calls(gm)
         self._nodes = {node.name: node for node in self.calls}
         self._seconds = Seconds(topology, plan.mesh)
@@ -53,7 +53,7 @@ class LoweredCost:
 
     def _run(self, node: fx.Node) -> float:
         """Seconds of one micro-batch."""
-        return sum(self._seconds.node_timing(call, _whole(call)).once for call in self._made(node))
+        return sum(self._seconds.node_timing(call, replicated(call)).once for call in self._made(node))
 
     def _received(self, node: fx.Node) -> float:
         found = 0.0
@@ -75,8 +75,3 @@ class LoweredCost:
             x, axis, src, _ = call.args
             if read_again(node, self.calls):
                 yield replace(call, args=(x, axis, src, I), operands=(replace(call.operands[0], grad=False),))
-
-
-def _whole(call: OpCall) -> Strategy:
-    """As it stands in the graph."""
-    return Strategy("whole", (I,) * len(call.operands), (I,) * len(call.results))

@@ -11,8 +11,7 @@ from torch import fx
 from ..passes.convert import is_free, makes_whole
 from ..passes.graph_tools import Calls, is_getitem, is_parameter, metas, result_of
 from ..passes.reshard import steps
-from ..passes.rules.base import Axis, TensorMeta
-from ..passes.rules.base import Strategy as NodeStrategy
+from ..passes.rules.base import Axis, TensorMeta, replicated
 from ..passes.types import I, R, Type
 from .backward_memory import largest
 from .cost import Seconds, Timing, conversion_bytes, size_of
@@ -134,8 +133,7 @@ def _distinct(gm: fx.GraphModule, twins: Mapping[str, str]) -> Iterator[tuple[fx
 def _timing(node: fx.Node, calls: Calls, placement: Placement | None, seconds: Seconds) -> Timing:
     """Of parameters alone as much for any batch, as in `Seconds.node`."""
     call, sources = calls[node]
-    whole = NodeStrategy("whole", (I,) * len(call.operands), (I,) * len(call.results))
-    timing = seconds.node_timing(call, placement.choice[node.name] if placement else whole)
+    timing = seconds.node_timing(call, placement.choice[node.name] if placement else replicated(call))
     return Timing(timing.once, 0.0) if sources and all(map(is_parameter, sources)) else timing
 
 

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ..passes.graph_tools import Calls, Values, op_calls
-from ..passes.ops import use_communicator
+from ..passes.graph_tools import Calls, op_calls
 from ..passes.types import Type
 from .cost import Seconds
-from .emit import Lowered, Problem, coordinates_of, lower
+from .emit import Lowered, Problem, lower_for
 from .gathers import Whole
 from .keeping import keeping
 from .lowered_cost import LoweredCost
@@ -81,9 +80,7 @@ def next_best_along(
     lowered, before    the plan's own, and what it costs
     """
     barred = {axis: {node.name: [outs_of(lowered.placements[axis], node)]}}
-    communicator = coordinates_of(plan, 0)
-    with use_communicator(communicator):
-        found = lower(problem, plan, communicator.indices, Values(), barred=barred)
+    found = lower_for(problem, plan, barred=barred)
     after = LoweredCost(found.graph, plan, topology)
     outs = outs_of(found.placements[axis], node)
     return Runner(outs, after.step - before.step, received=after.received - before.received)

@@ -10,13 +10,11 @@ import torch
 import zoo
 from harness import Case, mesh, prepare, problem_of
 
-from shardwright.compiler.emit import Lowered, Problem, coordinates_of, emit, lower
+from shardwright.compiler.emit import Lowered, Problem, emit, lower_for
 from shardwright.compiler.layout import with_layout
 from shardwright.compiler.layouts import Layouts
 from shardwright.compiler.plan import Plan
 from shardwright.compiler.topology import Device, Level, Topology
-from shardwright.passes.graph_tools import Values
-from shardwright.passes.ops import use_communicator
 from shardwright.passes.types import balanced_sizes
 from shardwright.runtime.program import RankProgram
 
@@ -81,6 +79,4 @@ def lowered(found: Case, wanted: Plan, rank: int = 0) -> tuple[Problem, Plan, Lo
     """The typed graph of a rank before it is differentiated, with the plan's layout filled in."""
     problem = problem_of(found, shares(found, wanted))
     wanted = with_layout(problem, wanted)
-    communicator = coordinates_of(wanted, rank)
-    with use_communicator(communicator):
-        return problem, wanted, lower(problem, wanted, communicator.indices, Values())
+    return problem, wanted, lower_for(problem, wanted, rank)

@@ -24,6 +24,8 @@ class Case:
 ONE = {"layers": 1}
 CASES = {
     "mlp dp4": Case("mlp", Strategy(dp=4, zero=0)),
+    "mlp zero1": Case("mlp", Strategy(dp=4, zero=1)),
+    "mlp zero2": Case("mlp", Strategy(dp=4, zero=2)),
     "mlp pp4": Case("mlp", Strategy(pp=4), {"layers": 5}),
     "mlp gpipe": Case("mlp", Strategy(pp=2, dp=2, schedule="gpipe"), {"batch": 7}),
     "mlp auto": Case("mlp", Strategy()),

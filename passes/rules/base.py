@@ -139,6 +139,11 @@ class Strategy:
     kwargs: Mapping[str, Any] | None = None
 
 
+def replicated(call: OpCall) -> Strategy:
+    """The strategy of a call on values that are whole on every rank."""
+    return Strategy("I", (I,) * len(call.operands), (I,) * len(call.results))
+
+
 Swap = Callable[["OpCall", Axis, Strategy, Sections], Strategy | None]
 
 
@@ -203,9 +208,7 @@ def factor_cuts(factor: Factor, axis: Axis, splits: Splits) -> list[Sections]:
 
 def strategies(call: OpCall, axis: Axis, splits: Splits | None = None, rule: Rule | None = None) -> list[Strategy]:
     """Every strategy of a call over an axis, `I` first. With no rule: that and `R`, as a parameter on a data axis is."""
-    found = [
-        Strategy("I", (I,) * len(call.operands), (I,) * len(call.results)),
-    ]
+    found = [replicated(call)]
     rule = rule if rule is not None else find_rule(call, axis)
     if any(o.grad for o in call.operands):
         found.append(Strategy("R", (R,) * len(call.operands), (R,) * len(call.results)))

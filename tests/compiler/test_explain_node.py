@@ -14,17 +14,16 @@ from torch import nn
 from shardwright import Strategy, Topology, plan
 from shardwright.compiler.api import PlannedModel
 from shardwright.compiler.cost import Seconds
-from shardwright.compiler.emit import Lowered, coordinates_of, lower
+from shardwright.compiler.emit import Lowered, lower_for
 from shardwright.compiler.explain_node import explain_node
 from shardwright.compiler.layout import with_layout
 from shardwright.compiler.layouts import Layouts, Mixed
-from shardwright.compiler.levels import Level, Sized, levels
+from shardwright.compiler.levels import Level, Parameter, levels
 from shardwright.compiler.lowered_cost import LoweredCost
 from shardwright.compiler.placed_cost import placed_cost
 from shardwright.compiler.runner_up import next_best, next_best_along
 from shardwright.compiler.tensor_axis import tensor_placement
-from shardwright.passes.graph_tools import Values, metas, op_calls
-from shardwright.passes.ops import use_communicator
+from shardwright.passes.graph_tools import metas, op_calls
 from shardwright.passes.rules.base import Axis
 from shardwright.passes.shard import ShardingError
 from shardwright.passes.types import shard
@@ -147,9 +146,7 @@ def test_what_ops_take_is_what_the_search_counts() -> None:
 
 
 def lower_and_cost(found: PlannedModel) -> tuple[Lowered, LoweredCost]:
-    communicator = coordinates_of(found.plan, 0)
-    with use_communicator(communicator):
-        lowered = lower(found.problem, found.plan, communicator.indices, Values())
+    lowered = lower_for(found.problem, found.plan)
     return lowered, LoweredCost(lowered.graph, found.plan, CPU)
 
 
@@ -180,7 +177,7 @@ def test_levels_of_a_parameter_are_those_of_plans(axes: dict[str, int]) -> None:
     }
     size = 4.0 * 2048 * 4096
     for zero, found in plans.items():
-        own, *others = levels(found.plan, topology, "0.weight", Sized(size, trained=True, again=False, copied=False))
+        own, *others = levels(found.plan, topology, "0.weight", Parameter(size, trained=True, again=False, copied=False))
         assert own.zero == zero and [level.zero for level in others] == sorted({0, 2, 3} - {zero}, key=lambda z: places(others, z))
         for level in (own, *others):
             if level.zero in plans:

@@ -26,7 +26,7 @@ from shardwright import Strategy, Topology, plan
 from shardwright.compiler import emit as emission
 from shardwright.compiler.assign import Solution
 from shardwright.compiler.cost import Seconds
-from shardwright.compiler.emit import coordinates_of, lower
+from shardwright.compiler.emit import lower_for
 from shardwright.compiler.groups import Groups, group_of, together
 from shardwright.compiler.keeping import keeping, sized
 from shardwright.compiler.layouts import Layouts
@@ -40,8 +40,7 @@ from shardwright.compiler.sized import Sized
 from shardwright.compiler.topology import Device, Level
 from shardwright.passes.check_schedules import check_schedules
 from shardwright.passes.convert import exists, makes_whole
-from shardwright.passes.graph_tools import Values, is_getitem, is_parameter, metas, op_calls, result_of
-from shardwright.passes.ops import use_communicator
+from shardwright.passes.graph_tools import is_getitem, is_parameter, metas, op_calls, result_of
 from shardwright.passes.rules.base import Axis, OpCall, TensorMeta
 from shardwright.passes.rules.base import Strategy as NodeStrategy
 from shardwright.passes.shard import ShardingError
@@ -369,9 +368,7 @@ def test_the_models_are_placed_within_a_hundredth_of_the_optimum(model: str) -> 
         soft = {k: v for k, v in options.items() if k not in ("dp_shard", "tp")}
         wanted = Plan(mesh, **soft)
         problem = replace(planned.problem, local_batches=balanced_sizes(zoo.BATCH, wanted.data_size))
-        communicator = coordinates_of(wanted, 0)
-        with use_communicator(communicator):
-            placements = lower(problem, wanted, communicator.indices, Values()).placements
+        placements = lower_for(problem, wanted).placements
         assert len(placements) == len(mesh.axes) + (wanted.microbatches > 1)
         assert all(p.gap <= 0.01 for p in placements.values()), {axis: p.gap for axis, p in placements.items()}
 
