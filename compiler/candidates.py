@@ -27,6 +27,7 @@ from .prices import Volume
 from .refine import Refinement
 from .samples import samples
 from .step_cost import Batch, StepCost, load_of
+from .step_sums import level_of
 from .strategy import Limits, Request, Strategy, StrategyError, divisors
 from .tensor_axis import Load, TensorAxis
 from .topology import Topology
@@ -244,7 +245,8 @@ class Search:
         return Candidate(plan, self.batch.samples(mesh), self.steps.predict(plan, cost, whole))
 
     def load(self, plan: Plan) -> Load:
-        return load_of(plan, self.topology, self.batch.share(plan.mesh), self.batch.captured)
+        ways = self.steps.sums_of(plan.mesh, level_of(plan.zero))
+        return load_of(plan, ways, self.batch.share(plan.mesh), self.batch.captured)
 
     def with_layout(self, plan: Plan) -> Plan:
         """The plan with where its parameters lie over tp and pp: a rank, or a call, of other shapes would find other places."""

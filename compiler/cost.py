@@ -279,8 +279,7 @@ class Seconds:
 
     def gradient_sum(self, meta: TensorMeta, axis: Axis) -> float:
         """In a bucket, where latency does not count."""
-        free = tuple(replace(hop, level=replace(hop.level, latency=0.0)) for hop in self._span(axis))
-        return collective_seconds("all_reduce", size_of(meta), free)
+        return self.topology.collective("all_reduce", self.mesh, axis.name).rate * size_of(meta)
 
     def conversion(self, src: Type, dst: Type, meta: TensorMeta, axis: Axis, of_parameter: bool = False) -> float:
         """Of the cheapest way. inf where no conversion leads there by itself."""

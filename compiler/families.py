@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +16,7 @@ from .heaviest import COUNT
 from .layouts import Layouts
 from .plan import Plan
 from .tensor_axis import Explored, Load
-from .totals import HEAVIEST, SECOND, Function, Least, tangent, totals_of
+from .totals import HEAVIEST, SECOND, Envelope, Least, tangent, totals_of
 
 if TYPE_CHECKING:
     from .candidates import Search
@@ -99,7 +100,7 @@ class Family:
     def least_within(self, limit: float) -> Least:
         """Of its plans that take no more bytes."""
         explored = self.explored
-        return explored.known.least(*self._functions(), limit, totals_of(explored.costs[-1]))
+        return explored.known.least(self.envelope, limit, totals_of(explored.costs[-1]))
 
     def look(self) -> list[Point]:
         """Its `points`, those included that were found since."""
@@ -119,13 +120,16 @@ class Family:
         """Of seconds, and of bytes at their price, by totals: about the placement that costs the least of those known."""
         explored = self.explored
         _, best = min(zip(self.look(), explored.costs, strict=True), key=lambda found: found[0].at(price))
-        seconds, size = (tangent(of, totals_of(best), explored.known.scale).slopes for of in self._functions())
+        of_both = self.envelope.seconds, self.envelope.size
+        seconds, size = (tangent(of, totals_of(best), explored.known.scale).slopes for of in of_both)
         slopes = seconds + (price * size if price else 0.0)
         slopes[[HEAVIEST, SECOND]] = max(slopes[HEAVIEST], slopes[SECOND])  # else the other one would gather what this does not
         return slopes
 
-    def _functions(self) -> tuple[Function, Function]:
-        return self.search.steps.at_least(self.plan, self.whole, self.search.tensor.least(self.plan.mesh.size("tp")))
+    @cached_property
+    def envelope(self) -> Envelope:
+        """Of what its plans take at least."""
+        return Envelope(*self.search.steps.at_least(self.plan, self.whole, self.search.tensor.least(self.plan.mesh.size("tp"))))
 
 
 def smallest(families: Sequence[Family], count: int) -> list[Family]:

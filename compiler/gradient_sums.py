@@ -14,11 +14,11 @@ import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ..runtime.program import Mesh
 from .plan import DATA_AXES
-from .topology import CollectiveKind, Topology, collective_bytes, collective_seconds
+from .topology import CollectiveKind, CollectiveTime, Topology, collective_bytes
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,16 @@ class Sum:
 Sums = tuple[Sum, ...]
 """Each over other axes; those that scatter come first, for after them less is to be summed."""
 
-Price = Callable[[int, Sum, float], float]
-"""Of the first, second, ... sum, of so large a share of a gradient."""
+Time = Callable[[int, Sum], CollectiveTime]
+"""Of the first, second, ... sum."""
+
+
+class Way(NamedTuple):
+    """What some sums take of a gradient, by its bytes before the first; left: how many shards they leave."""
+
+    sums: Sums
+    time: CollectiveTime
+    left: int
 
 
 def scattered(sums: Sums) -> tuple[str, ...]:
@@ -58,18 +66,24 @@ def shares(mesh: Mesh, sums: Sums, share: float = 1.0) -> Iterator[tuple[Sum, fl
             share /= mesh.size(step.axis)
 
 
-def cheapest(mesh: Mesh, pending: Sequence[str], may: Collection[str], must: Collection[str], price: Price) -> Sums:
-    """The sums over all of the `pending` axes that cost the least; of equally cheap ones the fewest, and of these those that leave
-    the smallest shard.
+def ways(mesh: Mesh, pending: Sequence[str], may: Collection[str], must: Collection[str], time: Time) -> list[Way]:
+    """All in which to sum over the `pending` axes.
 
     may, must    axes of which a shard may be left, and those of them of which one has to be
     """
     found = []
     for sums in _sequences(tuple(pending), may, must):
-        cost = sum(price(k, step, share) for k, (step, share) in enumerate(shares(mesh, sums)))
-        left = math.prod(map(mesh.size, scattered(sums)))
-        found.append((cost, len(sums), -left, sums))
-    return min(found, key=lambda each: each[:3])[-1]
+        latency = rate = 0.0
+        for k, (step, share) in enumerate(shares(mesh, sums)):
+            taken = time(k, step)
+            latency, rate = latency + taken.latency, rate + taken.rate * share
+        found.append(Way(sums, CollectiveTime(latency, rate), math.prod(map(mesh.size, scattered(sums)))))
+    return found
+
+
+def cheapest(found: Sequence[Way], size: float) -> Sums:
+    """For so many bytes; of equally cheap ones the fewest sums, and of these those that leave the smallest shard."""
+    return min(found, key=lambda way: (way.time.of(size), len(way.sums), -way.left)).sums
 
 
 def _sequences(left: tuple[str, ...], may: Collection[str], must: Collection[str], scattering: bool = True) -> Iterator[Sums]:
@@ -103,38 +117,40 @@ class GradientSums:
     @cached_property
     def own(self) -> Sums:
         """Of parameters that tp holds no copies of."""
-        return self._found(self._data, self._sharded, self._of_many)
+        return cheapest(self._own_ways, MANY)
 
     def copies(self, size: float) -> Sums:
         """Of parameters that tp holds copies of; in all they have so many bytes, whole over the data axes. Few bytes go the way of
         the fewest latencies, many that of the most bandwidth."""
-        own = self.own
-
-        def price(k: int, step: Sum, share: float) -> float:
-            together = own[k : k + 1] == (step,)  # in one bucket with those that tp holds no copies of
-            return self._seconds(step, size * self.held * share) - (self._seconds(step, 0.0) if together else 0.0)
-
-        return self._found(self._with_tp, self._cut, price)
+        return cheapest(self._copies_ways, size * self.held)
 
     def if_short(self, copied: bool) -> Iterator[Sums]:
         """What is left to do, one after the other, where the dims of a parameter are too short to be cut in so many shards."""
         pending = self._with_tp if copied else self._data
         for may in (self._sharded, ()):
-            yield self._found(pending, may, self._of_many)
+            yield cheapest(self._ways(pending, may), MANY)
 
     @cached_property
     def own_rate(self) -> float:
         """Seconds that a byte takes at least, whole over the data axes, whatever the latencies: where tp holds no copies."""
-        return self._least_rate(self._data, self._sharded)
+        return self.held * min(way.time.rate for way in self._own_ways)
 
     @cached_property
     def copies_rate(self) -> float:
         """The same of parameters that it holds copies of."""
-        return self._least_rate(self._with_tp, self._cut)
+        return self.held * min(way.time.rate for way in self._copies_ways)
 
-    def _least_rate(self, pending: Sequence[str], may: Collection[str]) -> float:
-        found = self._found(pending, may, lambda _, step, share: self._rate(step) * share)
-        return self.held * sum(self._rate(step) * share for step, share in shares(self.mesh, found))
+    @cached_property
+    def _own_ways(self) -> list[Way]:
+        return self._ways(self._data, self._sharded)
+
+    @cached_property
+    def _copies_ways(self) -> list[Way]:
+        def time(k: int, step: Sum) -> CollectiveTime:
+            together = self.own[k : k + 1] == (step,)  # in one bucket with those that tp holds no copies of
+            return self._time(k, step)._replace(latency=0.0) if together else self._time(k, step)
+
+        return self._ways(self._with_tp, self._cut, time)
 
     @property
     def _data(self) -> tuple[str, ...]:
@@ -152,22 +168,16 @@ class GradientSums:
     def _cut(self) -> tuple[str, ...]:
         return (*self._sharded, "tp") if self.level else ()
 
-    def _found(self, pending: Sequence[str], may: Collection[str], price: Price) -> Sums:
-        return cheapest(self.mesh, pending, may, set(may) & set(self._sharded), price)
+    def _ways(self, pending: Sequence[str], may: Collection[str], time: Time | None = None) -> list[Way]:
+        return ways(self.mesh, pending, may, set(may) & set(self._sharded), time or self._time)
 
-    def _seconds(self, step: Sum, size: float) -> float:
+    def _time(self, _: int, step: Sum) -> CollectiveTime:
         if self.topology is None:
-            return sum(collective_bytes(kind, size, self.mesh.size(step.axis)) for kind in step.kinds)
-        span = self.topology.span(self.mesh, step.axis)
-        return sum(collective_seconds(kind, size, span) for kind in step.kinds)
-
-    def _rate(self, step: Sum) -> float:
-        """Seconds a byte, latencies aside."""
-        return (self._seconds(step, _MANY) - self._seconds(step, 0.0)) / _MANY
-
-    def _of_many(self, _: int, step: Sum, share: float) -> float:
-        return self._seconds(step, share * _MANY)
+            n = self.mesh.size(step.axis)
+            return CollectiveTime(0.0, sum(collective_bytes(kind, 1.0, n) for kind in step.kinds))
+        latencies, rates = zip(*(self.topology.collective(kind, self.mesh, step.axis) for kind in step.kinds), strict=True)
+        return CollectiveTime(sum(latencies), sum(rates))
 
 
-_MANY = 2.0**27
+MANY = 2.0**27
 """Bytes of which latency is next to nothing."""

@@ -9,7 +9,7 @@ from .gradient_sums import GradientSums
 from .plan import Plan
 from .step_cost import frozen_bytes
 from .step_sums import Part, level_of
-from .topology import CollectiveKind, Topology, collective_seconds
+from .topology import CollectiveKind, Topology
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,7 @@ def _level(plan: Plan, mesh: Mesh, topology: Topology, zero: int, parameter: Par
         part = Part(sums, 0.0 if parameter.copied else size, size if parameter.copied else 0.0)
         seconds, held = part.own * sums.own_rate + part.at_least(), part.state(1.0)
     if zero == 3:
-        span = topology.span(mesh, "dp_shard")
         times: dict[CollectiveKind, int] = {"all_gather": 1 + parameter.again, "reduce_scatter": int(parameter.trained)}
-        each = (n * (collective_seconds(kind, size, span) - collective_seconds(kind, 0.0, span)) for kind, n in times.items())
-        seconds += plan.microbatches * sum(each)
+        rates = (n * topology.collective(kind, mesh, "dp_shard").rate for kind, n in times.items())
+        seconds += plan.microbatches * sum(rates) * size
     return Level(zero, seconds, held)

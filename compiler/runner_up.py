@@ -11,6 +11,7 @@ from ..passes.types import Type
 from .cost import Seconds
 from .emit import Lowered, Problem, lower_for
 from .gathers import Whole
+from .gradient_sums import GradientSums
 from .keeping import keeping
 from .lowered_cost import LoweredCost
 from .offers import offers
@@ -18,6 +19,7 @@ from .place import Placement
 from .placed_cost import PlacedCost, placed_cost
 from .plan import Plan, Prediction
 from .step_cost import Batch, StepCost, load_of
+from .step_sums import level_of
 from .tensor_axis import load_for, tensor_mesh, tensor_placement
 from .topology import Topology
 
@@ -93,5 +95,5 @@ def outs_of(placement: Placement, node: fx.Node) -> tuple[Type, ...]:
 
 def _tensor_seconds(plan: Plan, topology: Topology) -> Seconds:
     """For the load that the search placed for."""
-    load = load_for(plan.layouts, load_of(plan, topology, 1 / plan.data_size))
+    load = load_for(plan.layouts, load_of(plan, GradientSums(plan.mesh, level_of(plan.zero), topology), 1 / plan.data_size))
     return Seconds(topology, tensor_mesh(plan.mesh.size("tp")), load.share, load.runs, load.sums)

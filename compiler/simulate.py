@@ -276,4 +276,4 @@ class Durations:
             else:
                 size += bytes_moved(program, spec, instruction)
         kind = cast(CollectiveKind, "all_gather" if instruction.kind == "gather" else instruction.kind)
-        return self.topology.device.launch + collective_seconds(kind, size, self.topology.span(program.mesh, instruction.axis))
+        return self.topology.device.launch + self.topology.collective(kind, program.mesh, instruction.axis).of(size)

@@ -31,9 +31,9 @@ from .placed_cost import PlacedCost
 from .plan import Plan, Prediction, data_size
 from .schedules import BUCKET_BYTES
 from .stages import StageCuts, Stages, StageShare
-from .step_sums import Move, Moved, Part, copies_rate, level_of, parts_of
+from .step_sums import Move, Moved, Part, copies_rate, parts_of
 from .tensor_axis import Load
-from .topology import Topology, collective_bytes, collective_seconds
+from .topology import Topology, collective_bytes
 from .totals import Function, cost_of
 
 BACKWARD_SHARE = 2 / 3
@@ -63,21 +63,22 @@ class Batch:
         return self.rows * data_size(mesh) if self.mode == "local" else self.rows
 
 
-def load_of(plan: Plan, topology: Topology, share: float, captured: int | None = None) -> Load:
-    """What a placement over the plan's tp is made for, where a data rank gets a share of the captured batch, of so many samples."""
+def load_of(plan: Plan, ways: GradientSums, share: float, captured: int | None = None) -> Load:
+    """What a placement over the plan's tp is made for, where a data rank gets a share of the captured batch, of so many samples.
+    ways: of its mesh and level of ZeRO."""
     few = captured is not None and share * captured / plan.microbatches < plan.mesh.size("tp") <= captured
-    sums = sums_count(plan, topology)
+    sums = sums_count(plan, ways)
     return Load(share, plan.microbatches, math.copysign(rounded_down(abs(sums), 2**0.25, least=1 / 64), sums), few)
 
 
-def sums_count(plan: Plan, topology: Topology) -> float:
+def sums_count(plan: Plan, ways: GradientSums) -> float:
     """What a second in which gradients of copies are summed over tp alone, once a step, counts against one of the micro-batches:
     what their sums take more than those of other parameters do, of as many bytes. It may be less than nothing: data ranks whose
     tensor axis holds copies have all its links."""
     if plan.mesh.size("tp") == 1:
         return 0.0
-    ways = GradientSums(plan.mesh, level_of(plan.zero), topology)
-    return (ways.copies_rate - ways.own_rate) / copies_rate(plan.mesh, topology) / bubble(plan)
+    assert ways.topology is not None
+    return (ways.copies_rate - ways.own_rate) / copies_rate(plan.mesh, ways.topology) / bubble(plan)
 
 
 def rounded_down(x: float, base: float, least: float = 0.0) -> float:
@@ -136,9 +137,8 @@ class StepCost:
         few, many = whole[0], whole[-1]
         fewer, more = replace(plan, whole=few.names), replace(plan, whole=many.names)
         uneven = max(many.trained - w.trained - (many.held - w.held) for w in whole)
-        span = self.topology.span(plan.mesh, "dp_shard")
-        once = [collective_seconds("all_gather", size, span) for size in (uneven * self.stages(plan.stages).heaviest.trained, 0.0)]
-        gathered = once[0] - once[1]
+        gather = self.topology.collective("all_gather", plan.mesh, "dp_shard").rate
+        gathered = uneven * self.stages(plan.stages).heaviest.trained * gather
         held = replace(few, left=many.left, largest=many.largest, alone=many.alone)
         full = [stage for stage, _ in self._fullest(plan)]
         packed = [self._packed(fewer, least, few, stage) for stage in full]
@@ -175,9 +175,10 @@ class StepCost:
 
     def _parts(self, plan: Plan, cost: PlacedCost, whole: Whole) -> list[Part]:
         copied = cost.sums / copies_rate(plan.mesh, self.topology) if cost.sums else 0.0
-        return parts_of(plan, partial(self._sums_of, plan.mesh), cost.trainable, copied, whole)
+        return parts_of(plan, partial(self.sums_of, plan.mesh), cost.trainable, copied, whole)
 
-    def _sums_of(self, mesh: Mesh, level: int) -> GradientSums:
+    def sums_of(self, mesh: Mesh, level: int) -> GradientSums:
+        """level: as `level_of` has it."""
         if (mesh, level) not in self._sums:
             self._sums[mesh, level] = GradientSums(mesh, level, self.topology)
         return self._sums[mesh, level]
@@ -282,8 +283,8 @@ class StepCost:
     def _pipeline_seconds(self, plan: Plan, cost: PlacedCost, share: float) -> float:
         if plan.stages == 1:
             return 0.0
-        span, size = self.topology.span(plan.mesh, "pp"), self._border(plan, cost, share) * self.stages(plan.stages).widest
-        return 2 * (plan.microbatches + plan.stages - 2) * collective_seconds("send", size, span)
+        size = self._border(plan, cost, share) * self.stages(plan.stages).widest
+        return 2 * (plan.microbatches + plan.stages - 2) * self.topology.collective("send", plan.mesh, "pp").of(size)
 
     def _optimizer_seconds(self, size: float) -> float:
         """Read parameter, gradient and two moments, write three of them (AdamW)."""

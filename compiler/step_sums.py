@@ -10,7 +10,7 @@ from .gathers import Whole
 from .gradient_sums import GradientSums, Sum, scattered, shares
 from .memory import state_memory
 from .plan import DATA_AXES, Plan
-from .topology import CollectiveKind, Topology, collective_seconds
+from .topology import CollectiveKind, Topology
 
 Move = tuple[str, CollectiveKind, float, int]
 """(axis, kind, bytes, times a step)"""
@@ -67,8 +67,7 @@ def level_of(zero: int) -> int:
 
 def copies_rate(mesh: Mesh, topology: Topology) -> float:
     """Seconds a byte of `PlacedCost.sums`."""
-    span, many = topology.span(mesh, "tp"), 2.0**30
-    return (collective_seconds("all_reduce", many, span) - collective_seconds("all_reduce", 0.0, span)) / many
+    return topology.collective("all_reduce", mesh, "tp").rate
 
 
 @dataclass
@@ -114,4 +113,4 @@ class Moved:
 
 def _seconds(move: Move, topology: Topology, mesh: Mesh) -> float:
     axis, kind, size, _ = move
-    return collective_seconds(kind, size, topology.span(mesh, axis))
+    return topology.collective(kind, mesh, axis).of(size)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ..runtime.program import Mesh
 
@@ -155,6 +155,17 @@ class Topology:
     def _spans(self) -> dict[tuple[Mesh, str], Span]:
         return {}
 
+    def collective(self, kind: CollectiveKind, mesh: Mesh, axis: str) -> CollectiveTime:
+        """Of a collective over an axis; sizes as of `collective_seconds`."""
+        key = kind, mesh, axis
+        if key not in self._times:
+            self._times[key] = collective_time(kind, self.span(mesh, axis))
+        return self._times[key]
+
+    @cached_property
+    def _times(self) -> dict[tuple[CollectiveKind, Mesh, str], CollectiveTime]:
+        return {}
+
     def _span(self, mesh: Mesh, axis: str) -> Span:
         if mesh.world_size > self.world_size:
             raise ValueError(f"a mesh of {mesh.world_size} ranks does not fit on {self.world_size} devices")
@@ -192,11 +203,27 @@ def _below(bound: int, digits: list[tuple[int, int]]) -> int:
     return count + (bound > 0)
 
 
+class CollectiveTime(NamedTuple):
+    """Seconds of a collective of no bytes, and of each byte."""
+
+    latency: float
+    rate: float
+
+    def of(self, size: float) -> float:
+        return self.latency + self.rate * size
+
+
 def collective_seconds(kind: CollectiveKind, size: float, span: Span) -> float:
-    """Seconds of a collective: ring or tree latency plus bytes over bandwidth.
+    """Seconds of a collective.
 
     size    bytes of the whole value: the result of an all-gather, the operand of a reduce-scatter, an all-reduce or a broadcast,
             all that one rank holds before an all-to-all, the message of a send
+    """
+    return collective_time(kind, span).of(size)
+
+
+def collective_time(kind: CollectiveKind, span: Span) -> CollectiveTime:
+    """Ring or tree latency, and bytes over bandwidth.
 
     Ring algorithms (Thakur, Rabenseifner, Gropp 2005, sections 4.1 and 4.4): n - 1 steps, (n - 1)/n of the whole per rank; an
     all-reduce is a reduce-scatter and an all-gather, or, where that has less latency, a tree (NCCL, src/graph/tuning.cc, chooses
@@ -204,7 +231,7 @@ def collective_seconds(kind: CollectiveKind, size: float, span: Span) -> float:
     at `bandwidth` x members inside, and the slowest level decides.
     """
     if not span:
-        return 0.0
+        return CollectiveTime(0.0, 0.0)
     n = math.prod(hop.fan_out for hop in span)
     bandwidth, inside = math.inf, 1
     ring = tree = 0.0
@@ -218,24 +245,24 @@ def collective_seconds(kind: CollectiveKind, size: float, span: Span) -> float:
     share = (n - 1) / n
     match kind:
         case "all_reduce":
-            return 2 * min(ring, tree) + 2 * share * size / bandwidth
+            return CollectiveTime(2 * min(ring, tree), 2 * share / bandwidth)
         case "all_gather" | "reduce_scatter":
-            return ring + share * size / bandwidth
+            return CollectiveTime(ring, share / bandwidth)
         case "all_to_all":
-            return ring + _all_to_all_seconds(size, span, n)
+            return CollectiveTime(ring, _all_to_all_rate(span, n))
         case "broadcast":
-            return tree + size / bandwidth
+            return CollectiveTime(tree, 1 / bandwidth)
         case "send":
             outermost = span[-1].level
-            return outermost.latency + size / outermost.bandwidth
+            return CollectiveTime(outermost.latency, 1 / outermost.bandwidth)
     raise ValueError(f"unknown collective {kind!r}")
 
 
-def _all_to_all_seconds(size: float, span: Span, n: int) -> float:
-    """Each rank sends 1/n of `size` to every other: what leaves its unit at a level goes over its own link there."""
+def _all_to_all_rate(span: Span, n: int) -> float:
+    """Each rank sends 1/n of what it holds to every other: what leaves its unit at a level goes over its own link there."""
     slowest, inside = 0.0, 1
     for hop in span:
-        slowest = max(slowest, size * (n - inside) / n / hop.level.bandwidth)
+        slowest = max(slowest, (n - inside) / n / hop.level.bandwidth)
         inside *= hop.fan_out
     return slowest
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import highspy
 import numpy as np
@@ -89,6 +89,25 @@ def relations(low: np.ndarray, whole: np.ndarray, rate: float) -> list[Line]:
     return [*found, line(-rate * low[TRAINABLE], trainable=rate, sums=-cut)]
 
 
+@dataclass
+class Envelope:
+    """What plans take by the totals of their placement, and lines that touch these functions from below, as far as they were asked.
+
+    seconds, size    of a step, and bytes of its peak
+    time, room       lines of these
+    """
+
+    seconds: Function
+    size: Function
+    time: list[Line] = field(default_factory=list)
+    room: list[Line] = field(default_factory=list)
+
+    def touch(self, totals: np.ndarray, scale: np.ndarray, limited: bool) -> None:
+        self.time.append(tangent(self.seconds, totals, scale))
+        if limited:
+            self.room.append(tangent(self.size, totals, scale))
+
+
 @dataclass(frozen=True)
 class Least:
     """seconds    that no placement is below; inf where none can be
@@ -117,23 +136,21 @@ class Known:
         """No placement costs less at these prices."""
         self.lines.append(Line(prices, -least))
 
-    def least(self, seconds: Function, size: Function, limit: float, start: np.ndarray) -> Least:
-        """Of placements whose bytes, the `size` of their totals, are within the limit. start: where the functions are looked at
-        first."""
-        time: list[Line] = []
-        room: list[Line] = []
-        found, point = Least(0.0), start
+    def least(self, envelope: Envelope, limit: float, start: np.ndarray) -> Least:
+        """Of placements whose bytes are within the limit. start: where the envelope is looked at first."""
+        limited = math.isfinite(limit)
+        if not (envelope.room if limited else envelope.time):
+            envelope.touch(start, self.scale, limited)
+        found = Least(0.0)
         for _ in range(_TANGENTS):
-            time.append(tangent(seconds, point, self.scale))
-            if math.isfinite(limit):
-                room.append(tangent(size, point, self.scale))
-            solved = _solve(self, time, room, limit)
+            solved = _solve(self, envelope.time, envelope.room if limited else [], limit)
             if solved is None:
                 return Least(math.inf)
             found, point = solved
-            near = seconds(point) <= found.seconds * (1 + 1e-4)
-            if near and (math.isinf(limit) or size(point) <= limit * (1 + 1e-4)):
+            near = envelope.seconds(point) <= found.seconds * (1 + 1e-4)
+            if near and (not limited or envelope.size(point) <= limit * (1 + 1e-4)):
                 break
+            envelope.touch(point, self.scale, limited)
         return replace(found, seconds=found.seconds * (1 - SLACK))
 
 

@@ -11,8 +11,8 @@ from harness import compare, emit_all, run
 from programs import case, mesh, program
 from programs import plan as plan_of
 
-from shardwright.compiler.gradient_sums import GradientSums, Sum, Sums, cheapest, scattered, shares
-from shardwright.compiler.topology import Device, Level, Topology, collective_bytes
+from shardwright.compiler.gradient_sums import GradientSums, Sum, Sums, cheapest, scattered, shares, ways
+from shardwright.compiler.topology import CollectiveTime, Device, Level, Topology, collective_bytes, collective_seconds
 from shardwright.compiler.traffic import traffic
 from shardwright.passes.check_schedules import check_schedules
 from shardwright.passes.types import balanced_sizes
@@ -52,10 +52,14 @@ def test_no_other_sequence_is_cheaper(axes: tuple[int, ...], inner: float, outer
     sums = GradientSums(over, level, topology)
 
     def cost(found: Sums, size: float) -> float:
-        return sum(sums._seconds(step, size * share) for step, share in shares(over, found))
+        return sum(
+            collective_seconds(kind, size * share, topology.span(over, step.axis))
+            for step, share in shares(over, found)
+            for kind in step.kinds
+        )
 
     for size in (1e3, 1e6, 1e9):
-        found = cheapest(over, over.axes, may, must, lambda k, step, share: sums._seconds(step, size * share))  # noqa: B023
+        found = cheapest(ways(over, over.axes, may, must, sums._time), size)
         assert cost(found, size) == pytest.approx(min(cost(s, size) for s in every_sequence(over.axes, may, must)), rel=1e-12)
     least = min(cost(s, MANY) for s in every_sequence(over.axes, may, must)) / MANY
     assert sums.copies_rate == pytest.approx(least, rel=1e-3)
@@ -145,5 +149,5 @@ def test_shards_are_alike_on_all_ranks() -> None:
 
 
 def test_axes_keep_the_order_of_the_mesh() -> None:
-    found = cheapest(Mesh(("a", "b", "c"), (2, 2, 2)), ("a", "b", "c"), (), (), lambda k, step, share: 1.0)
-    assert found == (Sum("all_reduce", "a+b+c"),)
+    found = ways(Mesh(("a", "b", "c"), (2, 2, 2)), ("a", "b", "c"), (), (), lambda k, step: CollectiveTime(1.0, 0.0))
+    assert cheapest(found, 1.0) == (Sum("all_reduce", "a+b+c"),)

@@ -18,7 +18,7 @@ from shardwright.compiler.keeping import keeping
 from shardwright.compiler.layouts import Layouts, Mixed
 from shardwright.compiler.tensor_axis import Load, TensorAxis
 from shardwright.compiler.topology import Topology
-from shardwright.compiler.totals import PARAMETERS, SLACK, TOTALS, Known, tangent, totals_of
+from shardwright.compiler.totals import PARAMETERS, SLACK, TOTALS, Envelope, Known, tangent, totals_of
 from shardwright.passes.graph_tools import op_calls
 
 SIZE = len(TOTALS)
@@ -46,7 +46,7 @@ def test_nothing_is_below_what_is_least(seed: int, limit: float) -> None:
     def room(totals: np.ndarray) -> float:
         return float((size @ totals).max())
 
-    least = known(points, prices).least(time, room, limit, points[0])
+    least = known(points, prices).least(Envelope(time, room), limit, points[0])
     fitting = [time(p) for p in points if room(p) <= limit]
     assert least.seconds <= min(fitting, default=math.inf) * (1 + 1e-9)
 
@@ -59,7 +59,7 @@ def test_as_much_is_known_as_prices_tell() -> None:
     found = known(np.array([fast, small]), np.array([time, size, time + 0.1 * size]))
 
     def least(limit: float) -> float:
-        return found.least(lambda z: float(z[0]), lambda z: float(z[PARAMETERS]), limit, fast).seconds
+        return found.least(Envelope(lambda z: float(z[0]), lambda z: float(z[PARAMETERS])), limit, fast).seconds
 
     assert least(20.0) == pytest.approx(2.0, rel=2 * SLACK)
     assert least(math.inf) == pytest.approx(1.0, rel=2 * SLACK)
@@ -70,7 +70,7 @@ def test_the_price_that_tells_the_most_is_told() -> None:
     fast = np.zeros(SIZE)
     fast[[0, PARAMETERS]] = 1.0, 30.0
     found = known(np.array([fast]), np.array([np.eye(SIZE)[0] + 0.2 * np.eye(SIZE)[PARAMETERS]]))
-    least = found.least(lambda z: float(z[0]), lambda z: float(z[PARAMETERS]), 20.0, fast)
+    least = found.least(Envelope(lambda z: float(z[0]), lambda z: float(z[PARAMETERS])), 20.0, fast)
     assert least.seconds == pytest.approx(3.0, rel=2 * SLACK)
     assert least.prices is not None
     assert least.prices[[0, PARAMETERS]] == pytest.approx([1.0, 0.2], rel=1e-4)
