@@ -1,6 +1,6 @@
 """spmd_types, a type checker by others, made to look at our sharded graphs: which type it gives a node where we give ours.
 
-It knows the letters I, R, V and P of an axis, not which dim is cut. A graph is gone through node after node: an op of ATen is
+It knows the letters I, R, V and P of each axis, not which dim is cut. A graph is gone through node after node: an op of ATen is
 called as the function of torch it is (on meta tensors, under its type checking mode; what it cannot call so, as something that is
 linear in nothing), a conversion as the collective of its API. What it infers is noted where it differs from `node.meta["types"]`,
 with which the next nodes go on, so that each difference is seen by itself.
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,7 @@ REFUSED = "refused"
 
 @dataclass(frozen=True, order=True)
 class Difference:
-    """Where the two do not agree: the op, the letters of its operands, ours and theirs of its result."""
+    """Where the two do not agree over an axis: the op, the letters of its operands, ours and theirs of its result."""
 
     op: str
     operands: str
@@ -47,13 +48,14 @@ class Difference:
 
 
 @contextmanager
-def fake_mesh(axis: Axis) -> Iterator[Any]:
-    """A process group of one process that plays rank 0 of the axis. Yields the group."""
-    dist.init_process_group(backend="fake", rank=0, world_size=axis.size, store=FakeStore())
+def fake_mesh(axes: Sequence[Axis]) -> Iterator[dict[str, Any]]:
+    """A process group of one process that plays rank 0 of a mesh. Yields the group of each axis."""
+    sizes = tuple(axis.size for axis in axes)
+    dist.init_process_group(backend="fake", rank=0, world_size=math.prod(sizes), store=FakeStore())
     try:
-        mesh = init_device_mesh("cpu", (axis.size,), mesh_dim_names=(axis.name,))
+        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=tuple(axis.name for axis in axes))
         with spmd.set_current_mesh(mesh), checker.typecheck():
-            yield mesh.get_group(axis.name)
+            yield {axis.name: mesh.get_group(axis.name) for axis in axes}
     finally:
         dist.destroy_process_group()
 
@@ -70,70 +72,66 @@ def letter(type_: Type) -> Any:
             return spmd.P
 
 
-def differences(gm: fx.GraphModule, axis: Axis) -> Iterator[tuple[fx.Node, Difference]]:
-    """All of a typed graph, in order. `fake_mesh` must be there."""
-    with fake_mesh(axis) as group:
-        oracle = _Oracle(axis, group)
+def differences(gm: fx.GraphModule, *axes: Axis) -> Iterator[tuple[fx.Node, Difference]]:
+    """All of a graph that is typed over these axes, in order."""
+    with fake_mesh(axes) as groups:
+        oracle = _Oracle(axes, groups)
         for node in gm.graph.nodes:
             if node.op == "output":
-                yield from ((n, d) for n in node.args[0] if (d := oracle.output(n)) is not None)
+                yield from ((n, d) for n in node.args[0] for d in oracle.output(n))
             elif node.op == "call_function" and not is_getitem(node):
-                found = oracle.node(node)
-                if found is not None:
-                    yield node, found
+                yield from ((node, d) for d in oracle.node(node))
 
 
 class _Oracle:
-    def __init__(self, axis: Axis, group: Any) -> None:
-        self.axis, self.group = axis, group
+    def __init__(self, axes: Sequence[Axis], groups: Mapping[str, Any]) -> None:
+        self.axes, self.groups = axes, groups
 
-    def type_of(self, node: fx.Node) -> Any:
-        return node.meta["types"][self.axis.name]
+    def types_of(self, node: fx.Node) -> dict[str, Any]:
+        if is_getitem(node):
+            maker: Any = node.args[0]
+            return {name: types[node.args[1]] for name, types in self.types_of(maker).items()}
+        return {axis.name: node.meta["types"][axis.name] for axis in self.axes}
 
-    def node(self, node: fx.Node) -> Difference | None:
+    def node(self, node: fx.Node) -> Iterator[Difference]:
         try:
-            if node.target is convert and node.args[1] == self.axis.name:
-                theirs = self.converted(node)
-            else:
-                theirs = self.called(node)
+            theirs = self.converted(node) if node.target is convert and node.args[1] in self.groups else self.called(node)
         except spmd.SpmdTypeError:
-            theirs = {REFUSED}
-        mine = self.letters(node)
-        if mine == theirs or (not node.meta.get("grad") and mine | theirs <= {"I", "R"}):
-            return None  # where no gradient flows nothing tells I from R
-        operands = " ".join("".join(sorted(self.letters(n))) for n in node.all_input_nodes)
-        return Difference(name_of(node), operands, "/".join(sorted(mine)), "/".join(sorted(theirs)))
+            theirs = self.refused
+        for axis in self.axes:
+            mine, found = self.letters(node, axis), theirs[axis.name]
+            if mine == found or (not node.meta.get("grad") and mine | found <= {"I", "R"}):
+                continue  # where no gradient flows nothing tells I from R
+            operands = " ".join("".join(sorted(self.letters(n, axis))) for n in node.all_input_nodes)
+            yield Difference(name_of(node), operands, "/".join(sorted(mine)), "/".join(sorted(found)))
 
-    def letters(self, node: fx.Node) -> set[str]:
-        found = self.type_of(node)
+    @property
+    def refused(self) -> dict[str, set[str]]:
+        return {axis.name: {REFUSED} for axis in self.axes}
+
+    def letters(self, node: fx.Node, axis: Axis) -> set[str]:
+        found = self.types_of(node)[axis.name]
         return {repr(letter(t)) for t in (found if isinstance(found, tuple) else (found,))}
 
-    def probe(self, node: fx.Node, type_: Type) -> Tensor:
-        """A small value of the type of `node`."""
-        grad = bool(node.meta.get("grad"))
-        return self.typed(torch.empty(self.axis.size, self.axis.size).requires_grad_(grad), type_)
+    def typed(self, x: Tensor, types: Mapping[str, Type]) -> Tensor:
+        return spmd.assert_type(x, {self.groups[name]: letter(type_) for name, type_ in types.items()})
 
-    def typed(self, x: Tensor, type_: Type) -> Tensor:
-        return spmd.assert_type(x, {self.group: letter(type_)})
+    def read(self, values: Sequence[Any]) -> dict[str, set[str]]:
+        return {name: {repr(spmd.get_axis_local_type(x, group)) for x in values} for name, group in self.groups.items()}
 
-    def read(self, x: Any) -> str:
-        return repr(spmd.get_axis_local_type(x, self.group))
-
-    def converted(self, node: fx.Node) -> set[str]:
-        source, _, src, dst = node.args
+    def converted(self, node: fx.Node) -> dict[str, set[str]]:
+        source, name, src, dst = node.args
         have: Any = source
         function, a, b = _conversion(src, dst)  # type: ignore[arg-type]
+        size = math.prod(axis.size for axis in self.axes)
+        probe = torch.empty(size, size).requires_grad_(bool(have.meta.get("grad")))
         try:
-            return {self.read(function(self.probe(have, self.type_of(have)), self.group, src=a, dst=b))}
+            return self.read([function(self.typed(probe, self.types_of(have)), self.groups[str(name)], src=a, dst=b)])
         except ValueError:  # there is no such conversion
-            return {REFUSED}
+            return self.refused
 
-    def called(self, node: fx.Node) -> set[str]:
-        def value(n: fx.Node) -> Tensor:
-            if is_getitem(n):
-                maker, k = n.args
-                return self.value_of(n, self.type_of(maker)[k])  # type: ignore[arg-type,index]
-            return self.value_of(n, self.type_of(n))
+    def called(self, node: fx.Node) -> dict[str, set[str]]:
+        value = self.value_of
 
         args, kwargs = map_operands(tuple(node.args), value), map_operands(dict(node.kwargs), value)
         function = _function(node)
@@ -144,18 +142,18 @@ class _Oracle:
                 raise
             found = stand_in(*map_operands(tuple(node.args), value), **map_operands(dict(node.kwargs), value))
         found = found if isinstance(found, tuple | list) else (found,)
-        return {self.read(t) for t in found if isinstance(t, Tensor)}
+        return self.read([t for t in found if isinstance(t, Tensor)])
 
-    def value_of(self, node: fx.Node, type_: Type) -> Tensor:
+    def value_of(self, node: fx.Node) -> Tensor:
         value = node.meta["val"]
         made = torch.empty(value.shape, dtype=value.dtype, device="meta")
-        return self.typed(made.requires_grad_(bool(node.meta.get("grad"))), type_)
+        return self.typed(made.requires_grad_(bool(node.meta.get("grad"))), self.types_of(node))
 
-    def output(self, node: fx.Node) -> Difference | None:
+    def output(self, node: fx.Node) -> Iterator[Difference]:
         """Only I and P may begin a backward."""
-        if node.meta.get("grad") and isinstance(self.type_of(node), Replicate):
-            return Difference("output", "R", "R", REFUSED)
-        return None
+        for type_ in self.types_of(node).values():
+            if node.meta.get("grad") and isinstance(type_, Replicate):
+                yield Difference("output", "R", "R", REFUSED)
 
 
 def _conversion(src: Type, dst: Type) -> tuple[Callable[..., Tensor], Any, Any]:
