@@ -18,7 +18,7 @@ from functools import cache, partial
 import numpy as np
 
 from ..passes.graph_tools import Calls, metas
-from ..passes.segment import largest_part
+from ..passes.segment import PARTS, largest_part
 from ..passes.segment import parts_of as segments_of
 from ..runtime.program import Mesh
 from .cost import size_of
@@ -132,7 +132,8 @@ class StepCost:
         Both are convex in the totals, and grow with each. The more are whole, the less is gathered and the more is held; but the
         largest block that is still gathered may be smaller, and where parameters have other shares of the gradients than of the
         bytes, the gather once a step may cost more than the others save. What buckets pack is not convex, and counts as of `least`,
-        which no placement is below; nor is the choice of how copies are summed, which count as what their bytes take at least.
+        which no placement is below; nor is the largest part of a backward, which has at least an equal share and at least what it
+        has of `least`; nor is the choice of how copies are summed, which count as what their bytes take at least.
         """
         few, many = whole[0], whole[-1]
         fewer, more = replace(plan, whole=few.names), replace(plan, whole=many.names)
@@ -140,8 +141,6 @@ class StepCost:
         gather = self.topology.collective("all_gather", plan.mesh, "dp_shard").rate
         gathered = uneven * self.stages(plan.stages).heaviest.trained * gather
         held = replace(few, left=many.left, largest=many.largest, alone=many.alone)
-        full = [stage for stage, _ in self._fullest(plan)]
-        packed = [self._packed(fewer, least, few, stage) for stage in full]
 
         def seconds(totals: np.ndarray) -> float:
             cost = cost_of(totals, least.temporaries)
@@ -150,8 +149,7 @@ class StepCost:
 
         def size(totals: np.ndarray) -> float:
             cost = cost_of(totals, least.temporaries)
-            found = zip(self._stage_bytes(fewer, cost, held, at_least=True), full, packed, strict=True)
-            return max(sum(each.values()) - self._packed(fewer, cost, few, stage) + least for each, stage, least in found)
+            return max(sum(each.values()) for each in self._stage_bytes(fewer, cost, held, least))
 
         return seconds, size
 
@@ -164,10 +162,11 @@ class StepCost:
         parts = self._parts(plan, cost, whole)
         moved = Moved([*self._inside(plan, cost, whole)])
         moved.add(parts, heaviest.trained, at_least)
+        trained = (self.trained if at_least else cost.trainable) * heaviest.trained  # the more, the more parts
         seconds = {
             "compute": (cost.compute * share + cost.launches * m) * runs,
             "tensor": (cost.traffic * share + (cost.latencies + cost.gathers) * m) * runs,
-            "data": moved.seconds(self.topology, plan.mesh) - self._hidden_seconds(plan, moved, backward),
+            "data": moved.seconds(self.topology, plan.mesh) - self._hidden_seconds(plan, moved, trained, backward),
             "pipeline": self._pipeline_seconds(plan, cost, share),
             "optimizer": self._optimizer_seconds(sum(part.updated(at_least) for part in parts) * heaviest.trained),
         }
@@ -197,13 +196,16 @@ class StepCost:
         """Of the stage that needs the most."""
         return max(self._stage_bytes(plan, cost, whole), key=lambda found: sum(found.values()))
 
-    def _stage_bytes(self, plan: Plan, cost: PlacedCost, whole: Whole, *, at_least: bool = False) -> Iterator[dict[str, float]]:
-        """Of the stages that may need the most. at_least: with copies cut over tp besides, wherever they may be."""
+    def _stage_bytes(
+        self, plan: Plan, cost: PlacedCost, whole: Whole, least: PlacedCost | None = None
+    ) -> Iterator[dict[str, float]]:
+        """Of the stages that may need the most. least: what they need at least, as `at_least` says; with copies cut over tp
+        besides, wherever they may be."""
         m, share, parts = plan.microbatches, self.batch.share(plan.mesh), self._parts(plan, cost, whole)
         for stage, held_at_once in self._fullest(plan):
             trained = cost.trainable * stage.trained
             frozen = max(0.0, cost.parameters * stage.held - trained)
-            state = sum(part.state(stage.trained, at_least) for part in parts)
+            state = sum(part.state(stage.trained, least is not None) for part in parts)
             state += frozen_bytes(plan, frozen * (1 - whole.held)) + frozen * whole.held
             activations = cost.activations * share * held_at_once / m + cost.fixed * stage.kept + cost.temporaries * share / m
             # Under ZeRO-3 the backward of a block holds its parameters whole, and their gradients until they are scattered; the
@@ -213,7 +215,7 @@ class StepCost:
                 waiting = max(2 * whole.largest * cost.parameters, waiting + 2 * whole.alone * cost.parameters, 2 * waiting)
             gathered = 2 * cost.gathered + waiting
             if plan.zero in (1, 2) or plan.whole:
-                gathered += self._part(plan, cost, whole, stage) + self._packed(plan, cost, whole, stage)
+                gathered += self._part(plan, cost, whole, stage, least) + self._packed(plan, least or cost, whole, stage)
             yield {"state": state, "activation": activations, "gathered": gathered}
 
     def _received(self, plan: Plan, cost: PlacedCost, moved: Moved) -> dict[str, float]:
@@ -247,13 +249,17 @@ class StepCost:
         """Of these, the bytes of the largest gradient."""
         return min(self.largest * cost.trainable, self._scattered(plan, cost, whole, stage))
 
-    def _part(self, plan: Plan, cost: PlacedCost, whole: Whole, stage: StageShare) -> float:
+    def _part(self, plan: Plan, cost: PlacedCost, whole: Whole, stage: StageShare, least: PlacedCost | None = None) -> float:
         """Bytes of gradients that ZeRO-1 and 2 hold whole at their most, of which shards are to be left: where micro-batches add to
-        them all of them, else those of a part of the backward. A parameter larger than a part is one by itself."""
-        scattered, trained = self._scattered(plan, cost, whole, stage), self.trained * stage.trained
-        if plan.microbatches > 1 or self._backward_parts(plan, stage) == 1:
+        them all of them, else those of a part of the backward. A parameter larger than a part is one by itself. least: what is
+        convex in the totals, and nowhere more."""
+        scattered, trained = self._scattered(plan, cost, whole, stage), cost.trainable * stage.trained
+        if plan.microbatches > 1 or self._is_uneven(plan):
             return scattered
-        return max(self._largest(plan, cost, whole, stage), scattered * largest_part(trained, SEGMENT_BYTES) / trained)
+        largest = self._largest(plan, cost, whole, stage)
+        if least is None or segments_of(least.trainable * stage.trained, SEGMENT_BYTES) > 1:
+            return max(largest, scattered * largest_part(trained, SEGMENT_BYTES) / (trained or 1.0))
+        return max(largest, scattered / PARTS, self._part(plan, least, whole, stage))
 
     def _packed(self, plan: Plan, cost: PlacedCost, whole: Whole, stage: StageShare) -> float:
         """To be scattered they are packed, a bucket at a time; a parameter larger than a bucket is one by itself."""
@@ -262,16 +268,15 @@ class StepCost:
         packed = max(min(self._part(plan, cost, whole, stage), BUCKET_BYTES), self._largest(plan, cost, whole, stage))
         return packed - packed / plan.mesh.size("dp_shard")  # its shards come after it
 
-    def _backward_parts(self, plan: Plan, stage: StageShare) -> int:
-        """Parts of a stage's backward, after each of which gradients are summed. It is whole where data ranks run other shapes."""
-        uneven = self.batch.mode == "global" and self.batch.rows % plan.data_size
-        return 1 if uneven or plan.data_size == 1 else segments_of(self.trained * stage.trained, SEGMENT_BYTES)
+    def _is_uneven(self, plan: Plan) -> bool:
+        """Whether data ranks run other shapes: then the backward is not cut into parts."""
+        return self.batch.mode == "global" and self.batch.rows % plan.data_size > 0
 
-    def _hidden_seconds(self, plan: Plan, moved: Moved, backward: float) -> float:
+    def _hidden_seconds(self, plan: Plan, moved: Moved, trained: float, backward: float) -> float:
         """Seconds of first sums of gradients that the last micro-batch's `backward` hides: all but those of its last part. What
-        ZeRO-3 scatters inside the graphs is waited for."""
-        parts = self._backward_parts(plan, self.stages(plan.stages).heaviest)
-        if parts == 1 or not moved.early:
+        ZeRO-3 scatters inside the graphs is waited for. trained: bytes that decide how many parts there are."""
+        parts = segments_of(trained, SEGMENT_BYTES)
+        if parts == 1 or not moved.early or self._is_uneven(plan):
             return 0.0
         seconds = moved.hideable(self.topology, plan.mesh)
         return self.topology.overlap.get("data", 0.0) * min(seconds, backward) * (parts - 1) / parts

@@ -31,7 +31,7 @@ def segment(backward: fx.GraphModule, least: int, sizes_of: Mapping[str, int]) -
     """Parts that are the same on every rank that runs the same ops, however unevenly parameters are sharded.
 
     least       bytes of parameters whose gradients a part gives, but for the last
-    sizes_of    parameter key -> its bytes in whole
+    sizes_of    parameter key -> its bytes, on all ranks the same: of one that is sharded the average
     """
     position = {n: i for i, n in enumerate(backward.graph.nodes)}
     results = sorted(named_results(backward), key=lambda item: position[item[1]])

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from harness import compare, emit_all, run
-from programs import case, plan, program, shares
+from programs import FAR, case, plan, program, shares
 from torch import fx, nn
 
 from shardwright.compiler import emit
+from shardwright.compiler.layouts import Layouts, Mixed
 from shardwright.passes.graph_tools import named_results, node_bytes
 from shardwright.passes.segment import PARTS, segment
 from shardwright.runtime import homes
@@ -154,3 +156,21 @@ def _random(node: fx.Node) -> Any:
 
 def _run(gm: fx.GraphModule, known: dict[str, Any]) -> Any:
     return fx.Interpreter(gm).run(*(known[n.meta["key"]] for n in gm.graph.nodes if n.op == "placeholder"))
+
+
+def test_parts_are_even_in_what_a_rank_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where tp holds copies of some blocks' parameters and shards those of the others, whose gradients are fewer bytes."""
+    monkeypatch.setattr(emit, "SEGMENT_BYTES", 64)
+    copied = Layouts(byte_price=0.0, mixed=Mixed((0, 1, 2, 3), Layouts(byte_price=1e-3)))
+    found, wanted = case("llama", layers=8), replace(plan(2, topology=FAR.resized(devices=8), dp_shard=2, tp=4), layouts=copied)
+    made = program(found, wanted)
+    tp = {s.name: any("tp" in c.axis.split("+") and "dp" not in c.axis for c in s.cuts) for s in made.parameters}
+    blocks = [{cut for name, cut in tp.items() if f"layers.{k}." in name and "proj" in name} for k in (0, 7)]
+    assert blocks == [{True}, {False}]
+    sizes = []
+    for name, spec in made.graphs.items():
+        if name.startswith("backward"):
+            sizes.append([node_bytes(n) for key, n in named_results(spec.graph) if key.startswith("grad.param.")])
+    assert len(sizes) > 2
+    total, largest = sum(map(sum, sizes)), max(map(max, sizes))
+    assert max(map(sum, sizes)) <= total / PARTS + largest, [*map(sum, sizes)]
