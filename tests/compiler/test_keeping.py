@@ -101,3 +101,16 @@ def test_predicted_peak(model, name: str) -> None:
     if predicted.peak_bytes <= 1.05 * taken.peak:  # else the peak is when gradients are there and most of what was kept is not
         kept = sum(v for k, v in predicted.parts.items() if k == "activation bytes")
         assert kept == pytest.approx(taken.activations + taken.temporaries, rel=0.2), taken
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_program_of_blocks_in_two_layouts_takes_no_more_than_the_limit() -> None:
+    """Where some blocks' parameters lie whole on every tensor rank, and those of others in shards."""
+    made, batch = bert()
+    topology = Topology.preset("h100", devices=8)
+    free = plan(made, topology, example_inputs=batch).plan.predicted
+    assert free is not None
+    limit = 0.5 * free.peak_bytes
+    planned = plan(made, topology, example_inputs=batch, memory_limit=limit)
+    assert planned.plan.layouts.mixed is not None, "the test is of such a plan"
+    assert 0.85 * limit <= program_memory(emit(planned, 0)).peak <= limit
