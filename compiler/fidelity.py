@@ -181,6 +181,13 @@ class Watch(TorchFunctionMode):
     def _keep(self, function: type[Function], args: tuple[Any, ...]) -> Any:
         """What a custom function gives, by operations that have its gradient."""
         source = calling_line()
+        if any(torch_compat.is_transformed(a) for a in args):
+            raise CaptureError(
+                f"the custom autograd function {function.__qualname__} is called within torch.vmap or another transform of "
+                "torch.func, where a trace would lose its own backward",
+                source,
+                "call it outside, on the whole batch, or write it with ordinary differentiable operations",
+            )
         self.keeping += 1
         try:
             return with_slopes(function, args)

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._ops import OpOverload as OpOverload  # waits for: a public name of the type of torch.ops.aten.add.Tensor
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -91,6 +92,12 @@ def is_registered_autograd(function: type) -> bool:
     """Whether an autograd Function was made by `torch.library.register_autograd`. Waits for: a public marker on it."""
     forward_class = getattr(function, "_forward_cls", function)
     return getattr(forward_class, "__module__", "") == "torch._library.autograd"
+
+
+def is_transformed(value: Any) -> bool:
+    """Whether the value stands within `torch.vmap` or another transform of torch.func, where `requires_grad` does not tell of
+    gradients outside. Waits for: a public predicate."""
+    return isinstance(value, torch.Tensor) and is_functorch_wrapped_tensor(value)
 
 
 def wrapper_tensor(cls: type[torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:

@@ -380,6 +380,16 @@ class Mixed(torch.autograd.Function):
         return grads[0] + grads[0].mean()
 
 
+class Mapped(Clamped):
+    """A function that torch.vmap knows: within it, tensors do not tell that they carry a gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.abs().sqrt()
+
+
 KEPT = {
     "multiplied": lambda self, x: Backwards.apply(self.linear(x)).square().sum(),
     "nothing computed": lambda self, x: Silent.apply(self.linear(x)).square().sum(),
@@ -470,6 +480,11 @@ REFUSED = {
         lambda self, x: scan(lambda c, y: (c + y, c * y), torch.zeros(4), self.linear(x))[1],
         "higher-order op scan",
         "scan(lambda",
+    ),
+    "custom function in a transform": (
+        lambda self, x: torch.vmap(lambda y: Mapped.apply(self.linear(y)))(x),
+        "Mapped is called within torch.vmap",
+        "Mapped.apply(self.linear(y))",
     ),
     "truncated normal": (
         lambda self, x: self.linear(x) + nn.init.trunc_normal_(torch.empty(3, 4)),
