@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from .capture_error import CaptureError
-from .torch_compat import OpOverload, asks_for_values, pytree
+from .torch_compat import OpOverload, asks_for_values, generic_associative_scan, pytree
 
 Body = Callable[..., Any]
 
@@ -27,11 +27,11 @@ LONG = 250
 
 ON_GPUS = {
     "_higher_order_ops/associative_scan.py": (
-        "associative_scan with combine_mode='pointwise', which torch runs on GPUs alone, while models are captured on the CPU",
-        "pass combine_mode='generic': it computes the same, by ops that are sharded",
+        "associative_scan with combine_mode='pointwise', which torch before 2.14 has on GPUs alone: models are captured on the CPU",
+        "pass combine_mode='generic', which computes the same",
     ),
     "nn/attention/flex_attention.py": (
-        "flex_attention, whose backward torch has on GPUs alone, while models are captured on the CPU",
+        "flex_attention, whose backward torch has on GPUs alone: models are captured on the CPU",
         "use torch.nn.functional.scaled_dot_product_attention with a mask (in transformers: attn_implementation='sdpa')",
     ),
 }
@@ -72,11 +72,21 @@ class Steps:
 
 def has_body(name: str, args: tuple[Any, ...]) -> bool:
     """Whether a higher-order op is given functions to call, other than a region that `regions.py` makes plain nodes of."""
-    return name in OPS or (name not in REGIONS and any(callable(a) and not isinstance(a, OpOverload) for a in args))
+    return name in OPS or (name not in REGIONS and any(_is_body(a) for a in pytree.tree_leaves(args)))
+
+
+def _is_body(value: Any) -> bool:
+    return callable(value) and not isinstance(value, OpOverload)
 
 
 def _scan(
-    steps: Steps, source: str | None, body: Body, init: Sequence[Tensor], xs: Sequence[Tensor], additional: Sequence[Any]
+    steps: Steps,
+    source: str | None,
+    body: Body,
+    init: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    additional: Sequence[Any],
+    **options: Any,
 ) -> Any:
     """`body(*carry, *slices, *additional)` gives the next carry and a result of the step, and so does the scan: the last carry,
     and the steps' results stacked. Both are trees, or, where the body is a graph, one flat tuple."""
@@ -92,7 +102,7 @@ def _scan(
     return pytree.tree_unflatten([*carry, *_stack("scan", results, source)], structure)
 
 
-def _map(steps: Steps, source: str | None, body: Body, xs: Sequence[Tensor], additional: Sequence[Any]) -> Any:
+def _map(steps: Steps, source: str | None, body: Body, xs: Sequence[Tensor], additional: Sequence[Any], **options: Any) -> Any:
     structure: Any = None
     results = []
     for slices in _slices(steps, "map", xs, source):
@@ -102,23 +112,34 @@ def _map(steps: Steps, source: str | None, body: Body, xs: Sequence[Tensor], add
 
 
 def _associative_scan(
-    steps: Steps, source: str | None, body: Body, xs: Sequence[Tensor], additional: Sequence[Any]
-) -> list[Tensor]:
-    """One step after the other. What is called here are graphs that torch has traced on a GPU: with combine_mode='generic',
-    `associative_scan` combines all pairs of neighbours at once, by ordinary ops."""
-    results: list[list[Any]] = []
-    for slices in _slices(steps, "associative_scan", xs, source):
-        results.append(pytree.tree_leaves(body(*results[-1], *slices, *additional)) if results else list(slices))
-    return _stack("associative_scan", results, source)
+    steps: Steps, source: str | None, body: Body, xs: Sequence[Tensor], additional: Sequence[Any], **options: Any
+) -> Any:
+    """Of combine_mode='pointwise': the body takes all pairs of neighbours at once, some twice the logarithm of the length times, as
+    it does in eager. With combine_mode='generic' torch itself does so, and no op is made."""
+    structure: Any = None
+
+    def combine(*pairs: Tensor) -> list[Any]:
+        nonlocal structure
+        leaves, structure = pytree.tree_flatten(body(*pairs, *additional))
+        return leaves
+
+    if _length("associative_scan", xs, source) == 1:
+        combine(*xs, *xs)  # for the structure alone: there is nothing to combine
+    found = generic_associative_scan(combine, list(xs))
+    return pytree.tree_unflatten(found, structure)
 
 
 def _slices(steps: Steps, name: str, xs: Sequence[Tensor], source: str | None) -> Iterator[tuple[Tensor, ...]]:
     """Of each step what it takes of `xs`. By `unbind`, whose backward is one `stack`, however many the steps."""
+    steps.count(_length(name, xs, source), name, source)
+    yield from zip(*(x.unbind(0) for x in xs), strict=True)
+
+
+def _length(name: str, xs: Sequence[Tensor], source: str | None) -> int:
     lengths = {x.shape[0] for x in xs}
     if len(lengths) != 1 or 0 in lengths:
         raise CaptureError(f"{name} goes over tensors of lengths {sorted(lengths)}", source, "let them have one length, not 0")
-    steps.count(lengths.pop(), name, source)
-    yield from zip(*(x.unbind(0) for x in xs), strict=True)
+    return lengths.pop()
 
 
 def _stack(name: str, results: Sequence[Sequence[Any]], source: str | None) -> list[Any]:
@@ -180,6 +201,7 @@ def _cond(
     if_true: Body,
     if_false: Body,
     operands: Sequence[Any] = (),
+    **options: Any,
 ) -> Any:
     known = _known(condition)
     if known is None:
@@ -191,10 +213,24 @@ def _cond(
     return if_true(*operands) if known else if_false(*operands)
 
 
-def _known(condition: Any) -> bool | None:
+def _switch(
+    steps: Steps, source: str | None, index: Any, branches: Sequence[Body], operands: Sequence[Any] = (), **options: Any
+) -> Any:
+    """The branch of that index, or the nearest one, where there is none."""
+    known = _known(index, int)
+    if known is None:
+        raise CaptureError(
+            "switch takes the branch that the values of a tensor say, so that its graph depends on data",
+            source,
+            "compute all and choose by torch.where, or make the index a Python int",
+        )
+    return branches[min(max(known, 0), len(branches) - 1)](*operands)
+
+
+def _known(condition: Any, kind: type[Any] = bool) -> Any:
     """A condition's value, None where it depends on the values of tensors that the model is given or computes from them."""
     try:
-        return bool(condition)
+        return kind(condition)
     except Exception as error:
         if asks_for_values(error):
             return None
@@ -206,16 +242,16 @@ def _operands_first(steps: Steps, source: str | None, body: Body, *operands: Any
     return body(*operands)
 
 
-def _invoke_subgraph(steps: Steps, source: str | None, body: Body, identifier: str | None, *operands: Any) -> Any:
+def _invoke_subgraph(steps: Steps, source: str | None, body: Body, identifier: str | None, *operands: Any, **options: Any) -> Any:
     return body(*operands)
 
 
-def _strict_mode(steps: Steps, source: str | None, body: Body, operands: Sequence[Any]) -> Any:
+def _strict_mode(steps: Steps, source: str | None, body: Body, operands: Sequence[Any], **options: Any) -> Any:
     return body(*operands)
 
 
 def _hints_wrapper(
-    steps: Steps, source: str | None, body: Body, args: Sequence[Any], kwargs: dict[str, Any], hints: dict[str, Any]
+    steps: Steps, source: str | None, body: Body, args: Sequence[Any], kwargs: dict[str, Any], **options: Any
 ) -> Any:
     return body(*args, **kwargs)
 
@@ -226,6 +262,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "associative_scan": _associative_scan,
     "while_loop": _while_loop,
     "cond": _cond,
+    "switch": _switch,
     "invoke_subgraph": _invoke_subgraph,
     "strict_mode": _strict_mode,
     "hints_wrapper": _hints_wrapper,
@@ -234,7 +271,8 @@ OPS: dict[str, Callable[..., Any]] = {
     "invoke_quant": _operands_first,
     "invoke_quant_packed": _operands_first,
 }
-"""The higher-order ops whose bodies are called in their place, by torch's names."""
+"""The higher-order ops whose bodies are called in their place, by torch's names. What some versions of torch say of them besides
+(which operands a body writes to) follows from the calls."""
 
 REGIONS = frozenset({"wrap_with_set_grad_enabled", "wrap_with_autocast"})
 """Those that torch.export makes itself, for `regions.py` to read."""

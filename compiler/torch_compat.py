@@ -56,6 +56,13 @@ class _WithoutMkldnn:
 WITHOUT_MKLDNN = _WithoutMkldnn()
 
 
+def generic_associative_scan(combine: Callable[..., Any], xs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The inclusive scan of `xs` along dim 0 by `combine(*left, *right)`, which takes any number of pairs at once along it.
+    Waits for: `associative_scan` to be traced so on every device."""
+    module: Any = importlib.import_module("torch._higher_order_ops.associative_scan")
+    return module.generic_associative_scan(combine, xs)
+
+
 class _OpenBodies:
     """Within, on the threads that are within, higher-order ops (`scan`, `torch.cond`, ...) are called with the functions that they
     were given, where torch would compile these to graphs first; and a nested compile region is a plain call. Waits for: a way to

@@ -89,7 +89,7 @@ EAGER: dict[str, Body] = {
     "scan without a gradient": _without_gradient,
     "map": lambda self, x: map_op(lambda y, z: {"a": self.linear(y) * z}, x, x.new_ones(4))["a"].square().sum(),
     "associative scan": lambda self, x: (
-        associative_scan(lambda a, b: a * 0.5 + b, self.linear(x), 0, combine_mode="generic").square().sum()
+        associative_scan(lambda a, b: a * b, self.linear(x), 0, combine_mode="generic").square().sum()
     ),
     "loop": lambda self, x: torch.while_loop(
         lambda i, y: i < 3, lambda i, y: (i + 1, self.linear(y)), (torch.tensor(0), self.linear(x))
@@ -211,6 +211,58 @@ def test_an_exported_model_is_captured() -> None:
     check_capture(found, model, (x,), {})
 
 
+def _pointwise(self: Cell, x: Tensor) -> Tensor:
+    """Pairs of a decay and a value."""
+
+    def combine(left: Any, right: Any) -> Any:
+        return {"a": left["a"] * right["a"], "b": left["b"] * right["a"] + right["b"]}
+
+    def scanned(y: Tensor) -> Tensor:
+        return associative_scan(combine, {"a": torch.sigmoid(y), "b": self.linear(y)}, 0)["b"]
+
+    return scanned(x).square().sum() + scanned(x[:1]).sum()
+
+
+def test_a_pointwise_associative_scan_is_captured_where_torch_has_it_on_the_cpu() -> None:
+    model, x = Cell(_pointwise).double(), example()
+    try:
+        found = capture(model, (x,), {})
+    except CaptureError as error:
+        assert "combine_mode='pointwise', which torch before 2.14 has on GPUs alone" in error.cause
+        assert error.source is not None and "associative_scan(combine" in error.source and "'generic'" in error.way_out
+    else:
+        check_capture(found, model, (x,), {})
+
+
+def test_an_associative_scan_as_a_graph_is_captured() -> None:
+    """As torch traces it on a GPU: called on slices."""
+    graph = fx.symbolic_trace(lambda a, b, c: (a + b + c,))
+
+    def written_out(self: Cell, x: Tensor) -> Tensor:
+        return loop(lambda c, y: (c + y + 0.5,) * 2, x.new_full((3, 4), -0.5), self.linear(x))[1].square().sum()
+
+    found = captured(
+        lambda self, x: torch.ops.higher_order.associative_scan(graph, [self.linear(x)], (x.new_full((4,), 0.5),))[0].square().sum()
+    )
+    check_capture(found, Cell(written_out).double(), (example(),), {})
+
+
+@pytest.mark.skipif(not hasattr(torch._higher_order_ops, "switch"), reason="torch before 2.14 has no switch")
+def test_a_switch_is_followed_by_a_number_and_refused_by_data() -> None:
+    def body(self: Cell, x: Tensor, index: Any) -> Tensor:
+        return torch._higher_order_ops.switch(index, (self.linear, lambda y: self.linear(y) * 2), (x,)).sum()
+
+    for index in (1, 7):
+        check_capture(
+            captured(lambda self, x, i=index: body(self, x, i)),
+            Cell(lambda self, x: 2 * self.linear(x).sum()).double(),
+            (example(),),
+            {},
+        )
+    with pytest.raises(CaptureError, match="switch takes the branch"):
+        captured(lambda self, x: body(self, x, (x.sum() > 0).long()))
+
+
 def test_nodes_know_the_line_of_their_body() -> None:
     found = captured(lambda self, x: scan(self.step, self.start(x), x)[1].sum())
     first, *steps = [n for n in found.graph.graph.nodes if n.target is torch.ops.aten.linear.default]
@@ -314,12 +366,6 @@ REFUSED: dict[str, tuple[Body, str, str, str]] = {
         "higher-order op foreach_map",
         "foreach_map(",
         "ordinary operations",
-    ),
-    "associative scan on GPUs": (
-        lambda self, x: associative_scan(lambda a, b: a + b, self.linear(x), 0),
-        "combine_mode='pointwise', which torch runs on GPUs alone",
-        "associative_scan(lambda",
-        "combine_mode='generic'",
     ),
     "attention on GPUs": (
         lambda self, x: flex_attention(*[self.linear(x)[None]] * 3),
