@@ -264,9 +264,11 @@ def _put_back(module: nn.Module, attributes: dict[str, Any]) -> list[str]:
 
 def _export(traced: _Traced, fakes: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
     try:
-        with warnings.catch_warnings(), torch_compat.lazy_graph_modules(), torch_compat.WITHOUT_MKLDNN:
+        with warnings.catch_warnings(), torch_compat.lazy_graph_modules(), torch_compat.WITHOUT_MKLDNN, torch_compat.OPEN_BODIES:
             warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
             warnings.filterwarnings("ignore", message="The tensor attributes? ")  # `_prepared` names them, where they matter
+            warnings.filterwarnings("ignore", message="Pred is a Python constant")  # as all of Python is: a graph is of one call
+            warnings.filterwarnings("ignore", message="torch.compile is ignored|You are calling torch.compile inside torch.export")
             program = torch.export.export(traced, fakes, strict=False)
             fidelity.drop_checks(program.graph_module)
             fidelity.check_static(program.graph_module)
@@ -278,11 +280,11 @@ def _export(traced: _Traced, fakes: tuple[Tensor, ...]) -> torch.export.Exported
         raise
     except Exception as error:
         source = fidelity.line_of_traceback(error.__traceback__)
-        if (name := fidelity.control_flow(error.__traceback__)) is not None:
-            raise fidelity.higher_order(name, source) from error
+        if (found := fidelity.on_gpus(error.__traceback__, source)) is not None:
+            raise found from error
         if fidelity.draws_truncated(error.__traceback__):
             raise fidelity.truncated(source) from error
-        if type(error).__name__ in ("GuardOnDataDependentSymNode", "DataDependentOutputException", "UserError"):
+        if torch_compat.asks_for_values(error):
             raise fidelity.data_dependent(source) from error
         raise CaptureError(
             f"the model could not be traced: {type(error).__name__}: {error}",

@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 import linecache
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import CodeType, FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from ..passes.normalize.promote import double, promote_casts
-from . import torch_compat
+from . import control_flow, torch_compat
 from .call_structure import describe_output, split_target
 from .capture_error import CaptureError
 from .custom_functions import NotElementwise, replaced, with_slopes
@@ -73,10 +72,6 @@ def line_of_traceback(traceback: TracebackType | None) -> str | None:
     return found
 
 
-CONTROL_FLOW = {"cond": "torch.cond", "while_loop": "torch.while_loop", "map": "map", "scan": "scan"}
-"""Higher-order ops that are refused, by the file of torch._higher_order_ops that they stand in."""
-
-
 def files_of_traceback(traceback: TracebackType | None) -> Iterator[str]:
     """The files of torch's frames of a traceback, outermost first, relative to torch."""
     while traceback is not None:
@@ -86,21 +81,13 @@ def files_of_traceback(traceback: TracebackType | None) -> Iterator[str]:
         traceback = traceback.tb_next
 
 
-def control_flow(traceback: TracebackType | None) -> str | None:
-    """The higher-order op of `CONTROL_FLOW` within which an error was raised."""
+def on_gpus(traceback: TracebackType | None, source: str | None) -> CaptureError | None:
+    """The refusal of what torch has on GPUs alone, where an error was raised within it."""
     for name in files_of_traceback(traceback):
-        folder, _, file = name.rpartition("/")
-        if folder == "_higher_order_ops" and file.removesuffix(".py") in CONTROL_FLOW:
-            return CONTROL_FLOW[file.removesuffix(".py")]
+        if name in control_flow.ON_GPUS:
+            what, way_out = control_flow.ON_GPUS[name]
+            return CaptureError(f"the forward uses {what}", source, way_out)
     return None
-
-
-def higher_order(name: str, source: str | None) -> CaptureError:
-    return CaptureError(
-        f"the forward uses the higher-order op {name}, whose body is a graph of its own, which is not sharded",
-        source,
-        "write it out: torch.where for a branch, a Python loop of fixed length for a loop, a batched op for a map",
-    )
 
 
 def draws_truncated(traceback: TracebackType | None) -> bool:
@@ -163,6 +150,7 @@ class Watch(TorchFunctionMode):
         self.detached: list[Tensor] = []
         self.functions = custom_functions()
         self.keeping = 0
+        self.steps = control_flow.Steps()
         self.replaced: AbstractContextManager[None] = nullcontext()
         self.around: FrameType | None = None  # of whoever entered: what is further out is not of the model
 
@@ -181,6 +169,13 @@ class Watch(TorchFunctionMode):
     def _keep(self, function: type[Function], args: tuple[Any, ...]) -> Any:
         """What a custom function gives, by operations that have its gradient."""
         source = calling_line()
+        if any(torch_compat.is_transformed(a) for a in args):
+            raise CaptureError(
+                f"the custom autograd function {function.__qualname__} is called within torch.vmap or another transform of "
+                "torch.func, where a trace would lose its own backward",
+                source,
+                "call it outside, on the whole batch, or write it with ordinary differentiable operations",
+            )
         self.keeping += 1
         try:
             return with_slopes(function, args)
@@ -192,6 +187,9 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         self._check_function(func)
+        if isinstance(func, torch_compat.HigherOrderOperator) and control_flow.has_body(func.name(), args):
+            with self._active():
+                return self.steps.call(func.name(), args, kwargs, calling_line())
         if func in HOOKS:
             raise CaptureError(
                 f"{func.__name__} in the forward would be lost: hooks on activations are not captured",
@@ -221,6 +219,15 @@ class Watch(TorchFunctionMode):
         if func is Tensor.detach and args[0].requires_grad:
             self.detached.append(result)
         return result
+
+    @contextmanager
+    def _active(self) -> Iterator[None]:
+        """Active again within its own `__torch_function__`: for code of the user's that is called there."""
+        super().__enter__()
+        try:
+            yield
+        finally:
+            super().__exit__(None, None, None)
 
     def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call with the user's line as what traced nodes keep of the Python stack. Left to itself, torch formats the whole stack
@@ -330,8 +337,6 @@ def check_autograd_graph(outputs: Sequence[Tensor]) -> None:
             continue
         seen.add(node)
         if isinstance(node, torch.autograd.function.BackwardCFunction) and not torch_compat.is_registered_autograd(type(node)):
-            if (match := re.match("(Cond|WhileLoop|Map|Scan)AutogradOp", node.name())) is not None:
-                raise higher_order({"WhileLoop": "torch.while_loop", "Cond": "torch.cond"}.get(match[1], match[1].lower()), None)
             raise custom_function(node.name(), None)
         stack.extend(parent for parent, _ in node.next_functions if parent is not None)
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._higher_order_ops import utils as higher_order_utils
+from torch._ops import HigherOrderOperator as HigherOrderOperator  # waits for: a public name of the type of torch.cond's op
 from torch._ops import OpOverload as OpOverload  # waits for: a public name of the type of torch.ops.aten.add.Tensor
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
+from torch.utils import _pytree as pytree  # noqa: F401  (waits for: a public torch.utils.pytree)
 
 
 def fake_mode() -> FakeTensorMode:
@@ -48,6 +54,81 @@ class _WithoutMkldnn:
 
 
 WITHOUT_MKLDNN = _WithoutMkldnn()
+
+
+def generic_associative_scan(combine: Callable[..., Any], xs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The inclusive scan of `xs` along dim 0 by `combine(*left, *right)`, which takes any number of pairs at once along it.
+    Waits for: `associative_scan` to be traced so on every device."""
+    module: Any = importlib.import_module("torch._higher_order_ops.associative_scan")
+    return module.generic_associative_scan(combine, xs)
+
+
+class _OpenBodies:
+    """Within, on the threads that are within, higher-order ops (`scan`, `torch.cond`, ...) are called with the functions that they
+    were given, where torch would compile these to graphs first; and a nested compile region is a plain call. Waits for: a way to
+    tell `torch.export` to leave bodies to a TorchFunctionMode.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.threads: Counter[int] = Counter()
+        self.replaced: list[tuple[Any, str, Callable[..., Any]]] = []
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.threads:
+                # A package of torch has an op of the same name as its module, which hides it.
+                regions: Any = importlib.import_module("torch._higher_order_ops.invoke_subgraph")
+                self._replace(higher_order_utils, "setup_compilation_env", self._environment)
+                self._replace(regions, "invoke_subgraph_placeholder", self._region)
+            self.threads[threading.get_ident()] += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.threads[threading.get_ident()] -= 1
+            self.threads = +self.threads
+            if not self.threads:
+                for owner, name, original in self.replaced:
+                    setattr(owner, name, original)
+                self.replaced.clear()
+
+    def _replace(self, owner: Any, name: str, substitute: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        original = getattr(owner, name)
+        setattr(owner, name, substitute(original))
+        self.replaced.append((owner, name, original))
+
+    def _is_within(self) -> bool:
+        return self.threads[threading.get_ident()] > 0
+
+    def _environment(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """What torch calls `torch.compile` of a body in; it gives the backend."""
+
+        @contextmanager
+        def environment() -> Iterator[Any]:
+            if self._is_within():
+                with torch.compiler.set_stance("force_eager"):
+                    yield "eager"
+            else:
+                with original() as backend:
+                    yield backend
+
+        return environment
+
+    def _region(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """What a function marked by `torch.compiler.nested_compile_region` is called by."""
+
+        def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs) if self._is_within() else original(function, *args, **kwargs)
+
+        return call
+
+
+OPEN_BODIES = _OpenBodies()
+
+
+def asks_for_values(error: BaseException) -> bool:
+    """Whether a trace ended because it needs the values of tensors. Waits for: public names of these errors."""
+    return type(error).__name__ in ("GuardOnDataDependentSymNode", "DataDependentOutputException", "UserError")
 
 
 def swap_state(module: torch.nn.Module, replace: Callable[[str, torch.Tensor], torch.Tensor]) -> Callable[[], None]:
@@ -91,6 +172,12 @@ def is_registered_autograd(function: type) -> bool:
     """Whether an autograd Function was made by `torch.library.register_autograd`. Waits for: a public marker on it."""
     forward_class = getattr(function, "_forward_cls", function)
     return getattr(forward_class, "__module__", "") == "torch._library.autograd"
+
+
+def is_transformed(value: Any) -> bool:
+    """Whether the value stands within `torch.vmap` or another transform of torch.func, where `requires_grad` does not tell of
+    gradients outside. Waits for: a public predicate."""
+    return isinstance(value, torch.Tensor) and is_functorch_wrapped_tensor(value)
 
 
 def wrapper_tensor(cls: type[torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:

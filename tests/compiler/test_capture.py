@@ -13,8 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._higher_order_ops.map import map as map_op
-from torch._higher_order_ops.scan import scan
 from torch.utils.checkpoint import checkpoint
 
 from shardwright.compiler.capture import CaptureError, capture, signature
@@ -380,6 +378,16 @@ class Mixed(torch.autograd.Function):
         return grads[0] + grads[0].mean()
 
 
+class Mapped(Clamped):
+    """A function that torch.vmap knows: within it, tensors do not tell that they carry a gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.abs().sqrt()
+
+
 KEPT = {
     "multiplied": lambda self, x: Backwards.apply(self.linear(x)).square().sum(),
     "nothing computed": lambda self, x: Silent.apply(self.linear(x)).square().sum(),
@@ -455,21 +463,10 @@ REFUSED = {
         "autograd.grad",
     ),
     "input in place": (lambda self, x: self.linear(x.mul_(2)), "an input in place", "x.mul_(2)"),
-    "branch as an op": (
-        lambda self, x: torch.cond(x.sum() > 0, self.linear, lambda y: self.linear(y) * 2, (x,)),
-        "higher-order op torch.cond",
-        "torch.cond(",
-    ),
-    "loop as an op": (
-        lambda self, x: torch.while_loop(lambda i, y: i < 3, lambda i, y: (i + 1, self.linear(y)), (torch.tensor(0), x))[1],
-        "higher-order op torch.while_loop",
-        "torch.while_loop(",
-    ),
-    "map as an op": (lambda self, x: map_op(lambda y, z: y * z, self.linear(x), x[0]), "higher-order op map", "map_op("),
-    "scan as an op": (
-        lambda self, x: scan(lambda c, y: (c + y, c * y), torch.zeros(4), self.linear(x))[1],
-        "higher-order op scan",
-        "scan(lambda",
+    "custom function in a transform": (
+        lambda self, x: torch.vmap(lambda y: Mapped.apply(self.linear(y)))(x),
+        "Mapped is called within torch.vmap",
+        "Mapped.apply(self.linear(y))",
     ),
     "truncated normal": (
         lambda self, x: self.linear(x) + nn.init.trunc_normal_(torch.empty(3, 4)),
