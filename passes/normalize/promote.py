@@ -25,7 +25,8 @@ def double(x: torch.Tensor) -> torch.Tensor:
 
 
 def promote_casts(gm: fx.GraphModule) -> fx.GraphModule:
-    """`gm` with every float32 that its ops name, in casts and constants, replaced by float64. Inputs keep their dtypes.
+    """`gm` with every float32 that its ops name, in casts and constants, replaced by float64. Inputs keep their dtypes, and so does
+    what is made in torch's default dtype: numbers drawn in float64 would be others.
 
     Requires: a functional ATen graph with meta["val"]; it is to be given its constants in float64. Ensures: the same function, in
     float64 where the inputs are.
@@ -59,17 +60,7 @@ def _cast(b: Builder, x: Any, *, dtype: torch.dtype | None = None, **_: Any) -> 
 
 
 def _call(b: Builder, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    kwargs = {**kwargs, **_implied(b, target, kwargs)}
     return b.emit(target, *map_leaves(args, _wide), **map_leaves(kwargs, _wide))
-
-
-def _implied(b: Builder, target: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The floating dtype of a tensor made from numbers alone (`eye`, `linspace`), where its call leaves it to torch's default."""
-    names = {a.name for a in target._schema.arguments} if isinstance(target, OpOverload) else ()
-    if "dtype" not in names or kwargs.get("dtype") is not None or b.origin is None or b.origin.all_input_nodes:
-        return {}
-    dtype = b.origin.meta["val"].dtype
-    return {"dtype": dtype} if dtype.is_floating_point else {}
 
 
 NARROW = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -90,6 +81,15 @@ def _widest(value: Any) -> Any:
 
 def _wide_cast(b: Builder, x: Any, *, dtype: torch.dtype | None = None, **_: Any) -> Any:
     return to_copy(b, x, dtype=_widest(dtype))
+
+
+def _implied(b: Builder, target: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The floating dtype of a tensor made from numbers alone (`eye`, `linspace`), where its call leaves it to torch's default."""
+    names = {a.name for a in target._schema.arguments} if isinstance(target, OpOverload) else ()
+    if "dtype" not in names or kwargs.get("dtype") is not None or b.origin is None or b.origin.all_input_nodes:
+        return {}
+    dtype = b.origin.meta["val"].dtype
+    return {"dtype": dtype} if dtype.is_floating_point else {}
 
 
 def _wide_call(b: Builder, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

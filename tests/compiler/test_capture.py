@@ -259,6 +259,13 @@ def test_gradients_are_cut_where_the_model_cuts_them() -> None:
     small(body)  # check_capture compares the gradients
 
 
+@pytest.mark.parametrize("made", [torch.rand, torch.randn, lambda n: torch.linspace(0, 1, n), torch.ones])
+def test_a_float64_model_may_make_tensors_of_the_default_dtype(made: Any) -> None:
+    """Which are float32: numbers drawn in float64 would be others."""
+    model, x = Small(lambda self, x: (self.linear(x) * made(4)).square().sum()).double(), torch.randn(3, 4, dtype=torch.float64)
+    check_capture(capture(model, (x,), {}), model, (x,), {})
+
+
 def test_autocast_regions_leave_their_casts() -> None:
     def body(self: Small, x: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
