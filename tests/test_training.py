@@ -206,6 +206,49 @@ def test_evaluation_between_steps(strategy: Strategy) -> None:
             torch.testing.assert_close(state[name], buffer, rtol=1e-9, atol=1e-12)
 
 
+class InstanceNormed(nn.Module):
+    """Normalization of each channel of each sample, with running statistics: means over samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv1d(3, 8, 3), nn.InstanceNorm1d(8, affine=True, track_running_stats=True)
+        self.second, self.other = nn.Conv2d(1, 5, 3), nn.InstanceNorm2d(5, momentum=0.3, track_running_stats=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.second(torch.tanh(self.norm(self.first(x)))[:, None])).tanh().mean()
+
+
+@pytest.mark.parametrize("name", ["dp4", "tp4", "zero3tp2", "dp2pp2"])
+def test_instance_norm_keeps_its_statistics(name: str) -> None:
+    plain, (x, *later_ones) = InstanceNormed().double(), torch.randn(3, 8, 3, 9).double()
+    original, optimizer = copy.deepcopy(plain), torch.optim.SGD(plain.parameters(), lr=0.5)
+    expected = []
+    for given in (x, *later_ones):
+        optimizer.zero_grad()
+        expected.append(plain(given))
+        expected[-1].backward()
+        optimizer.step()
+    plain.eval()
+    expected.append(plain(x))
+
+    def body(parallel: ParallelModule, rank: int) -> Any:
+        optimizer = torch.optim.SGD(parallel.parameters(), lr=0.5)
+        losses = []
+        for given in (x, *later_ones):
+            optimizer.zero_grad()
+            losses.append(parallel.train_step(given).item())
+            optimizer.step()
+        grads, state = wholes(parallel, "grad"), parallel.state_dict(full=True, rank0_only=False)
+        parallel.eval()
+        return [*losses, loss_of(parallel(x)).item()], grads, state
+
+    results = on_ranks(original, coupled("resnet", PARALLEL[name]), body, example=(x,), batch="global")
+    assert_same([grads for _, grads, _ in results], gradients(plain))
+    for losses, _, state in results:
+        assert losses == pytest.approx([y.item() for y in expected], rel=1e-9)
+        assert_same([{k: v.double() for k, v in state.items()}], {k: v.double() for k, v in plain.state_dict().items()})
+
+
 def test_frozen_parameters(strategy: Strategy) -> None:
     """Frozen before: not trained, and not to be thawed. Frozen after: without a gradient from then on."""
     plain, batch = made("mlp")

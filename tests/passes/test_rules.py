@@ -21,8 +21,8 @@ AXES = [Axis("x", 2), Axis("x", 3)]
 OPINFO = """_cdist_forward.default _euclidean_dist.default _trilinear.default _upsample_bicubic2d_aa.default
 _upsample_bicubic2d_aa.vec _upsample_bilinear2d_aa.default _upsample_bilinear2d_aa.vec adaptive_avg_pool3d.default
 affine_grid_generator.default bucketize.Tensor count_nonzero.default count_nonzero.dim_IntList diagonal.default index_add.default
-index_copy.default index_fill.int_Scalar index_fill.int_Tensor index_put.default index_reduce.default instance_norm.default
-linalg_cross.default multi_margin_loss.default multilabel_margin_loss_forward.default norm.ScalarOpt_dim renorm.default
+index_copy.default index_fill.int_Scalar index_fill.int_Tensor index_put.default index_reduce.default linalg_cross.default
+multi_margin_loss.default multilabel_margin_loss_forward.default norm.ScalarOpt_dim renorm.default
 scatter_reduce.two searchsorted.Tensor sort.stable vdot.default"""
 
 ELSEWHERE: dict[object, str] = {
