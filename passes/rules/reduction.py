@@ -66,8 +66,6 @@ KEPT_DIMS = {
     aten.var_mean.correction: (1, 3),
     aten.aminmax.default: (1, 2),
     aten.norm.ScalarOpt_dim: (2, 3),
-    aten.count_nonzero.default: (1, 9),  # has no keepdim
-    aten.count_nonzero.dim_IntList: (1, 9),
 }
 
 
