@@ -8,7 +8,7 @@ import torch
 
 from ..ops import losses, sharded_losses  # noqa: F401  (define the ops)
 from ..types import I, P, R, ReduceOp, Sections, Varying, flatten_sections
-from .base import Axis, Factor, OpCall, Rule, Slot, Strategy, rule_for
+from .base import Axis, Factor, OpCall, Rule, Slot, Strategy, everywhere, rule_for
 from .views import ALONE
 
 aten = torch.ops.aten
@@ -104,10 +104,27 @@ def whole_dim(call: OpCall, axis: Axis) -> Rule:
     position, name = WHOLE_DIM[call.target]
     dim = call.arg(position, name, -1) % len(shape) if shape else 0
     n = len(call.results)
-    return Rule(
-        tuple(Factor(f"d{d}", s, (Slot(d),), (Slot(d),) * n) for d, s in enumerate(shape) if d != dim and s > 1),
-        linear=ALONE if call.target is aten.cumsum.default else (),
-    )
+    factors = [Factor(f"d{d}", s, (Slot(d),), (Slot(d),) * n) for d, s in enumerate(shape) if d != dim and s > 1]
+    if call.target in SOFTMAX and shape and shape[dim] >= LONG:
+        factors.append(Factor("s", shape[dim], (Slot(dim),), (Slot(dim),)))
+    return Rule(tuple(factors), linear=ALONE if call.target is aten.cumsum.default else (), swap={"s": _softmax_shard})
+
+
+SOFTMAX = {
+    aten.softmax.int: ours.softmax_shard.default,
+    aten.log_softmax.int: ours.log_softmax_shard.default,
+}
+LONG = 128
+"""From which length on a row's own dim is offered: what the ranks exchange of a row is little beside it."""
+
+
+def _softmax_shard(call: OpCall, axis: Axis, strategy: Strategy, cut: Sections) -> Strategy | None:
+    """The ranks exchange the sums of their shards of each row, forward and backward, inside the op."""
+    x = strategy.ins[0]
+    assert isinstance(x, Varying)
+    args = (call.args[0], x.dim, call.arg(2, "dtype"), axis.name)
+    made = Strategy(strategy.label, strategy.ins, strategy.outs, SOFTMAX[call.target], args, {})
+    return made if everywhere(call, axis, strategy, cut) else None
 
 
 @rule_for(ours.logsumexp.default)

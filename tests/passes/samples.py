@@ -168,6 +168,9 @@ def reductions(s: _Source) -> Iterator[Any]:
     for op in (aten.softmax.int, aten.log_softmax.int):
         yield op, (x, 1)
     yield aten.softmax.int, (x.float(), -1, torch.float64)
+    for op in (aten.softmax.int, aten.log_softmax.int):
+        yield op, (s.real(3, 129), 1)
+        yield op, (s.real(2, 130, 3).float(), -2, torch.float64)
     yield aten.cumsum.default, (x, 1)
     yield aten.cumsum.default, (s.bools(3, 4), -1)
     yield aten.cumprod.default, (x, 0)

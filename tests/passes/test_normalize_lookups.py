@@ -33,7 +33,7 @@ LOOKUPS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("case", LOOKUPS)
 def test_a_range_among_the_indices_stays_a_dim(case: str) -> None:
     found = ops(normal(LOOKUPS[case], randn(3, 4, 5), _ints(4, 3), _ints(4, 3, 2)))
-    assert "index.Tensor" not in found and found["gather"] == (case != "ranges alone")
+    assert "index.Tensor" not in found and found["gather"] + found["shardwright.pick"] == (case != "ranges alone")
 
 
 WRITES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
@@ -200,3 +200,30 @@ def test_copies_are_views() -> None:
         return tuple((y.reshape(-1) * torch.arange(y.numel())).sum() for y in copies)
 
     assert not [name for name in ops(normal(body, randn(3, 4))) if "copy" in name or "unsafe" in name]
+
+
+# --- log-probabilities
+
+
+@pytest.mark.parametrize("of", [None, torch.float64])
+def test_what_is_picked_of_log_probabilities_is_picked_of_logits(of: torch.dtype | None) -> None:
+    def body(x: Tensor, i: Tensor) -> tuple[Tensor, ...]:
+        scores = x.log_softmax(-1, dtype=of)
+        one = scores.gather(-1, i[..., None]), x.gather(2, i[..., None])[..., 0] - x.logsumexp(-1)
+        return (
+            *one,
+            F.nll_loss(scores.flatten(0, 1), i.flatten()),
+            scores.flatten(0, 1)[torch.arange(12), i.flatten()],
+            x.logsumexp(2, keepdim=True),
+        )
+
+    found = ops(normal(body, randn(3, 4, 7), _ints(7, 3, 4)))
+    assert found["shardwright.pick"] == 4 and not {"gather", "logsumexp", "log_softmax.int"} & set(found)
+
+
+def test_other_gathers_and_sums_stay() -> None:
+    def body(x: Tensor, i: Tensor) -> tuple[Tensor, ...]:
+        return x.gather(-1, i), x.gather(1, i[:, :1]), x.gather(-1, i[:, :2, :1]), x.logsumexp((0, 2)), x.logsumexp(1)
+
+    found = ops(normal(body, randn(3, 4, 7), _ints(4, 3, 4, 7)))
+    assert found["gather"] == 3 and found["logsumexp"] == 2
