@@ -80,13 +80,19 @@ def picked(b: Builder, x: Any, index: Any) -> Any:
     return b(aten._to_copy.default, b(aten.sub.Tensor, b(ours.pick.default, logits, index), lse), dtype=dtype_of(x))
 
 
+def _checked(b: Builder, found: Any, index: Any, size: int) -> Any:
+    """NaN where the index is none of a dim of `size`."""
+    wrong = b(aten.bitwise_or.Tensor, b(aten.lt.Scalar, index, 0), b(aten.ge.Scalar, index, size))
+    return b(aten.where.self, wrong, b.scalar(math.nan, dtype_of(found)), found)
+
+
 def gather(b: Builder, x: Any, dim: int, index: Any, **_: Any) -> Any:
-    """One element of each row of the last dim."""
+    """One element of each row of the last dim; NaN for an index outside of it, which raises in eager mode."""
     shape = shape_of(x)
     if dim != len(shape) - 1 or shape_of(index) != (*shape[:-1], 1) or not dtype_of(x).is_floating_point:
         return NotImplemented
     position = b(aten._to_copy.default, b(aten.reshape.default, index, list(shape[:-1])), dtype=torch.int64)
-    return b(aten.reshape.default, picked(b, x, position), [*shape[:-1], 1])
+    return b(aten.reshape.default, _checked(b, picked(b, x, position), position, shape[-1]), [*shape[:-1], 1])
 
 
 def logsumexp(b: Builder, x: Any, dims: Sequence[int], keepdim: bool = False) -> Any:
@@ -115,8 +121,7 @@ def _indexed(
     found = picked(b, x, index) if lse is None else b(ours.pick.default, x, index)
     terms = b(aten.neg.default, found) if lse is None else b(aten.sub.Tensor, lse, found)
     dtype = dtype_of(terms)
-    wrong = b(aten.bitwise_or.Tensor, b(aten.lt.Scalar, index, 0), b(aten.ge.Scalar, index, classes))
-    terms = b(aten.where.self, wrong, b.scalar(math.nan, dtype), terms)
+    terms = _checked(b, terms, index, classes)
     counted = None
     if weight is not None:
         flat = b(aten.reshape.default, index, [-1])

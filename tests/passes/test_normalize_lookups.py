@@ -227,3 +227,9 @@ def test_other_gathers_and_sums_stay() -> None:
 
     found = ops(normal(body, randn(3, 4, 7), _ints(4, 3, 4, 7)))
     assert found["gather"] == 3 and found["logsumexp"] == 2
+
+
+def test_a_position_outside_of_a_row_is_nan() -> None:
+    graph = normal(lambda x, i: x.gather(-1, i), randn(4, 3), torch.tensor([[0], [1], [2], [2]]))
+    found = graph(torch.zeros(4, 3).double(), torch.tensor([[0], [-1], [3], [2]]))[0]
+    assert found.isnan().tolist() == [[False], [True], [True], [False]]
