@@ -13,17 +13,20 @@ A target outside [0, classes) that is not ignore_index raises in eager mode; her
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from ...compiler.torch_compat import chunked_cross_entropy
 from ..ops import losses as _ops  # noqa: F401  (defines logsumexp and pick)
 from .rewrite import Builder, arguments, dtype_of, made_by, shape_of
 
 aten = torch.ops.aten
 ours = torch.ops.shardwright
 NONE, MEAN, SUM = 0, 1, 2
+CHUNKED = chunked_cross_entropy()
 
 
 def reduced(b: Builder, loss: Any, reduction: int) -> Any:
@@ -159,6 +162,21 @@ def nll_forward(b: Builder, x: Any, target: Any, weight: Any, reduction: int, ig
     return nll(b, batched, target, weight, reduction, ignore), b.scalar(0, dtype_of(x))
 
 
+def chunked(b: Builder, x: Any, weight: Any, target: Any, bias: Any, classes: Any, reduction: str, ignore: int, *rest: Any) -> Any:
+    """linear_cross_entropy in chunks: a mean is the sum over the number, or the weights, of the rows that count. Of the results the
+    first alone is read: the others are gradients, which the op's own backward takes."""
+    if reduction != "mean":
+        return NotImplemented
+    total = b.emit(CHUNKED[0], x, weight, target, bias, classes, "sum", ignore, *rest)
+    loss = b(operator.getitem, total, 0)
+    keep = b(aten.ne.Scalar, target, ignore)
+    if classes is not None:
+        index = b(aten.where.self, keep, target, b.scalar(0, dtype_of(target)))
+        keep = b(aten.where.self, keep, b(aten.index_select.default, classes, 0, index), b.scalar(0, dtype_of(classes)))
+    count = b(aten._to_copy.default, b(aten.sum.dim_IntList, keep, None), dtype=dtype_of(loss))
+    return b(aten.div.Tensor, loss, count), None, None, None
+
+
 def mse(b: Builder, x: Any, y: Any, reduction: int) -> Any:
     difference = b(aten.sub.Tensor, x, y)
     return reduced(b, b(aten.mul.Tensor, difference, difference), reduction)
@@ -181,6 +199,7 @@ def elementwise(target: Any, position: int) -> Any:
 
 
 RULES: dict[Any, Any] = {
+    **dict.fromkeys(CHUNKED[:1], chunked),
     aten.gather.default: gather,
     aten.logsumexp.default: logsumexp,
     aten.cross_entropy_loss.default: cross_entropy,

@@ -202,6 +202,15 @@ def repeat_interleave(b: Builder, x: Any, repeats: int, dim: int | None, *, outp
     return b(aten.reshape.default, spread, [*shape[:dim], shape[dim] * repeats, *shape[dim + 1 :]])
 
 
+def repeated_places(b: Builder, repeats: Any, *, output_size: int | None = None) -> Any:
+    """Each place as often as `repeats` says: of how many the repeats have ended before."""
+    if output_size is None:
+        return NotImplemented
+    ends = b(aten.cumsum.default, repeats, 0, dtype=torch.int64)
+    places = b(aten.searchsorted.Tensor, ends, b(aten.arange.default, output_size, dtype=torch.int64), right=True)
+    return b(aten._to_copy.default, places, dtype=dtype_of(repeats))
+
+
 def slice_scatter(b: Builder, x: Any, src: Any, dim: int, start: int | None, end: int | None, step: int) -> Any:
     """x with x[start:end] replaced: what stands before it, src, what stands after it."""
     if step != 1:
@@ -351,4 +360,5 @@ RULES: dict[Any, Any] = {
     aten.repeat.default: repeat,
     aten.tile.default: tile,
     aten.repeat_interleave.self_int: repeat_interleave,
+    aten.repeat_interleave.Tensor: repeated_places,
 }

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ...compiler.torch_compat import chunked_cross_entropy
 from ..ops import losses, sharded_losses  # noqa: F401  (define the ops)
 from ..types import I, P, R, ReduceOp, Sections, Varying, flatten_sections
 from .base import Axis, Factor, OpCall, Rule, Slot, Strategy, everywhere, rule_for
@@ -156,6 +157,21 @@ def _pick_shard(call: OpCall, axis: Axis, strategy: Strategy, cut: Sections) -> 
     assert isinstance(x, Varying)
     args = (*call.args, axis.name, flatten_sections(x.sections))
     return Strategy("v", (x, R), (P,), ours.pick_shard.default, args, {})
+
+
+@rule_for(*chunked_cross_entropy())
+def chunked_losses(call: OpCall, axis: Axis) -> Rule:
+    """x[n, k], weight[c, k], target[n]: rows map where each keeps its loss; else they are summed, and so is the gradient of the
+    weight that the op computes with the loss, while that of x has rows."""
+    rows, n = call.operands[0].shape[0], len(call.operands)
+    whole = len(call.results) > 1
+    if rows < 2 or (whole and call.arg(5, "reduction") != "sum"):
+        return Rule()
+    slots = (Slot(0), None, Slot(0), *(None,) * (n - 3))
+    with_rows = call.results[1 if whole else 0].shape[:1] == (rows,)  # the gradient may be left out
+    own = Slot(0) if with_rows else None
+    results = (None, own, None, None) if whole else (own,)
+    return Rule((Factor("n", rows, slots, results, "sum"),), swap={"n": everywhere})
 
 
 @rule_for(aten.vdot.default)

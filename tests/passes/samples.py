@@ -10,7 +10,9 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from shardwright.compiler.check_rule import Choice, Sample, run_whole
+from shardwright.compiler.torch_compat import chunked_cross_entropy
 from shardwright.passes import rules  # noqa: F401  (registers the rules)
+from shardwright.passes.rules import factories as factory_rules
 from shardwright.passes.rules.base import Axis, OpCall, Strategy, strategies
 from shardwright.passes.types import Varying
 
@@ -199,6 +201,12 @@ def reductions(s: _Source) -> Iterator[Any]:
     yield ours.logsumexp.default, (s.real(3, 7).float(),)
     yield ours.pick.default, (x, s.ints(5, 3, 4))
     yield ours.pick.default, (s.real(6, 7), s.ints(7, 6, low=-2))
+    linear, rest = (s.real(7, 4), s.real(9, 4), s.ints(9, 7)), (2, "balanced", torch.float64)
+    for op in chunked_cross_entropy()[:1]:
+        yield Sample(op, (*linear, None, None, "sum", 3, 0.0, *rest, True, True, True, False), differentiable=2)
+        yield Sample(op, (*linear, None, s.unit(9), "sum", 3, 0.0, *rest, True, False, True, False), differentiable=0)
+    for op in chunked_cross_entropy()[1:]:
+        yield Sample(op, (*linear, None, s.unit(9), 3, *rest), differentiable=2)
 
 
 def lookups(s: _Source) -> Iterator[Any]:
@@ -347,6 +355,13 @@ def factories(s: _Source) -> Iterator[Any]:
     yield aten.new_ones.default, (x, [5, 4])
     yield aten.new_full.default, (x, [5, 4], 1.5)
     yield Sample(aten.new_empty.default, (x, [5, 4]), compare=False)
+    yield Sample(aten.linspace.default, (-1.0, 2.0, 7), double, sharded=False)
+    yield Sample(aten.logspace.default, (-1.0, 2.0, 7), double, sharded=False)
+    for op in (aten.tril_indices, aten.triu_indices):
+        yield Sample(op.default, (4, 5), sharded=False)
+    for name in factory_rules.WINDOWS:
+        yield Sample(getattr(aten, name).default, (7,), double, sharded=False)
+        yield Sample(getattr(aten, name).periodic, (7, False), double, sharded=False)
     yield aten.arange.default, (7,)
     yield aten.arange.default, (7,), double
     yield aten.arange.start, (-2, 5)

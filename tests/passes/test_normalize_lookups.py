@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_normalize import normal, ops, randn
-from torch import Tensor
+from torch import Tensor, nn
+
+from shardwright.compiler.torch_compat import chunked_cross_entropy
 
 # --- indexing
 
@@ -94,6 +96,14 @@ def test_flat_indices_are_those_of_a_row() -> None:
 
     found = ops(normal(body, randn(3, 4), torch.tensor([[1, -2], [5, 0]]), randn(2, 2)))
     assert not {"take", "put"} & set(found) and found["index_put"] == 2
+
+
+def test_repeats_by_a_tensor_are_lookups() -> None:
+    def body(x: Tensor, n: Tensor) -> tuple[Tensor, ...]:
+        return x.repeat_interleave(n, 1, output_size=7), torch.repeat_interleave(n, output_size=7).to(torch.float64) * x[0, 0]
+
+    for dtype in (torch.int64, torch.int32):
+        assert "repeat_interleave.Tensor" not in ops(normal(body, randn(7, 4, 7), torch.tensor([2, 0, 4, 1], dtype=dtype)))
 
 
 # --- bags
@@ -233,3 +243,14 @@ def test_a_position_outside_of_a_row_is_nan() -> None:
     graph = normal(lambda x, i: x.gather(-1, i), randn(4, 3), torch.tensor([[0], [1], [2], [2]]))
     found = graph(torch.zeros(4, 3).double(), torch.tensor([[0], [-1], [3], [2]]))[0]
     assert found.isnan().tolist() == [[False], [True], [True], [False]]
+
+
+@pytest.mark.skipif(not chunked_cross_entropy(), reason="torch has no linear_cross_entropy")
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_mean_of_losses_in_chunks_is_their_sum(weighted: bool) -> None:
+    def body(x: Tensor, weight: Tensor, target: Tensor, classes: Tensor | None) -> tuple[Tensor, ...]:
+        options = nn.LinearCrossEntropyOptions(allow_retain_graph=True)
+        given: dict[str, Any] = {"weight": classes, "ignore_index": 2, "options": options}
+        return tuple(F.linear_cross_entropy(x, weight, target, reduction=r, **given) for r in ("mean", "sum", "none"))
+
+    normal(body, randn(6, 4), randn(5, 4), torch.tensor([0, 2, 4, 2, 1, 3]), torch.rand(5).double() if weighted else None)
