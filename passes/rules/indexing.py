@@ -34,7 +34,8 @@ def _embedding_shard(call: OpCall, axis: Axis, strategy: Strategy, cut: Sections
 
 @rule_for(aten.gather.default)
 def gather(call: OpCall, axis: Axis) -> Rule:
-    """out[i, j] = x[i, index[i, j]] for dim 1: dims other than `dim` map where both are equally long; index's dim maps."""
+    """out[i, j] = x[i, index[i, j]] for dim 1: dims other than `dim` map where both are equally long; index's dim maps; that of x
+    sums, each rank giving zeros for what it does not hold."""
     shape, index = call.operands[0].shape, call.operands[1].shape
     dim = call.arg(1, "dim") % len(shape) if shape else 0
     factors = [
@@ -42,7 +43,16 @@ def gather(call: OpCall, axis: Axis) -> Rule:
     ]
     if index and index[dim] > 1:
         factors.append(Factor("i", index[dim], (None, Slot(dim)), (Slot(dim),)))
-    return Rule(tuple(factors), linear=(frozenset({0}),))
+    if shape and shape[dim] > 1 and call.results[0].dtype != torch.bool:
+        factors.append(Factor("v", shape[dim], (Slot(dim), None), (None,), "sum"))
+    return Rule(tuple(factors), linear=(frozenset({0}),), swap={"v": _gather_shard})
+
+
+def _gather_shard(call: OpCall, axis: Axis, strategy: Strategy, cut: Sections) -> Strategy | None:
+    x = strategy.ins[0]
+    assert isinstance(x, Varying)
+    args = (call.args[0], x.dim, call.args[2], axis.name, flatten_sections(x.sections))
+    return Strategy("v", (x, R), (P,), ours.gather_shard.default, args, {})
 
 
 @rule_for(

@@ -215,6 +215,8 @@ def lookups(s: _Source) -> Iterator[Any]:
     yield Sample(aten.embedding.default, (s.real(11, 5), s.ints(11, 7), -1, True), sharded=False)
     yield aten.gather.default, (s.real(3, 7), 1, s.ints(7, 3, 5))
     yield aten.gather.default, (s.real(7, 4, 3), -3, s.ints(7, 5, 2, 3))
+    yield aten.gather.default, (s.ints(9, 3, 7), 1, s.ints(7, 3, 5))
+    yield aten.gather.default, (s.bools(3, 7), 1, s.ints(7, 3, 5))
     yield aten.index_select.default, (s.real(3, 7), -1, s.ints(7, 5))
     places = torch.stack([torch.randperm(7, generator=s.generator)[:5] for _ in range(4)])
     yield aten.scatter.src, (s.real(4, 7), 1, places, s.real(4, 5))

@@ -16,7 +16,7 @@ from opinfo import ENTRIES, examine, sharing
 from shardwright.runtime.reuse import is_view
 
 TENTH = sorted(random.Random(0).sample(sorted(ENTRIES), len(ENTRIES) // 10))
-SHARDED = 400
+SHARDED = 550
 """Entries that must have at least one real sharding."""
 
 
