@@ -16,14 +16,9 @@ from .rewrite import Builder, Rules, dtype_of, shape_of
 
 aten = torch.ops.aten
 SUM, MEAN, MAX = range(3)
-BAGS = frozenset(
-    {
-        aten.embedding_bag.default,
-        aten.embedding_bag.padding_idx,
-        aten._embedding_bag.default,
-        aten._embedding_bag_forward_only.default,
-    }
-)
+PUBLIC = (aten.embedding_bag.default, aten.embedding_bag.padding_idx)
+INNER = (aten._embedding_bag.default, aten._embedding_bag_forward_only.default)
+"""What the public ones are made of, to which a padding of -1 is none."""
 
 
 def embedding_bag(
@@ -73,6 +68,12 @@ def embedding_bag(
     return b(aten._to_copy.default, result, dtype=dtype_of(weight)), None, None, None
 
 
+def inner(b: Builder, weight: Any, ids: Any, offsets: Any, *args: Any) -> Any:
+    by_frequency, mode, sparse, weights, include_last, padding = args
+    held = None if padding < 0 else padding
+    return embedding_bag(b, weight, ids, offsets, by_frequency, mode, sparse, weights, include_last, held)
+
+
 def _added(b: Builder, bags: int, bag: Any, rows: Any) -> Any:
     empty = b(aten.full.default, [bags, *shape_of(rows)[1:]], 0, dtype=dtype_of(rows))
     return b(aten.index_add.default, empty, 0, bag, rows)
@@ -90,7 +91,9 @@ def _length(offsets: Any, bags: int, count: int) -> int | None:
 def _others_read(b: Builder) -> bool:
     """Whether the graph reads more than the first result."""
     origin = b.origin
-    return origin is not None and origin.target in BAGS and any(user.args[1:] != (0,) and user.users for user in origin.users)
+    if origin is None or origin.target not in (*PUBLIC, *INNER):
+        return False
+    return any(user.args[1:] != (0,) and user.users for user in origin.users)
 
 
-RULES: Rules = dict.fromkeys(BAGS, embedding_bag)
+RULES: Rules = {**dict.fromkeys(PUBLIC, embedding_bag), **dict.fromkeys(INNER, inner)}

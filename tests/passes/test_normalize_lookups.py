@@ -133,6 +133,18 @@ def test_bags_by_frequency_stay() -> None:
     assert ops(normal(body, randn(7, 5), _ints(7, 4, 3)))["_embedding_bag"] == 1
 
 
+@pytest.mark.parametrize("padding", [-1, 2])
+def test_bags_called_by_their_inner_name(padding: int) -> None:
+    def body(weight: Tensor, ids: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
+        aten = torch.ops.aten
+        own = aten._embedding_bag(weight, ids, offsets, False, 1, False, None, False, padding)[0]
+        return own, aten._embedding_bag_forward_only(weight.detach(), ids, offsets, False, 0, False, None, False, padding)[0]
+
+    ids = torch.tensor([2, 6, 6, 2, 2, 0, 6])
+    found = ops(normal(body, randn(7, 5), ids, torch.tensor([0, 3, 5])))
+    assert found["embedding"] == 2
+
+
 # --- spectra
 
 
