@@ -218,7 +218,7 @@ class InstanceNormed(nn.Module):
         return self.other(self.second(torch.tanh(self.norm(self.first(x)))[:, None])).tanh().mean()
 
 
-@pytest.mark.parametrize("name", ["dp4", "tp4", "zero3tp2", "dp2pp2"])
+@pytest.mark.parametrize("name", ["dp4", "tp4", "zero3tp2"])
 def test_instance_norm_keeps_its_statistics(name: str) -> None:
     plain, (x, *later_ones) = InstanceNormed().double(), torch.randn(3, 8, 3, 9).double()
     original, optimizer = copy.deepcopy(plain), torch.optim.SGD(plain.parameters(), lr=0.5)
@@ -266,7 +266,7 @@ class Assorted(nn.Module):
 
 
 @pytest.mark.filterwarnings("error:ops without a sharding rule")
-@pytest.mark.parametrize("name", ["dp4", "zero3tp2", "sp2"])
+@pytest.mark.parametrize("name", ["dp4", "sp2"])
 def test_lookups_are_sharded(name: str) -> None:
     plain = Assorted().double()
     batch = {"ids": torch.randint(0, 12, (8, 5)), "last": torch.randint(-5, 5, (8,)), "hidden": torch.rand(8, 5) < 0.3}
