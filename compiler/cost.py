@@ -30,7 +30,7 @@ _VIEWS = """view _unsafe_view reshape t transpose permute expand unsqueeze squee
 FREE = frozenset(f"{_VIEWS} sym_size lift_fresh getitem convert _assert_tensor_metadata shard_index wait".split())
 """Ops that move nothing, by name."""
 
-_LOOKUPS = "embedding embedding_shard index index_select gather pick pick_shard"
+_LOOKUPS = "embedding embedding_shard index index_select gather gather_shard pick pick_shard"
 READS_RESULT = frozenset(_LOOKUPS.split())
 """Ops that read of their first operand as much as they give."""
 

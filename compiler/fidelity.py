@@ -419,7 +419,7 @@ def check_capture(
 ) -> Difference:
     """Run the captured graph and the model itself on real data, with the same random numbers, and compare.
 
-    Compared are the loss, every other output, updated buffers and the gradient of every parameter. The model keeps its
+    Compared are the loss, every other output, the buffers afterwards and the gradient of every parameter. The model keeps its
     parameters, gradients, buffers and mode. A float64 model is compared in float64 throughout: its own casts to float32
     are promoted on both sides. Raises CaptureError when a difference is beyond `TOLERANCE`.
     """
@@ -486,7 +486,7 @@ def _run_eager(
         values = {f"out.{k}": t for k, t in enumerate(found)}
         parameters = dict(model.named_parameters())
         gradients = _gradients(values.get(captured.loss or ""), names, [parameters[n] for n in names])
-        updated = {f"buffer.{n}": b.clone() for n, b in model.named_buffers() if f"buffer.{n}" in captured.outputs}
+        updated = {f"buffer.{n}": b.clone() for n, b in model.named_buffers()}
         return {k: v.detach() for k, v in {**values, **updated}.items()}, gradients
     finally:
         with torch.no_grad():
@@ -517,4 +517,5 @@ def _run_captured(
         outputs = fx.Interpreter(graph).run(*inputs)
     values = dict(zip(captured.outputs, outputs, strict=True))
     gradients = _gradients(values.get(captured.loss or ""), names, [parameters[n] for n in names])
-    return {k: v.detach() for k, v in values.items()}, gradients
+    left = {k: v for k, v in state.items() if k.startswith("buffer.")}
+    return {k: v.detach() for k, v in {**left, **values}.items()}, gradients

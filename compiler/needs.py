@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 VALUE_FREE = frozenset(
     """add add_ sub rsub neg cat stack sum mean clone _to_copy to where masked_fill dropout embedding embedding_shard select
-    index_select slice pick pad constant_pad_nd""".split()
+    index_select slice pick pad constant_pad_nd gather index_add scatter_add unfold""".split()
 )
 """Ops whose backward needs the value of no operand that takes a gradient."""
 

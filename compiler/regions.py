@@ -15,25 +15,26 @@ from torch.fx.node import map_arg
 
 from .capture_error import CaptureError
 from .fidelity import line_of_stack_trace
+from .hidden_writes import HIDDEN_WRITES, SELDOM, show_writes
 from .torch_compat import OpOverload
 
 aten = torch.ops.aten
 SET_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
-HIDDEN_WRITES = frozenset({aten.batch_norm.default, aten.instance_norm.default})
-"""Ops that update their running statistics without their schema saying so."""
-
 
 def settle_regions(graph: fx.GraphModule) -> None:
-    """Inline the no_grad regions of an exported graph, in place, and those within its other regions.
+    """Inline the no_grad regions of an exported graph, in place, and those within its other regions, and show hidden writes.
 
-    Raises CaptureError for an autocast region of another device than the CPU, on which everything is captured.
+    Raises CaptureError for an autocast region of another device than the CPU, on which everything is captured, and for writes that
+    cannot be shown.
     """
     for node in list(graph.graph.nodes):
         if node.target is aten.detach_.default and node.args[0].target is aten.lift_fresh_copy.default:
             node.replace_all_uses_with(node.args[0])  # a constant just made by torch.tensor(...)
             graph.graph.erase_node(node)
+        if node.target in SELDOM:
+            show_writes(graph, node, _inline)
         if node.target not in (SET_GRAD, AUTOCAST):
             continue
         position = next(k for k, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
@@ -122,9 +123,12 @@ def _inline(graph: fx.GraphModule, node: fx.Node, region: fx.GraphModule, operan
                 copies[inner] = graph.graph.node_copy(inner, lambda n: copies[n])
             if inner.op == "get_attr":
                 _adopt(graph, region, copies[inner])
-    for user in list(node.users):
-        user.replace_all_uses_with(outputs[user.args[1]])
-        graph.graph.erase_node(user)
+    if isinstance(outputs, fx.Node):
+        node.replace_all_uses_with(outputs)
+    else:
+        for user in list(node.users):
+            user.replace_all_uses_with(outputs[user.args[1]])
+            graph.graph.erase_node(user)
     graph.graph.erase_node(node)
 
 

@@ -131,6 +131,17 @@ def asks_for_values(error: BaseException) -> bool:
     return type(error).__name__ in ("GuardOnDataDependentSymNode", "DataDependentOutputException", "UserError")
 
 
+def chunked_cross_entropy() -> tuple[OpOverload, ...]:
+    """The ops of `torch.nn.functional.linear_cross_entropy` that go through the logits a few rows at a time: one that gives the
+    mean or the sum, with gradients, and one that gives the loss of each row. None before torch 2.13. Waits for: public names."""
+    try:
+        importlib.import_module("torch.nn.modules.linear_cross_entropy")  # defines them
+    except ImportError:
+        return ()
+    ops = torch.ops.torch_nn
+    return ops._linear_cross_entropy_batch_chunked.default, ops._linear_cross_entropy_batch_chunked_no_reduction.default
+
+
 def swap_state(module: torch.nn.Module, replace: Callable[[str, torch.Tensor], torch.Tensor]) -> Callable[[], None]:
     """Replace every parameter and buffer of `module` by `replace(qualified name, it)`; the result undoes it.
 

@@ -95,7 +95,21 @@ class Normalized(nn.Module):
         return self.second(self.norm(self.first(x)).relu()).square().mean()
 
 
-@pytest.mark.parametrize(("model", "named"), [(Contrastive, "matmul"), (Normalized, "module 'norm'")], ids=["loss", "batch norm"])
+class NormalizedAlone(nn.Module):
+    """Each sample by itself; the running statistics are means over all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(6, 8), nn.InstanceNorm1d(2, track_running_stats=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.norm(self.first(x).unflatten(-1, (2, 4))).relu()).square().mean()
+
+
+COUPLED = [(Contrastive, "matmul"), (Normalized, "module 'norm'"), (NormalizedAlone, "module 'norm'")]
+
+
+@pytest.mark.parametrize(("model", "named"), COUPLED, ids=["loss", "batch norm", "instance norm"])
 @pytest.mark.parametrize("pp", [1, 2])
 def test_samples_that_see_each_other_under_pinned_microbatches(model: type[nn.Module], named: str, pp: int) -> None:
     text = refused(model().double(), Strategy(pp=pp, microbatches=2), {"x": torch.randn(8, 6).double()})
@@ -103,7 +117,7 @@ def test_samples_that_see_each_other_under_pinned_microbatches(model: type[nn.Mo
     assert "Use microbatches=1" in text
 
 
-@pytest.mark.parametrize("model", [Contrastive, Normalized])
+@pytest.mark.parametrize("model", [Contrastive, Normalized, NormalizedAlone])
 def test_samples_that_see_each_other_take_one_microbatch(model: type[nn.Module]) -> None:
     def body(parallel: ParallelModule, rank: int) -> float:
         assert parallel.plan.microbatches == 1 and parallel.plan.stages == 2

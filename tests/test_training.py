@@ -206,6 +206,87 @@ def test_evaluation_between_steps(strategy: Strategy) -> None:
             torch.testing.assert_close(state[name], buffer, rtol=1e-9, atol=1e-12)
 
 
+class InstanceNormed(nn.Module):
+    """Normalization of each channel of each sample, with running statistics: means over samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv1d(3, 8, 3), nn.InstanceNorm1d(8, affine=True, track_running_stats=True)
+        self.second, self.other = nn.Conv2d(1, 5, 3), nn.InstanceNorm2d(5, momentum=0.3, track_running_stats=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.second(torch.tanh(self.norm(self.first(x)))[:, None])).tanh().mean()
+
+
+@pytest.mark.parametrize("name", ["dp4", "tp4", "zero3tp2"])
+def test_instance_norm_keeps_its_statistics(name: str) -> None:
+    plain, (x, *later_ones) = InstanceNormed().double(), torch.randn(3, 8, 3, 9).double()
+    original, optimizer = copy.deepcopy(plain), torch.optim.SGD(plain.parameters(), lr=0.5)
+    expected = []
+    for given in (x, *later_ones):
+        optimizer.zero_grad()
+        expected.append(plain(given))
+        expected[-1].backward()
+        optimizer.step()
+    plain.eval()
+    expected.append(plain(x))
+
+    def body(parallel: ParallelModule, rank: int) -> Any:
+        optimizer = torch.optim.SGD(parallel.parameters(), lr=0.5)
+        losses = []
+        for given in (x, *later_ones):
+            optimizer.zero_grad()
+            losses.append(parallel.train_step(given).item())
+            optimizer.step()
+        grads, state = wholes(parallel, "grad"), parallel.state_dict(full=True, rank0_only=False)
+        parallel.eval()
+        return [*losses, loss_of(parallel(x)).item()], grads, state
+
+    results = on_ranks(original, coupled("resnet", PARALLEL[name]), body, example=(x,), batch="global")
+    assert_same([grads for _, grads, _ in results], gradients(plain))
+    for losses, _, state in results:
+        assert losses == pytest.approx([y.item() for y in expected], rel=1e-9)
+        assert_same([{k: v.double() for k, v in state.items()}], {k: v.double() for k, v in plain.state_dict().items()})
+
+
+class Assorted(nn.Module):
+    """A bag of embeddings, a mask that sets, the last token of each sample, and log-probabilities picked by token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.tokens, self.act = nn.EmbeddingBag(12, 8, mode="mean"), nn.Embedding(12, 8), nn.Hardswish()
+        self.middle, self.head = nn.Linear(8, 8), nn.Linear(8, 12, bias=False)
+
+    def forward(self, ids: Tensor, last: Tensor, hidden: Tensor) -> Tensor:
+        h = self.act(self.middle(self.tokens(ids)))
+        h[hidden] = 0.5
+        h = h + (h[torch.arange(len(ids)), last] + self.bag(ids))[:, None]
+        chosen = self.head(h).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+        return -F.logsigmoid((chosen * ~hidden.all(1, keepdim=True)).sum(1)).mean()
+
+
+@pytest.mark.filterwarnings("error:ops without a sharding rule")
+@pytest.mark.parametrize("name", ["dp4", "sp2"])
+def test_lookups_are_sharded(name: str) -> None:
+    plain = Assorted().double()
+    batch = {"ids": torch.randint(0, 12, (8, 5)), "last": torch.randint(-5, 5, (8,)), "hidden": torch.rand(8, 5) < 0.3}
+    original, loss = copy.deepcopy(plain), plain(**batch)
+    loss.backward()
+
+    def body(parallel: ParallelModule, rank: int) -> Any:
+        found = parallel.train_step(**batch).item()
+        nodes = [n for n in parallel.program.graphs["forward"].graph.graph.nodes if n.op == "call_function"]
+        assert all(n.meta["val"].shape[0] < 8 for n in nodes if n.target is torch.ops.aten.gather.default)
+        return found, wholes(parallel, "grad"), [str(n.target) for n in nodes]
+
+    results = on_ranks(original, PARALLEL[name], body, example=batch, batch="global")
+    assert_same([grads for _, grads, _ in results], gradients(plain))
+    for found, _, targets in results:
+        assert found == pytest.approx(loss.item(), rel=1e-9)
+        assert "aten.gather.default" in targets and "aten._embedding_bag.default" not in targets
+        assert ("shardwright.pick.default" if name == "dp4" else "shardwright.pick_shard.default") in targets
+
+
 def test_frozen_parameters(strategy: Strategy) -> None:
     """Frozen before: not trained, and not to be thawed. Frozen after: without a gradient from then on."""
     plain, batch = made("mlp")

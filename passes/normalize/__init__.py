@@ -11,7 +11,8 @@
 - attention is shardwright.attention, or chunked_attention where it has dropout or a mask with a gradient
 - dropout is shardwright.dropout(x, seed, p, site), with a placeholder of key "seed"
 - no sorting in mixtures of experts: shardwright.grouped_linear on tokens in their order
-- rows scattered by a mask are looked up
+- rows scattered by a mask are looked up; a dim indexed by a full range stays a dim; what a mask chooses is a `where`
+- bags of embeddings are sums of lookups, short-time Fourier transforms are transforms of frames
 - composite ops that nothing here knows are taken apart
 
 `check_normal` checks what of this can be seen in a graph.
@@ -25,7 +26,22 @@ import torch
 from torch import Tensor, fx
 
 from ...compiler.torch_compat import OpOverload
-from . import attention, batch_norm, cleanup, decompose, experts, linear, losses, random, reductions, scatter, views
+from . import (
+    attention,
+    bags,
+    batch_norm,
+    cleanup,
+    decompose,
+    experts,
+    indexing,
+    linear,
+    losses,
+    random,
+    reductions,
+    scatter,
+    spectra,
+    views,
+)
 from .gradients import mark_gradients
 from .rewrite import Rules, bind, rewrite, trim, wrap_dims
 
@@ -42,6 +58,9 @@ RULES: Rules = {
     **batch_norm.RULES,
     **attention.RULES,
     **random.RULES,
+    **indexing.RULES,
+    **bags.RULES,
+    **spectra.RULES,
     **experts.RULES,
     **scatter.RULES,
     None: decompose.decompose,

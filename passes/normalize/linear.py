@@ -69,6 +69,21 @@ def baddbmm(b: Builder, bias: Any, x: Any, y: Any, *, beta: float = 1, alpha: fl
     return product if beta == 0 else b(aten.add.Tensor, _scaled(b, bias, beta), product)
 
 
+def addmv(b: Builder, bias: Any, x: Any, y: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    product = _scaled(b, b(aten.mv.default, x, y), alpha)
+    return product if beta == 0 else b(aten.add.Tensor, _scaled(b, bias, beta), product)
+
+
+def addr(b: Builder, bias: Any, x: Any, y: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    product = _scaled(b, b(aten.outer.default, x, y), alpha)
+    return product if beta == 0 else b(aten.add.Tensor, _scaled(b, bias, beta), product)
+
+
+def addbmm(b: Builder, bias: Any, x: Any, y: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    product = _scaled(b, b(aten.sum.dim_IntList, b(aten.bmm.default, x, y), [0]), alpha)
+    return product if beta == 0 else b(aten.add.Tensor, _scaled(b, bias, beta), product)
+
+
 def _pair(value: Any, n: int) -> list[int]:
     values = [value] if isinstance(value, int) else list(value)
     return values * n if len(values) == 1 else values
@@ -113,6 +128,9 @@ RULES: dict[Any, Any] = {
     aten.matmul.default: mm,
     aten.addmm.default: addmm,
     aten.baddbmm.default: baddbmm,
+    aten.addmv.default: addmv,
+    aten.addr.default: addr,
+    aten.addbmm.default: addbmm,
     aten.conv1d.default: conv(1),
     aten.conv2d.default: conv(2),
     aten.conv3d.default: conv(3),

@@ -5,22 +5,28 @@ With class indices as target, x the logits with classes last, and `keep = target
     nll  = logsumexp(x) - pick(x, where(keep, target, 0))
     loss = sum(where(keep, nll, 0)) / sum(keep)                 weights w: w[target] * nll, over sum(w[target])
 
+Of log-probabilities that a model computes itself, what is picked is that of the logits less their logsumexp.
+
 A target outside [0, classes) that is not ignore_index raises in eager mode; here it makes the loss NaN.
 """
 
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from ...compiler.torch_compat import chunked_cross_entropy
 from ..ops import losses as _ops  # noqa: F401  (defines logsumexp and pick)
-from .rewrite import Builder, dtype_of, made_by, shape_of
+from .rewrite import Builder, arguments, dtype_of, made_by, shape_of
 
 aten = torch.ops.aten
 ours = torch.ops.shardwright
 NONE, MEAN, SUM = 0, 1, 2
+CHUNKED = chunked_cross_entropy()
 
 
 def reduced(b: Builder, loss: Any, reduction: int) -> Any:
@@ -64,9 +70,48 @@ def cross_entropy(b: Builder, x: Any, target: Any, weight: Any, reduction: int, 
     return b(aten._to_copy.default, loss, dtype=dtype_of(x))
 
 
+def picked(b: Builder, x: Any, index: Any) -> Any:
+    """x[..., index], for an index within x's last dim."""
+    last = len(shape_of(x)) - 1
+    if made_by(x, aten.reshape.default) and shape_of(x.args[0])[-1:] == shape_of(x)[-1:]:
+        rows = list(shape_of(x.args[0])[:-1])
+        return b(aten.reshape.default, picked(b, x.args[0], b(aten.reshape.default, index, rows)), list(shape_of(index)))
+    if not made_by(x, aten.log_softmax.int) or arguments(x)[1] != last:
+        return b(ours.pick.default, x, index)
+    logits = b(aten._to_copy.default, x.args[0], dtype=dtype_of(x))
+    lse = b(ours.logsumexp.default, logits)
+    return b(aten._to_copy.default, b(aten.sub.Tensor, b(ours.pick.default, logits, index), lse), dtype=dtype_of(x))
+
+
+def _checked(b: Builder, found: Any, index: Any, size: int) -> Any:
+    """NaN where the index is none of a dim of `size`."""
+    wrong = b(aten.bitwise_or.Tensor, b(aten.lt.Scalar, index, 0), b(aten.ge.Scalar, index, size))
+    return b(aten.where.self, wrong, b.scalar(math.nan, dtype_of(found)), found)
+
+
+def gather(b: Builder, x: Any, dim: int, index: Any, **_: Any) -> Any:
+    """One element of each row of the last dim; NaN for an index outside of it, which raises in eager mode."""
+    shape = shape_of(x)
+    if dim != len(shape) - 1 or shape_of(index) != (*shape[:-1], 1) or not dtype_of(x).is_floating_point:
+        return NotImplemented
+    position = b(aten._to_copy.default, b(aten.reshape.default, index, list(shape[:-1])), dtype=torch.int64)
+    return b(aten.reshape.default, _checked(b, picked(b, x, position), position, shape[-1]), [*shape[:-1], 1])
+
+
+def logsumexp(b: Builder, x: Any, dims: Sequence[int], keepdim: bool = False) -> Any:
+    """Over the last dim."""
+    shape = shape_of(x)
+    if not shape or [d % len(shape) for d in dims] != [len(shape) - 1] or not dtype_of(x).is_floating_point:
+        return NotImplemented
+    found = b(aten._to_copy.default, b(ours.logsumexp.default, x), dtype=dtype_of(x))
+    return b(aten.reshape.default, found, [*shape[:-1], 1]) if keepdim else found
+
+
 def nll(b: Builder, x: Any, target: Any, weight: Any, reduction: int, ignore: int) -> Any:
     """nll_loss: `x` holds log-probabilities, [n, c, ...]."""
     x = classes_last(b, x)
+    if reduction != NONE:
+        x, target = unmerged(b, x, target)
     return b(aten._to_copy.default, _indexed(b, x, target, weight, reduction, ignore, None, 0.0, None), dtype=dtype_of(x))
 
 
@@ -76,11 +121,10 @@ def _indexed(
     classes = shape_of(x)[-1]
     keep = b(aten.ne.Scalar, target, ignore)
     index = b(aten.where.self, keep, target, b.scalar(0, dtype_of(target)))
-    picked = b(ours.pick.default, x, index)
-    terms = b(aten.neg.default, picked) if lse is None else b(aten.sub.Tensor, lse, picked)
+    found = picked(b, x, index) if lse is None else b(ours.pick.default, x, index)
+    terms = b(aten.neg.default, found) if lse is None else b(aten.sub.Tensor, lse, found)
     dtype = dtype_of(terms)
-    wrong = b(aten.bitwise_or.Tensor, b(aten.lt.Scalar, index, 0), b(aten.ge.Scalar, index, classes))
-    terms = b(aten.where.self, wrong, b.scalar(math.nan, dtype), terms)
+    terms = _checked(b, terms, index, classes)
     counted = None
     if weight is not None:
         flat = b(aten.reshape.default, index, [-1])
@@ -118,6 +162,21 @@ def nll_forward(b: Builder, x: Any, target: Any, weight: Any, reduction: int, ig
     return nll(b, batched, target, weight, reduction, ignore), b.scalar(0, dtype_of(x))
 
 
+def chunked(b: Builder, x: Any, weight: Any, target: Any, bias: Any, classes: Any, reduction: str, ignore: int, *rest: Any) -> Any:
+    """linear_cross_entropy in chunks: a mean is the sum over the number, or the weights, of the rows that count. Of the results the
+    first alone is read: the others are gradients, which the op's own backward takes."""
+    if reduction != "mean":
+        return NotImplemented
+    total = b.emit(CHUNKED[0], x, weight, target, bias, classes, "sum", ignore, *rest)
+    loss = b(operator.getitem, total, 0)
+    keep = b(aten.ne.Scalar, target, ignore)
+    if classes is not None:
+        index = b(aten.where.self, keep, target, b.scalar(0, dtype_of(target)))
+        keep = b(aten.where.self, keep, b(aten.index_select.default, classes, 0, index), b.scalar(0, dtype_of(classes)))
+    count = b(aten._to_copy.default, b(aten.sum.dim_IntList, keep, None), dtype=dtype_of(loss))
+    return b(aten.div.Tensor, loss, count), None, None, None
+
+
 def mse(b: Builder, x: Any, y: Any, reduction: int) -> Any:
     difference = b(aten.sub.Tensor, x, y)
     return reduced(b, b(aten.mul.Tensor, difference, difference), reduction)
@@ -140,6 +199,9 @@ def elementwise(target: Any, position: int) -> Any:
 
 
 RULES: dict[Any, Any] = {
+    **dict.fromkeys(CHUNKED[:1], chunked),
+    aten.gather.default: gather,
+    aten.logsumexp.default: logsumexp,
     aten.cross_entropy_loss.default: cross_entropy,
     aten.nll_loss.default: nll,
     aten.nll_loss_nd.default: nll,

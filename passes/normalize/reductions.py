@@ -95,9 +95,50 @@ def weight_norm(b: Builder, v: Any, g: Any, dim: int = 0) -> Any:
     return b(aten.mul.Tensor, v, b(aten.div.Tensor, g, norm)), norm
 
 
+def _not_zero(b: Builder, x: Any) -> Any:
+    return x if dtype_of(x) == torch.bool else b(aten.ne.Scalar, x, 0)
+
+
+def any_of(b: Builder, x: Any, dims: Sequence[int] | int | None = None, keepdim: bool = False) -> Any:
+    """Some are set: their number is more than 0."""
+    if dtype_of(x) == torch.uint8:
+        return NotImplemented  # of which the result is one, too
+    if isinstance(dims, list | tuple) and not dims:
+        return _not_zero(b, x)
+    return b(aten.gt.Scalar, b(aten.sum.dim_IntList, _not_zero(b, x), _dims(x, dims), keepdim), 0)
+
+
+def all_of(b: Builder, x: Any, dims: Sequence[int] | int | None = None, keepdim: bool = False) -> Any:
+    """None is not set."""
+    if dtype_of(x) == torch.uint8:
+        return NotImplemented
+    if isinstance(dims, list | tuple) and not dims:
+        return _not_zero(b, x)
+    return b(aten.eq.Scalar, b(aten.sum.dim_IntList, b(aten.logical_not.default, x), _dims(x, dims), keepdim), 0)
+
+
+def count_nonzero(b: Builder, x: Any, dims: Sequence[int] | int | None = None) -> Any:
+    return b(aten.sum.dim_IntList, _not_zero(b, x), _dims(x, dims), False)
+
+
+def nansum(b: Builder, x: Any, dims: Sequence[int] | None, keepdim: bool, *, dtype: torch.dtype | None = None) -> Any:
+    if dtype_of(x).is_floating_point:
+        x = b(aten.where.self, b(aten.isnan.default, x), b.scalar(0.0, dtype_of(x)), x)
+    return b(aten.sum.dim_IntList, x, dims, keepdim, dtype=dtype)
+
+
 RULES: dict[Any, Any] = {
     aten.sum.dim_IntList: sum_dims,
     aten.sum.default: sum_all,
+    aten.any.default: any_of,
+    aten.any.dim: any_of,
+    aten.any.dims: any_of,
+    aten.all.default: all_of,
+    aten.all.dim: all_of,
+    aten.all.dims: all_of,
+    aten.count_nonzero.default: count_nonzero,
+    aten.count_nonzero.dim_IntList: count_nonzero,
+    aten.nansum.default: nansum,
     aten.mean.dim: mean_dims,
     aten.mean.default: mean_all,
     aten.var.correction: var,

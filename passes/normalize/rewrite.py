@@ -198,7 +198,7 @@ def wrap_dims(target: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     rank = next((len(shape_of(a)) for a in _tensors(args)), None)
     if rank is None:
         return args
-    extra = 1 if target in (aten.unsqueeze.default, aten.stack.default) else 0
+    extra = 1 if target in (aten.unsqueeze.default, aten.unsqueeze_copy.default, aten.stack.default) else 0
     result = list(args)
     for k, argument in enumerate(target._schema.arguments[: len(args)]):
         if argument.name in ("dim", "dims", "dim0", "dim1", "start_dim", "end_dim", "axis0", "axis1"):

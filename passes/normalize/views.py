@@ -202,6 +202,15 @@ def repeat_interleave(b: Builder, x: Any, repeats: int, dim: int | None, *, outp
     return b(aten.reshape.default, spread, [*shape[:dim], shape[dim] * repeats, *shape[dim + 1 :]])
 
 
+def repeated_places(b: Builder, repeats: Any, *, output_size: int | None = None) -> Any:
+    """Each place as often as `repeats` says: of how many the repeats have ended before."""
+    if output_size is None:
+        return NotImplemented
+    ends = b(aten.cumsum.default, repeats, 0, dtype=torch.int64)
+    places = b(aten.searchsorted.Tensor, ends, b(aten.arange.default, output_size, dtype=torch.int64), right=True)
+    return b(aten._to_copy.default, places, dtype=dtype_of(repeats))
+
+
 def slice_scatter(b: Builder, x: Any, src: Any, dim: int, start: int | None, end: int | None, step: int) -> Any:
     """x with x[start:end] replaced: what stands before it, src, what stands after it."""
     if step != 1:
@@ -249,7 +258,55 @@ def part(index: int) -> Any:
     return rule
 
 
+def diagonal_sum(b: Builder, x: Any) -> Any:
+    """trace: the sum of what lies on the diagonal, so that rows and columns may be cut."""
+    chosen = b(aten.eye.m, *shape_of(x), dtype=torch.bool)
+    return b(aten.sum.dim_IntList, b(aten.where.self, chosen, x, b.scalar(0, dtype_of(x))), [0, 1])
+
+
+def eye(b: Builder, rows: int, columns: int | None = None, *, dtype: torch.dtype | None = None, **_: Any) -> Any:
+    """True where the row is the column."""
+    row = b(aten.reshape.default, b(aten.arange.default, rows, dtype=torch.int64), [rows, 1])
+    equal = b(aten.eq.Tensor, row, b(aten.arange.default, rows if columns is None else columns, dtype=torch.int64))
+    return b(aten._to_copy.default, equal, dtype=dtype or torch.get_default_dtype())
+
+
+def rotate(b: Builder, x: Any, times: int, dims: Sequence[int]) -> Any:
+    """rot90."""
+    first, second = dims
+    turned = b(aten.flip.default, x, {1: [second], 2: [first, second], 3: [first]}[times % 4]) if times % 4 else x
+    return b(aten.transpose.int, turned, first, second) if times % 2 else turned
+
+
+def same_as(target: Any) -> Any:
+    """The rule of a view's form that copies, of which a functional graph knows no difference."""
+    return lambda b, *args, **kwargs: b(target, *args, **kwargs)
+
+
+COPIES = {
+    aten.diagonal_copy.default: aten.diagonal.default,
+    aten.expand_copy.default: aten.expand.default,
+    aten.narrow_copy.default: aten.narrow.default,
+    aten.permute_copy.default: aten.permute.default,
+    aten.select_copy.int: aten.select.int,
+    aten.slice_copy.Tensor: aten.slice.Tensor,
+    aten.split_copy.Tensor: aten.split.Tensor,
+    aten.split_with_sizes_copy.default: aten.split_with_sizes.default,
+    aten.squeeze_copy.default: aten.squeeze.default,
+    aten.squeeze_copy.dim: aten.squeeze.dim,
+    aten.squeeze_copy.dims: aten.squeeze.dims,
+    aten.t_copy.default: aten.t.default,
+    aten.transpose_copy.int: aten.transpose.int,
+    aten.unbind_copy.int: aten.unbind.int,
+    aten.unfold_copy.default: aten.unfold.default,
+    aten.unsafe_split.Tensor: aten.split.Tensor,
+    aten.unsafe_split_with_sizes.default: aten.split_with_sizes.default,
+    aten.unsqueeze_copy.default: aten.unsqueeze.default,
+    aten.view_copy.default: aten.view.default,
+}
+
 RULES: dict[Any, Any] = {
+    **{copied: same_as(view) for copied, view in COPIES.items()},
     aten.reshape.default: reshape,
     aten.view.default: as_reshape,
     aten._unsafe_view.default: as_reshape,
@@ -296,7 +353,12 @@ RULES: dict[Any, Any] = {
     aten.resolve_neg.default: lambda b, x: x,
     aten.real.default: part(0),
     aten.imag.default: part(1),
+    aten.trace.default: diagonal_sum,
+    aten.eye.default: eye,
+    aten.eye.m: eye,
+    aten.rot90.default: rotate,
     aten.repeat.default: repeat,
     aten.tile.default: tile,
     aten.repeat_interleave.self_int: repeat_interleave,
+    aten.repeat_interleave.Tensor: repeated_places,
 }

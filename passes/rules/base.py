@@ -5,7 +5,7 @@ results that lack it combine. `matmul: m k, k n -> m n` has factors m and n, whi
 factor over an axis gives one strategy:
 
     an operand or result that has the factor    V on the dim where it stands
-    an operand that lacks it                    R
+    an operand that lacks it                    R (P, where it is a term of the sum itself: what index_add adds to)
     a result that lacks it                      P, reduced as the factor says (a factor that cannot reduce is left out)
 
 Besides these every call can run replicated on Invariant values (the strategy `I`) or on Replicate values (`R`), and an op
@@ -115,13 +115,15 @@ class Slot:
 
 @dataclass(frozen=True)
 class Factor:
-    """A loop of an op. `reduce` says how results that lack the factor combine; None: every result must have it."""
+    """A loop of an op. `reduce` says how results that lack the factor combine; None: every result must have it. `terms`: operands
+    that lack it and are terms of that sum themselves, and so enter as Partial."""
 
     name: str
     size: int
     operands: tuple[Slot | None, ...]
     results: tuple[Slot | None, ...]
     reduce: ReduceOp | None = None
+    terms: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,8 @@ def everywhere(call: OpCall, axis: Axis, strategy: Strategy, cut: Sections) -> S
 
 def factor_strategy(call: OpCall, factor: Factor, cut: Sections, k: int = 0) -> Strategy:
     """The strategy of sharding `factor` with sections `cut`."""
-    ins = tuple(slot.place(cut) if slot is not None else R for slot in factor.operands)
+    lacking = [P if i in factor.terms else R for i in range(len(factor.operands))]
+    ins = tuple(slot.place(cut) if slot is not None else lack for slot, lack in zip(factor.operands, lacking, strict=True))
     reduced: Type = Partial(factor.reduce) if factor.reduce else R
     outs = tuple(slot.place(cut) if slot is not None else reduced for slot in factor.results)
     return Strategy(factor.name if k == 0 else f"{factor.name}#{k}", ins, outs)

@@ -37,6 +37,22 @@ def new_constant(call: OpCall, axis: Axis) -> Rule:
     return Rule(tuple(Factor(f"d{d}", s, (None,), (Slot(d),)) for d, s in enumerate(shape) if s > 1))
 
 
+WINDOWS = ("bartlett_window", "blackman_window", "hamming_window", "hann_window", "kaiser_window")
+SMALL = (
+    aten.linspace.default,
+    aten.logspace.default,
+    aten.tril_indices.default,
+    aten.triu_indices.default,
+    *(getattr(getattr(aten, name), overload) for name in WINDOWS for overload in ("default", "periodic")),
+)
+
+
+@rule_for(*SMALL)
+def small(call: OpCall, axis: Axis) -> Rule:
+    """A row of constants, or two: every rank makes all of them, of which it may take its part for nothing."""
+    return Rule()
+
+
 @rule_for(aten.arange.default, aten.arange.start, aten.arange.start_step)
 def arange(call: OpCall, axis: Axis) -> Rule:
     """Each rank counts its own positions."""

@@ -39,17 +39,3 @@ def local_group_norm(call: OpCall, strategy: Strategy, index: int) -> LocalCall:
     if isinstance(result, Varying) and result.dim == 1:
         groups = result.local_size(index) // (call.results[0].shape[1] // groups)
     return call.target, (call.args[0], groups, *call.args[2:]), dict(call.kwargs)
-
-
-@rule_for(aten.instance_norm.default)
-def instance_norm(call: OpCall, axis: Axis) -> Rule:
-    """x[n, c, ...] with weight and bias [c]: samples and channels map. Running statistics would be written."""
-    shape = call.operands[0].shape
-    if call.operand_of(3) is not None or len(shape) < 2:
-        return Rule()
-    rest = len(call.operands) - 1
-    factors = (
-        Factor("n", shape[0], (Slot(0), *(None,) * rest), (Slot(0),)),
-        Factor("c", shape[1], (Slot(1), *(Slot(0),) * rest), (Slot(1),)),
-    )
-    return Rule(tuple(f for f in factors if f.size > 1), swap=dict.fromkeys("nc", everywhere))

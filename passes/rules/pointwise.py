@@ -47,6 +47,7 @@ LINEAR = {
     aten.masked_fill.Tensor,
     aten.fill.Scalar,
     aten.fill.Tensor,
+    aten.hardswish.default,
     aten._prelu_kernel.default,
     aten._conj_physical.default,  # without its tag before torch 2.13
     aten.floor_divide.default,
@@ -55,7 +56,7 @@ LINEAR = {
     ours.with_slope.default,
 )
 def pointwise(call: OpCall, axis: Axis) -> Rule | None:
-    if len(call.results) != 1:
+    if len({m.shape for m in call.results}) != 1:
         return None
     result = call.results[0].shape
     factors = []
@@ -66,7 +67,7 @@ def pointwise(call: OpCall, axis: Axis) -> Rule | None:
         for meta in call.operands:
             own = dim - (len(result) - len(meta.shape))
             slots.append(Slot(own) if own >= 0 and meta.shape[own] == size else None)
-        factors.append(Factor(f"d{dim}", size, tuple(slots), (Slot(dim),)))
+        factors.append(Factor(f"d{dim}", size, tuple(slots), (Slot(dim),) * len(call.results)))
     return Rule(tuple(factors), linear=linear_sets(call))
 
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
+from ...compiler.torch_compat import chunked_cross_entropy
 from ..ops import losses, sharded_losses  # noqa: F401  (define the ops)
 from ..types import I, P, R, ReduceOp, Sections, Varying, flatten_sections
-from .base import Axis, Factor, OpCall, Rule, Slot, Strategy, rule_for
+from .base import Axis, Factor, OpCall, Rule, Slot, Strategy, everywhere, rule_for
 from .views import ALONE
 
 aten = torch.ops.aten
@@ -66,8 +67,6 @@ KEPT_DIMS = {
     aten.var_mean.correction: (1, 3),
     aten.aminmax.default: (1, 2),
     aten.norm.ScalarOpt_dim: (2, 3),
-    aten.count_nonzero.default: (1, 9),  # has no keepdim
-    aten.count_nonzero.dim_IntList: (1, 9),
 }
 
 
@@ -106,10 +105,27 @@ def whole_dim(call: OpCall, axis: Axis) -> Rule:
     position, name = WHOLE_DIM[call.target]
     dim = call.arg(position, name, -1) % len(shape) if shape else 0
     n = len(call.results)
-    return Rule(
-        tuple(Factor(f"d{d}", s, (Slot(d),), (Slot(d),) * n) for d, s in enumerate(shape) if d != dim and s > 1),
-        linear=ALONE if call.target is aten.cumsum.default else (),
-    )
+    factors = [Factor(f"d{d}", s, (Slot(d),), (Slot(d),) * n) for d, s in enumerate(shape) if d != dim and s > 1]
+    if call.target in SOFTMAX and shape and shape[dim] >= LONG:
+        factors.append(Factor("s", shape[dim], (Slot(dim),), (Slot(dim),)))
+    return Rule(tuple(factors), linear=ALONE if call.target is aten.cumsum.default else (), swap={"s": _softmax_shard})
+
+
+SOFTMAX = {
+    aten.softmax.int: ours.softmax_shard.default,
+    aten.log_softmax.int: ours.log_softmax_shard.default,
+}
+LONG = 128
+"""From which length on a row's own dim is offered: what the ranks exchange of a row is little beside it."""
+
+
+def _softmax_shard(call: OpCall, axis: Axis, strategy: Strategy, cut: Sections) -> Strategy | None:
+    """The ranks exchange the sums of their shards of each row, forward and backward, inside the op."""
+    x = strategy.ins[0]
+    assert isinstance(x, Varying)
+    args = (call.args[0], x.dim, call.arg(2, "dtype"), axis.name)
+    made = Strategy(strategy.label, strategy.ins, strategy.outs, SOFTMAX[call.target], args, {})
+    return made if everywhere(call, axis, strategy, cut) else None
 
 
 @rule_for(ours.logsumexp.default)
@@ -141,6 +157,21 @@ def _pick_shard(call: OpCall, axis: Axis, strategy: Strategy, cut: Sections) -> 
     assert isinstance(x, Varying)
     args = (*call.args, axis.name, flatten_sections(x.sections))
     return Strategy("v", (x, R), (P,), ours.pick_shard.default, args, {})
+
+
+@rule_for(*chunked_cross_entropy())
+def chunked_losses(call: OpCall, axis: Axis) -> Rule:
+    """x[n, k], weight[c, k], target[n]: rows map where each keeps its loss; else they are summed, and so is the gradient of the
+    weight that the op computes with the loss, while that of x has rows."""
+    rows, n = call.operands[0].shape[0], len(call.operands)
+    whole = len(call.results) > 1
+    if rows < 2 or (whole and call.arg(5, "reduction") != "sum"):
+        return Rule()
+    slots = (Slot(0), None, Slot(0), *(None,) * (n - 3))
+    with_rows = call.results[1 if whole else 0].shape[:1] == (rows,)  # the gradient may be left out
+    own = Slot(0) if with_rows else None
+    results = (None, own, None, None) if whole else (own,)
+    return Rule((Factor("n", rows, slots, results, "sum"),), swap={"n": everywhere})
 
 
 @rule_for(aten.vdot.default)

@@ -20,7 +20,7 @@ from .base import (
 
 aten = torch.ops.aten
 
-localizer(aten.reshape.default, aten.view.default, aten.expand.default)(with_result_sizes(1))
+localizer(aten.reshape.default, aten.view.default, aten.expand.default, aten.unfold_backward.default)(with_result_sizes(1))
 
 ALONE = (frozenset({0}),)
 
@@ -294,7 +294,14 @@ def flip(call: OpCall, axis: Axis) -> Rule:
     return dims_map(call, [(d, d) for d in range(len(shape)) if d not in moved])
 
 
-@rule_for(aten.unfold.default, aten.unfold_copy.default)
+@rule_for(aten.unfold_backward.default)
+def unfold_backward(call: OpCall, axis: Axis) -> Rule:
+    """The sum of windows of one dim at their places: other dims map."""
+    rank = len(call.results[0].shape)
+    return dims_map(call, [(d, d) for d in range(rank) if d != _dim(call.arg(2, "dim"), rank)])
+
+
+@rule_for(aten.unfold.default)
 def unfold(call: OpCall, axis: Axis) -> Rule:
     """Windows of one dim, their positions in a new last one."""
     rank = len(call.operands[0].shape)

@@ -18,8 +18,10 @@ from torch.utils.checkpoint import checkpoint
 from shardwright.compiler.capture import CaptureError, capture, signature
 from shardwright.compiler.fidelity import check_capture
 from shardwright.compiler.torch_compat import FakeTensor
+from shardwright.passes.normalize import normalize
 from tests.zoo import MODELS
 
+aten = torch.ops.aten
 pytestmark = pytest.mark.filterwarnings("ignore:outputs that are not tensors")
 
 
@@ -245,6 +247,65 @@ def test_buffers_are_updated_as_outputs() -> None:
     captured = small(body)
     assert "buffer.scale" in captured.outputs
     assert "buffer.scale" in keys(captured)
+
+
+class Statistics(nn.Module):
+    """`body(self, x, weight, bias, mean, var)` on something trained, with running statistics."""
+
+    def __init__(self, body: Any) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(4)
+        self.body = (body,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        return self.body[0](self.first(x), norm.weight, norm.bias, norm.running_mean, norm.running_var).square().sum()
+
+
+def _without_gradients(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    with torch.no_grad():
+        torch.instance_norm(x, weight, bias, mean, var, True, 0.2, 1e-3, False)
+        aten.native_batch_norm(x, weight, bias, mean, var, True, 0.2, 1e-3)
+    return aten.native_batch_norm(x, weight, bias, mean, var, False, 0.2, 1e-3)[0]
+
+
+WRITES: dict[str, Any] = {
+    "batch_norm": lambda x, *given: torch.batch_norm(x, *given, True, 0.2, 1e-3, False),
+    "native_batch_norm": lambda x, *given: aten.native_batch_norm(x, *given, True, 0.2, 1e-3)[0],
+    "legit": lambda x, *given: aten._native_batch_norm_legit(x, *given, True, 0.2, 1e-3)[0],
+    "with_update": lambda x, *given: aten._batch_norm_with_update(x, *given, 0.2, 1e-3)[0],
+    "instance_norm": lambda x, *given: torch.instance_norm(x, *given, True, 0.2, 1e-3, False),
+    "without gradients": _without_gradients,
+}
+READS: dict[str, Any] = {
+    "native_batch_norm": lambda x, *given: aten.native_batch_norm(x, *given, False, 0.2, 1e-3)[0],
+    "native_batch_norm of nothing": lambda x, *given: aten.native_batch_norm(x, None, None, None, None, True, 0.2, 1e-3)[0],
+    "instance_norm": lambda x, *given: torch.instance_norm(x, *given, False, 0.2, 1e-3, False),
+    "instance_norm of a computed mean": lambda x, *given: torch.instance_norm(x, *(t * 2 for t in given), True, 0.2, 1e-3, False),
+}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["reads", "writes"])
+def test_running_statistics_of_ops_called_by_name(training: bool) -> None:
+    """What they write is an output, to whatever op; check_capture compares it."""
+    x = torch.randn(3, 4, 6, dtype=torch.float64)
+    for name, body in (WRITES if training else READS).items():
+        model = Statistics(body).double()
+        captured = capture(model, (x,), {})
+        check_capture(captured, model, (x,), {})
+        kept = {"buffer.norm.running_mean", "buffer.norm.running_var"} if training else set()
+        assert {k for k in captured.outputs if k.startswith("buffer.")} == kept, name
+        found = [n.target for n in normalize(captured.graph).graph.nodes]
+        assert not [t for t in found if "batch_norm" in str(t) or "instance_norm" in str(t)], name
+
+
+def test_writes_that_cannot_be_shown_are_refused() -> None:
+    def body(x: Tensor, *given: Tensor) -> Tensor:
+        return aten._batch_norm_impl_index(x, *given, True, 0.2, 1e-3, False)[0]
+
+    with pytest.raises(CaptureError, match=r"writes to running statistics in secret.*\n.*test_capture\.py") as error:
+        capture(Statistics(body), (torch.randn(3, 4, 6),), {})
+    assert "torch.nn.functional.batch_norm" in str(error.value)
 
 
 def test_gradients_are_cut_where_the_model_cuts_them() -> None:

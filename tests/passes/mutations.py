@@ -119,6 +119,7 @@ OFFSETS: dict[Any, tuple[str, tuple[int, ...]]] = {
 }
 SIZES: dict[Any, int] = {
     ours.embedding_shard.default: 4,
+    ours.gather_shard.default: 4,
     ours.grouped_linear_shard.default: 4,
     ours.pick_shard.default: 3,
     ours.arange_shard.default: 3,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from samples import is_sharded, pairs
 from torch import Tensor, fx, nn
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +24,6 @@ from shardwright.compiler.capture_error import CaptureError
 from shardwright.compiler.check_rule import Run, Sample, check_lowered, check_strategy, runs, splits_of
 from shardwright.passes.normalize import normalize
 from shardwright.passes.rules.base import RULES, Axis, OpCall, Strategy, strategies
-from shardwright.passes.types import Varying
 
 CANDIDATES, SAMPLES, ELEMENTS = 60, 4, 2000
 """Of an entry: how many of its samples are looked at and how many are examined; the largest tensor in one."""
@@ -33,7 +33,7 @@ STRATEGIES = 24
 
 DTYPES = (torch.float64, torch.int64, torch.bool, torch.float32, torch.complex128)
 ENTRIES = {f"{op.name}.{op.variant_test_name}".rstrip("."): op for op in op_db}
-TWO, THREE, OTHER = Axis("x", 2), Axis("x", 3), Axis("y", 2)
+TWO, THREE = Axis("x", 2), Axis("x", 3)
 
 
 UNWRITTEN = {getattr(torch.ops.aten, name) for name in ("empty", "empty_like", "empty_permuted", "empty_strided", "new_empty")}
@@ -167,7 +167,7 @@ def family(target: Any) -> str:
 def real_shardings(call: OpCall, axis: Axis) -> list[Strategy]:
     """Strategies under which some value is cut."""
     offered = strategies(call, axis, splits_of(call, axis.size))
-    return [s for s in offered if any(isinstance(t, Varying) for t in (*s.ins, *s.outs))]
+    return [s for s in offered if is_sharded(s)]
 
 
 def _try_all(sample: Sample, whole: Run, axis: Axis, offered: Sequence[Strategy], found: Examined) -> None:
@@ -182,21 +182,10 @@ def _try_all(sample: Sample, whole: Run, axis: Axis, offered: Sequence[Strategy]
 
 
 def _try_pairs(sample: Sample, whole: Run, found: Examined) -> None:
-    """Each factor over the first axis, and the first that is left over the second."""
-    for label in dict.fromkeys(s.label for s in real_shardings(whole.call, TWO)):
-
-        def first(call: OpCall, label: str = label) -> Any:
-            return next(s for s in strategies(call, TWO) if s.label == label)
-
-        def second(call: OpCall) -> Any:
-            offered = [s for s in strategies(call, OTHER) if any(isinstance(t, Varying) for t in (*s.ins, *s.outs))]
-            return offered[0] if offered else strategies(call, OTHER)[0]
-
-        if label not in {s.label for s in strategies(whole.call, TWO)}:
-            continue  # an uneven cut alone
+    for label, path in pairs(whole.call):
         found.tried += 1
         try:
-            check_lowered(sample, whole, [(TWO, first), (OTHER, second)])
+            check_lowered(sample, whole, path)
         except Exception as error:
             text = str(error).splitlines()[0] if str(error) else ""
             found.wrong.append(f"{type(error).__name__}: {text} [{sample} over 2 x 2 ranks, {label!r} first]")

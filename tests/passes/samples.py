@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from shardwright.compiler.check_rule import Sample, run_whole
+from shardwright.compiler.check_rule import Choice, Sample, run_whole
+from shardwright.compiler.torch_compat import chunked_cross_entropy
 from shardwright.passes import rules  # noqa: F401  (registers the rules)
+from shardwright.passes.rules import factories as factory_rules
+from shardwright.passes.rules.base import Axis, OpCall, Strategy, strategies
+from shardwright.passes.types import Varying
 
 aten = torch.ops.aten
 ours = torch.ops.shardwright
@@ -39,6 +43,27 @@ def samples() -> list[Sample]:
     return [Sample(*row) if isinstance(row, tuple) else row for table in TABLES for row in table(_Source())]
 
 
+def pairs(call: OpCall) -> Iterator[tuple[str, list[tuple[Axis, Choice]]]]:
+    """Each factor of a call over an axis of two, and the first that is left over another: (the first's label, both)."""
+    first, second = Axis("x", 2), Axis("y", 2)
+
+    def left(call: OpCall) -> Strategy:
+        offered = strategies(call, second)
+        return next((s for s in offered if is_sharded(s)), offered[0])
+
+    for label in dict.fromkeys(s.label for s in strategies(call, first) if is_sharded(s)):
+
+        def taken(call: OpCall, label: str = label) -> Strategy:
+            return next(s for s in strategies(call, first) if s.label == label)
+
+        yield label, [(first, taken), (second, left)]
+
+
+def is_sharded(strategy: Strategy) -> bool:
+    """Whether some value is cut."""
+    return any(isinstance(t, Varying) for t in (*strategy.ins, *strategy.outs))
+
+
 def products(s: _Source) -> Iterator[Any]:
     yield aten.mm.default, (s.real(5, 7), s.real(7, 6))
     yield aten.bmm.default, (s.real(4, 3, 5), s.real(4, 5, 7))
@@ -50,6 +75,8 @@ def products(s: _Source) -> Iterator[Any]:
     yield aten.matmul.default, (s.real(3, 5, 7), s.real(7, 4))
     yield aten.matmul.default, (s.real(4, 1, 5, 7), s.real(3, 7, 4))
     yield Sample(aten.matmul.default, (s.real(3, 5, 7), s.real(7)), sharded=False)
+    yield aten._trilinear.default, (s.real(5, 4), s.real(6, 4, 3), s.real(5, 3), [1, 3], [0], [1, 2], [2, 3])
+    yield aten._trilinear.default, (s.real(5, 4), s.real(6, 4, 3), s.real(5, 3), [1, 3], [0], [1, 2], [3])
     yield ours.grouped_linear.default, (s.real(11, 5), s.real(3, 6, 5), s.ints(3, 11))
 
 
@@ -117,7 +144,9 @@ def views(s: _Source) -> Iterator[Any]:
     yield Sample(aten.roll.default, (s.real(3, 4, 5), [2]), sharded=False)
     yield aten.unfold.default, (s.real(3, 7, 5), 1, 3, 2)
     yield aten.unfold.default, (s.real(3, 7, 5), -2, 4, 1)
-    yield aten.unfold_copy.default, (s.real(3, 7, 5), 1, 3, 2)
+    yield aten.unfold_backward.default, (s.real(3, 3, 5, 3), [3, 7, 5], 1, 3, 2)
+    yield aten.diagonal.default, (s.real(3, 4, 5),)
+    yield aten.diagonal.default, (s.real(3, 4, 5, 4), 1, 3, -3)
     yield aten.tril.default, (s.real(3, 4, 5),)
     yield aten.triu.default, (s.real(3, 4, 5), 1)
 
@@ -141,6 +170,9 @@ def reductions(s: _Source) -> Iterator[Any]:
     for op in (aten.softmax.int, aten.log_softmax.int):
         yield op, (x, 1)
     yield aten.softmax.int, (x.float(), -1, torch.float64)
+    for op in (aten.softmax.int, aten.log_softmax.int):
+        yield op, (s.real(3, 129), 1)
+        yield op, (s.real(2, 130, 3).float(), -2, torch.float64)
     yield aten.cumsum.default, (x, 1)
     yield aten.cumsum.default, (s.bools(3, 4), -1)
     yield aten.cumprod.default, (x, 0)
@@ -162,10 +194,19 @@ def reductions(s: _Source) -> Iterator[Any]:
     yield aten.all.dim, (s.bools(3, 4, 5), -1, True)
     yield aten.max.dim, (x, 1)
     yield aten.min.dim, (x, -1, True)
+    yield aten.norm.ScalarOpt_dim, (x, 2, [1])
+    yield aten.norm.ScalarOpt_dim, (x, 3, [0, 2], True)
+    yield aten.vdot.default, (s.real(7), s.real(7))
     yield ours.logsumexp.default, (x,)
     yield ours.logsumexp.default, (s.real(3, 7).float(),)
     yield ours.pick.default, (x, s.ints(5, 3, 4))
     yield ours.pick.default, (s.real(6, 7), s.ints(7, 6, low=-2))
+    linear, rest = (s.real(7, 4), s.real(9, 4), s.ints(9, 7)), (2, "balanced", torch.float64)
+    for op in chunked_cross_entropy()[:1]:
+        yield Sample(op, (*linear, None, None, "sum", 3, 0.0, *rest, True, True, True, False), differentiable=2)
+        yield Sample(op, (*linear, None, s.unit(9), "sum", 3, 0.0, *rest, True, False, True, False), differentiable=0)
+    for op in chunked_cross_entropy()[1:]:
+        yield Sample(op, (*linear, None, s.unit(9), 3, *rest), differentiable=2)
 
 
 def lookups(s: _Source) -> Iterator[Any]:
@@ -174,6 +215,8 @@ def lookups(s: _Source) -> Iterator[Any]:
     yield Sample(aten.embedding.default, (s.real(11, 5), s.ints(11, 7), -1, True), sharded=False)
     yield aten.gather.default, (s.real(3, 7), 1, s.ints(7, 3, 5))
     yield aten.gather.default, (s.real(7, 4, 3), -3, s.ints(7, 5, 2, 3))
+    yield aten.gather.default, (s.ints(9, 3, 7), 1, s.ints(7, 3, 5))
+    yield aten.gather.default, (s.bools(3, 7), 1, s.ints(7, 3, 5))
     yield aten.index_select.default, (s.real(3, 7), -1, s.ints(7, 5))
     places = torch.stack([torch.randperm(7, generator=s.generator)[:5] for _ in range(4)])
     yield aten.scatter.src, (s.real(4, 7), 1, places, s.real(4, 5))
@@ -186,6 +229,41 @@ def lookups(s: _Source) -> Iterator[Any]:
     yield aten.index.Tensor, (x, [i, None, s.ints(7, 3, 1)])
     yield Sample(aten.index.Tensor, (x, [s.bools(5)]), sharded=False)
     yield aten._unsafe_index.Tensor, (x, [None, i])
+    y = s.real(6, 4, 5)
+    put = aten.index_put.default
+    rows = torch.tensor([5, 0, 3])
+    yield put, (y, [rows], s.real(3, 4, 5))
+    yield put, (y, [rows], s.real(4, 5))
+    yield put, (y, [None, torch.tensor([2, 0])], s.real(2, 1))
+    yield put, (y, [rows, None, torch.tensor([4, 1, 1])], s.real(3, 4))
+    yield Sample(put, (y, [s.bools(6)], s.real(1)), sharded=False)
+    yield put, (y, [s.ints(6, 7)], s.real(7, 4, 5), True)
+    yield put, (y, [None, s.ints(4, 7)], s.real(7, 5), True)
+    yield put, (y, [s.ints(6, 7, 1), None, s.ints(5, 3)], s.real(7, 3, 4), True)
+    yield put, (y, [s.ints(6, 4, 7)], s.real(7, 1, 5), True)
+    yield aten.index_add.default, (y, 0, s.ints(6, 7), s.real(7, 4, 5)), {"alpha": 2}
+    yield aten.index_add.default, (y, -2, s.ints(4, 7), s.real(6, 7, 5))
+    yield aten.index_add.default, (s.ints(9, 6), 0, s.ints(6, 7), s.ints(9, 7))
+    yield aten.index_copy.default, (y, 0, rows, s.real(3, 4, 5))
+    yield aten.index_fill.int_Scalar, (y, 1, torch.tensor([2, 0]), 1.5)
+    yield aten.index_fill.int_Tensor, (y, -1, torch.tensor([2, 0]), torch.tensor(0.5, dtype=torch.float64))
+    yield aten.index_reduce.default, (y, 0, s.ints(6, 7), s.unit(7, 4, 5), "prod")
+    yield aten.index_reduce.default, (y, 1, s.ints(4, 7), s.real(6, 7, 5), "amax")
+    yield aten.scatter_reduce.two, (y, 1, s.ints(4, 6, 7, 5), s.real(6, 7, 5), "amax")
+    yield aten.scatter_reduce.two, (y, 0, s.ints(6, 7, 4, 5), s.unit(7, 4, 5), "mean"), {"include_self": False}
+    yield aten.scatter_add.default, (s.real(6), 0, s.ints(6, 7), s.real(7))
+    yield aten.scatter_add.default, (y, 0, s.ints(6, 7, 4, 5), s.real(7, 4, 5))
+    yield aten.scatter_add.default, (y, 1, s.ints(4, 6, 7, 3), s.real(6, 7, 3))
+    yield Sample(aten.scatter.reduce, (s.real(4, 7), 1, places, s.real(4, 5)), {"reduce": "add"}, differentiable=0)
+    yield Sample(aten.scatter.value_reduce, (s.real(4, 7), 1, places, 2.0), {"reduce": "multiply"}, differentiable=0)
+    yield aten.isin.Tensor_Tensor, (s.ints(9, 3, 5), s.ints(9, 4))
+    yield aten.isin.Tensor_Scalar, (s.ints(3, 3, 5), 2)
+    bounds = torch.arange(6) / 5 - 0.6
+    yield Sample(aten.bucketize.Tensor, (s.real(3, 5), bounds.double()), differentiable=0)
+    yield Sample(aten.searchsorted.Tensor, (bounds.double(), s.real(3, 5)), differentiable=0)
+    own = s.real(3, 4, 6).sort().values
+    yield Sample(aten.searchsorted.Tensor, (own, s.real(3, 4, 5)), {"right": True}, differentiable=0)
+    yield Sample(aten.searchsorted.Tensor, (own, s.real(3, 4, 5)), {"sorter": own.argsort()}, differentiable=0)
 
 
 def pointwise(s: _Source) -> Iterator[Any]:
@@ -263,6 +341,10 @@ def convolutions(s: _Source) -> Iterator[Any]:
     yield aten.adaptive_avg_pool1d.default, (s.real(3, 4, 7), [2])
     yield aten.upsample_nearest2d.vec, (x, None, [2.0, 2.0])
     yield aten.upsample_bilinear2d.vec, (x, [9, 5], False, None)
+    yield aten.adaptive_avg_pool3d.default, (s.real(3, 4, 5, 4, 4), [2, 2, 2])
+    for op in (aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa):
+        yield op.default, (x, [9, 5], False)
+        yield op.vec, (x, None, True, [2.0, 1.5])
 
 
 def factories(s: _Source) -> Iterator[Any]:
@@ -275,6 +357,13 @@ def factories(s: _Source) -> Iterator[Any]:
     yield aten.new_ones.default, (x, [5, 4])
     yield aten.new_full.default, (x, [5, 4], 1.5)
     yield Sample(aten.new_empty.default, (x, [5, 4]), compare=False)
+    yield Sample(aten.linspace.default, (-1.0, 2.0, 7), double, sharded=False)
+    yield Sample(aten.logspace.default, (-1.0, 2.0, 7), double, sharded=False)
+    for op in (aten.tril_indices, aten.triu_indices):
+        yield Sample(op.default, (4, 5), sharded=False)
+    for name in factory_rules.WINDOWS:
+        yield Sample(getattr(aten, name).default, (7,), double, sharded=False)
+        yield Sample(getattr(aten, name).periodic, (7, False), double, sharded=False)
     yield aten.arange.default, (7,)
     yield aten.arange.default, (7,), double
     yield aten.arange.start, (-2, 5)
@@ -324,6 +413,22 @@ def batched(s: _Source) -> Iterator[Any]:
     yield aten.pixel_shuffle.default, (s.real(3, 5, 4, 2, 2), 2)
     yield aten.pixel_unshuffle.default, (s.real(3, 5, 2, 4, 4), 2)
     yield aten.channel_shuffle.default, (s.real(5, 4, 2, 2), 2)
+    yield Sample(aten.geqrf.default, (s.real(3, 5, 4, 4),), differentiable=0)
+    reflected, scales = aten.geqrf.default(s.real(3, 5, 4, 4))
+    yield Sample(aten.ormqr.default, (reflected, scales, b), differentiable=0)
+    yield aten.lu_unpack.default, (lu, pivots)
+    ldl, swaps, _ = aten.linalg_ldl_factor_ex.default(a)
+    yield Sample(aten.linalg_ldl_solve.default, (ldl, swaps, b), differentiable=0)
+    yield aten.affine_grid_generator.default, (s.real(5, 2, 3), [5, 3, 4, 6], False)
+    yield aten.linalg_cross.default, (s.real(4, 3, 5), s.real(4, 3, 1)), {"dim": 1}
+    yield aten.linalg_cross.default, (s.real(1, 4, 3), s.real(5, 4, 3))
+    yield aten.renorm.default, (s.real(3, 5, 4), 2, 1, 0.7)
+    yield Sample(aten.multi_margin_loss.default, (s.real(5, 4), s.ints(4, 5), 1, 1.0, s.unit(4), 0), differentiable=1)
+    yield Sample(aten.multi_margin_loss.default, (s.real(5, 4), s.ints(4, 5)), sharded=False)
+    yield aten.multilabel_margin_loss_forward.default, (s.real(5, 4), s.ints(4, 5, 4), 0)
+    yield aten._cdist_forward.default, (s.real(3, 5, 4), s.real(3, 6, 4), 2.0, None)
+    yield aten._cdist_forward.default, (s.real(5, 4), s.real(3, 6, 4), 1.0, None)
+    yield aten._euclidean_dist.default, (s.real(3, 5, 4), s.real(3, 6, 4))
     yield aten.diag_embed.default, (s.real(3, 5, 4),)
     yield Sample(aten.diag_embed.default, (s.real(3, 5, 4), 0, 0, 1), sharded=False)
     yield Sample(aten.linalg_solve_triangular.default, (half[:1], b), {"upper": False}, sharded=False)
@@ -359,6 +464,7 @@ def orders(s: _Source) -> Iterator[Any]:
     # torch 2.11 cannot differentiate aminmax.
     differentiable = 99 if torch.__version__ >= "2.13" else 0
     yield Sample(aten.aminmax.default, (x,), {"dim": 1}, differentiable=differentiable)
+    yield aten.sort.stable, (x,), {"stable": True, "dim": 1}
     yield aten.cummax.default, (x, 1)
     yield aten.cummin.default, (x, 1)
     yield aten.logcumsumexp.default, (x, 1)
@@ -366,6 +472,8 @@ def orders(s: _Source) -> Iterator[Any]:
     yield aten.glu.default, (x, 2)
     yield aten.log_sigmoid_forward.default, (x,)
     yield aten._prelu_kernel.default, (x, s.real(1, 5, 1))
+    yield aten.hardswish.default, (4 * x,)
+    yield aten.frexp.Tensor, (x,)
     yield Sample(aten.floor_divide.default, (s.ints(9, 3, 5), s.ints(5, 3, 5, low=1)), differentiable=0)
 
 

@@ -153,6 +153,24 @@ def test_embedding_shards_add_up(sections, padding_idx, shape):
 
 
 @pytest.mark.parametrize("sections", SECTIONS.values(), ids=SECTIONS.keys())
+def test_gather_shards_add_up(sections):
+    x = torch.randn(4, 15, 3, dtype=torch.float64, requires_grad=True)
+    index = torch.randint(0, 15, (4, 6, 2))
+    whole = x.gather(1, index)
+    seed = torch.randn(whole.shape, dtype=torch.float64)
+    total, gradients = torch.zeros_like(whole), []
+    for rank in ranks(sections):
+        part = take_shard(x.detach(), 1, sections, rank).clone().requires_grad_()
+        out = ops.gather_shard(part, 1, index, "tp", flatten_sections(sections))
+        total = total + out.detach()
+        gradients.append(grad(out, part, seed))
+        beyond = ops.gather_shard(part, 1, torch.full((1, 1, 1), 15), "tp", flatten_sections(sections))
+        assert beyond.isnan().all() or not part.shape[1]
+    assert torch.equal(total, whole)
+    torch.testing.assert_close(join_shards(gradients, 1, sections), grad(whole, x, seed))
+
+
+@pytest.mark.parametrize("sections", SECTIONS.values(), ids=SECTIONS.keys())
 @pytest.mark.parametrize(
     "start, step, dtype", [(0, 1, torch.int64), (3, -2, torch.int64), (0.5, 0.25, torch.float32), (1, 2, torch.float64)]
 )
