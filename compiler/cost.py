@@ -132,6 +132,21 @@ def backward_seconds(call: OpCall, device: Device) -> float:
     return op_seconds(call, device) * (gradients if op_flops(call) else 1)
 
 
+EXCHANGES: dict[str, tuple[tuple[CollectiveKind, ...], tuple[CollectiveKind, ...]]] = {
+    "logsumexp_shard": (("all_gather",), ()),
+    "softmax_shard": (("all_gather",), ("all_reduce",)),
+    "log_softmax_shard": (("all_gather",), ("all_reduce",)),
+}
+"""Collectives inside of ops whose rows are sharded over an axis, their last argument: forward and backward, a value of each row."""
+
+
+def row_bytes(call: OpCall) -> float:
+    """Bytes of one value of each row of such an op, which has no fewer than four."""
+    (result,) = call.results
+    length = 1 if op_name(call.target) == "logsumexp_shard" else max(1, result.shape[call.arg(1, "dim")])
+    return math.prod(result.shape) / length * max(4, result.dtype.itemsize)
+
+
 @dataclass(frozen=True)
 class ConversionCost:
     """Seconds, or bytes received per rank, of a typed conversion in each direction."""
@@ -260,7 +275,20 @@ class Seconds:
         if call.target is convert:
             return self._other_axis(local)
         whole, work = (op_seconds(local, d) + backward_seconds(local, d) for d in (self.topology.device, self._at_once))
-        return Timing(whole - work, work)
+        inside = self._inside(local)
+        return Timing(whole - work + inside.fixed, work + inside.work)
+
+    def _inside(self, call: OpCall) -> Timing:
+        """Of the collectives of `EXCHANGES`."""
+        if (name := op_name(call.target)) not in EXCHANGES:
+            return Timing(0.0, 0.0)
+        (operand,), (forward, backward), name = call.operands, EXCHANGES[name], call.args[-1]
+        fixed = work = 0.0
+        for kind in (*forward, *backward) if operand is not None and operand.grad else forward:
+            taken = self.topology.collective(kind, self.mesh, name)
+            fixed += self.topology.device.launch + taken.latency
+            work += taken.rate * row_bytes(call) * (self.mesh.size(name) if kind == "all_gather" else 1)
+        return Timing(fixed, work)
 
     def _other_axis(self, call: OpCall) -> Timing:
         """Of a conversion over an axis that the graph was lowered along before, of what this axis leaves of the value: so

@@ -1,9 +1,11 @@
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from shardwright.compiler.cost import (
@@ -185,6 +187,33 @@ def test_a_graph_costs_its_ops_and_its_collectives():
     expected = collective_seconds("all_reduce", S * N * 2, H100.span(mesh, "tp")) + H100.device.launch
     assert cost.communication == {"tp": pytest.approx(expected)}
     assert cost.seconds == pytest.approx(cost.compute + expected)
+
+
+ROWS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "softmax_shard": (lambda x: ops.softmax_shard(x, 1, None, "tp"), (S, N)),
+    "log_softmax_shard": (lambda x: ops.log_softmax_shard(x, 1, None, "tp"), (S, N)),
+    "logsumexp_shard": (lambda x: ops.logsumexp_shard(x, "tp"), (S,)),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_what_ranks_exchange_inside_of_an_op_is_priced_as_what_it_becomes(name):
+    """Of each row that is sharded one value: the collectives that are there once the op is differentiated."""
+    mesh, (run, shape) = Mesh(("tp",), (8,)), ROWS[name]
+
+    def both(x):
+        y = run(x)
+        return y, torch.autograd.grad(y, x, torch.ones_like(y))
+
+    with use_communicator(StaticCommunicator({"tp": 8}, {"tp": 0})):
+        gm = make_fx(both, tracing_mode="fake")(torch.randn(S, N).requires_grad_())
+        found = graph_cost(gm, H100, mesh)
+    arguments = (Operand(0), "tp") if name == "logsumexp_shard" else (Operand(0), 1, None, "tp")
+    target, float32 = getattr(ops, name).default, torch.float32
+    sharded = OpCall(target, arguments, {}, (TensorMeta((S, N), float32, True),), (TensorMeta(shape, float32),))
+    assert Seconds(H100, mesh)._inside(sharded).once == pytest.approx(found.communication["tp"])
+    forward = replace(sharded, operands=(TensorMeta((S, N), float32),))
+    assert 0 < Seconds(H100, mesh)._inside(forward).once <= found.communication["tp"]
 
 
 def test_prices_in_seconds_prefer_sharded_work():
