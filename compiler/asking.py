@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -23,6 +24,7 @@ from .totals import (
     RUNS,
     SECOND,
     STREAM,
+    SUMS,
     TRAFFIC,
     TRAINABLE,
 )
@@ -64,6 +66,9 @@ def _priced(family: Family, slopes: np.ndarray, exact: bool) -> Plan:
         x = max(0.0, float(slopes[total])) / run / per
         return x if exact or not x else rounded_down(x, GRID)
 
+    def signed(x: float) -> float:
+        return x if exact else math.copysign(rounded_down(abs(x), GRID), x)
+
     load, known = family.load, family.explored.known
     run = max(float(slopes[RUNS]) / load.runs, float(slopes[TRAFFIC]) / load.share)
     held = np.array([PARAMETERS, TRAINABLE, READ_AGAIN])
@@ -77,6 +82,7 @@ def _priced(family: Family, slopes: np.ndarray, exact: bool) -> Plan:
         kept_price=price(ACTIVATIONS, load.share),
         stream_price=price(STREAM, load.share),
         gather_prices=gathered if any(gathered) else (),
+        sums_price=signed(float(slopes[SUMS]) / run),
         compute_price=round(32 * min(1.0, float(slopes[COMPUTE]) / load.share / run)) / 32,
     )
     return replace(family.plan, layouts=layouts)

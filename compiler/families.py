@@ -28,6 +28,7 @@ ALIKE = 0.02
 @dataclass
 class Asked:
     """prices    that layouts were asked for: of a byte of parameters, kept, of the stream and gathered, and of a second of compute
+              and of sums of gradients
     fits      whether layouts found at any of them fit
     vain      how many of the last ones told next to nothing
     """
@@ -46,7 +47,8 @@ class Asked:
     @staticmethod
     def _prices(layouts: Layouts) -> np.ndarray:
         gathered = layouts.gather_prices or (0.0,) * COUNT
-        return np.array([layouts.byte_price or 0.0, layouts.kept_price, layouts.stream_price, *gathered, layouts.compute_price])
+        seconds = layouts.compute_price, layouts.sums_price or 0.0
+        return np.array([layouts.byte_price or 0.0, layouts.kept_price, layouts.stream_price, *gathered, *seconds])
 
 
 @dataclass

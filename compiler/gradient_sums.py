@@ -140,6 +140,25 @@ class GradientSums:
         """The same of parameters that it holds copies of."""
         return self.held * min(way.time.rate for way in self._copies_ways)
 
+    def exposed_rate(self, hidden: float) -> float:
+        """As `copies_rate`, where so large a share of the first sum runs beside the backward, if one does."""
+        return self.held * min(way.time.rate - hidden * first for way, first in self._firsts)
+
+    def runs_beside(self, sums: Sums) -> bool:
+        """Whether the first of these sums runs beside the backward: what the graphs scatter (ZeRO-3) they wait for."""
+        return self.level < 3 and any(axis in DATA_AXES for step in sums for axis in step.axes)
+
+    @cached_property
+    def _firsts(self) -> list[tuple[Way, float]]:
+        """Of copies, each with the seconds a byte of what may run beside the backward: the gathers that follow do not."""
+        assert self.topology is not None
+
+        def first(sums: Sums) -> float:
+            rate = self.topology.collective(sums[0].kind, self.mesh, sums[0].axis).rate if sums else 0.0  # type: ignore[union-attr]
+            return rate if self.runs_beside(sums) else 0.0
+
+        return [(way, first(way.sums)) for way in self._copies_ways]
+
     @cached_property
     def _own_ways(self) -> list[Way]:
         return self._ways(self._data, self._sharded)

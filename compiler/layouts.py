@@ -20,6 +20,8 @@ class Layouts:
     stream_price  any layouts: the same of the residual stream, which crosses the borders of stages
     gather_prices   any layouts: the same of what one of the heaviest blocks gathers (compiler/heaviest.py), in their order
     compute_price   any layouts: what a second of compute counts, less than 1 where it hides traffic over the data axes
+    sums_price    any layouts: what a second counts in which gradients are summed over the axis, once a step, against one of the
+                  micro-batches; below 0 where data ranks whose axis holds copies sum theirs faster. None: as the load says
     mixed         any layouts: others, that some of the repeated blocks lie in
     """
 
@@ -29,6 +31,7 @@ class Layouts:
     stream_price: float = 0.0
     gather_prices: tuple[float, ...] = ()
     compute_price: float = 1.0
+    sums_price: float | None = None
     mixed: Mixed | None = None
 
     @property

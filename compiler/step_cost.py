@@ -67,8 +67,7 @@ def load_of(plan: Plan, ways: GradientSums, share: float, captured: int | None =
     """What a placement over the plan's tp is made for, where a data rank gets a share of the captured batch, of so many samples.
     ways: of its mesh and level of ZeRO."""
     few = captured is not None and share * captured / plan.microbatches < plan.mesh.size("tp") <= captured
-    sums = sums_count(plan, ways)
-    return Load(share, plan.microbatches, math.copysign(rounded_down(abs(sums), 2**0.25, least=1 / 64), sums), few)
+    return Load(share, plan.microbatches, sums_count(plan, ways), few)
 
 
 def sums_count(plan: Plan, ways: GradientSums) -> float:
@@ -166,7 +165,7 @@ class StepCost:
         seconds = {
             "compute": (cost.compute * share + cost.launches * m) * runs,
             "tensor": (cost.traffic * share + (cost.latencies + cost.gathers) * m) * runs,
-            "data": moved.seconds(self.topology, plan.mesh) - self._hidden_seconds(plan, moved, trained, backward),
+            "data": moved.seconds(self.topology, plan.mesh, self._hidden_share(plan, trained), backward),
             "pipeline": self._pipeline_seconds(plan, cost, share),
             "optimizer": self._optimizer_seconds(sum(part.updated(at_least) for part in parts) * heaviest.trained),
         }
@@ -272,14 +271,11 @@ class StepCost:
         """Whether data ranks run other shapes: then the backward is not cut into parts."""
         return self.batch.mode == "global" and self.batch.rows % plan.data_size > 0
 
-    def _hidden_seconds(self, plan: Plan, moved: Moved, trained: float, backward: float) -> float:
-        """Seconds of first sums of gradients that the last micro-batch's `backward` hides: all but those of its last part. What
-        ZeRO-3 scatters inside the graphs is waited for. trained: bytes that decide how many parts there are."""
-        parts = segments_of(trained, SEGMENT_BYTES)
-        if parts == 1 or not moved.early or self._is_uneven(plan):
-            return 0.0
-        seconds = moved.hideable(self.topology, plan.mesh)
-        return self.topology.overlap.get("data", 0.0) * min(seconds, backward) * (parts - 1) / parts
+    def _hidden_share(self, plan: Plan, trained: float) -> float:
+        """Of the first sums of gradients, what runs beside the last micro-batch's backward while that lasts: all but those of its
+        last part. trained: bytes that decide how many parts there are."""
+        parts = 1 if self._is_uneven(plan) else segments_of(trained, SEGMENT_BYTES)
+        return self.topology.overlap.get("data", 0.0) * (parts - 1) / parts
 
     def _border(self, plan: Plan, cost: PlacedCost, share: float) -> float:
         """Bytes that a micro-batch's activations have between two blocks, and their gradients."""

@@ -9,7 +9,7 @@ from ..runtime.program import Mesh
 from .gathers import Whole
 from .gradient_sums import GradientSums, Sum, scattered, shares
 from .memory import state_memory
-from .plan import DATA_AXES, Plan
+from .plan import Plan
 from .topology import CollectiveKind, Topology
 
 Move = tuple[str, CollectiveKind, float, int]
@@ -24,9 +24,9 @@ class Part:
     own: float
     copied: float
 
-    def at_least(self) -> float:
-        """Seconds that the copies take."""
-        return self.copied * self.sums.copies_rate
+    def at_least(self, hidden: float = 0.0) -> float:
+        """Seconds that the copies take, where so large a share of what may run beside the backward does."""
+        return self.copied * self.sums.exposed_rate(hidden)
 
     def shards(self, at_least: bool = False) -> int:
         """How many shards copies are cut in over tp; `at_least`: at the most."""
@@ -76,12 +76,12 @@ class Moved:
 
     moves     collectives of which there may be several
     early     of these the first sums, which may run beside the backward
-    copies    seconds beside these, where copies are counted at the least they take
+    copies    where copies are counted at the least that they take: these sums, and the share of them that is meant
     """
 
     moves: list[Move] = field(default_factory=list)
     early: list[Move] = field(default_factory=list)
-    copies: float = 0.0
+    copies: list[tuple[Part, float]] = field(default_factory=list)
 
     def add(self, found: Sequence[Part], share: float, at_least: bool) -> None:
         """The sums of a share of these, those that are alike in one."""
@@ -90,25 +90,28 @@ class Moved:
         for part in found:
             ways = [(part.sums.own, part.own)]
             if at_least:
-                self.copies += part.at_least() * share
+                self.copies.append((part, share))
             elif part.copied:
                 ways.append((part.sums.copies(part.copied), part.copied))
             for sums, size in ways:
                 for k, (step, left) in enumerate(shares(part.sums.mesh, sums, part.sums.held)):
                     once[k, step] = once.get((k, step), 0.0) + size * left * share
-                if part.sums.level < 3 and any(axis in DATA_AXES for step in sums for axis in step.axes):
+                if part.sums.runs_beside(sums):
                     early.add((0, sums[0]))
         for (k, step), size in once.items():
             self.moves.extend((step.axis, kind, size, 1) for kind in step.kinds)
             if (k, step) in early:
                 self.early.append((step.axis, step.kind, size, 1))
 
-    def seconds(self, topology: Topology, mesh: Mesh) -> float:
-        return self.copies + sum(move[3] * _seconds(move, topology, mesh) for move in self.moves)
+    def seconds(self, topology: Topology, mesh: Mesh, hidden: float, backward: float) -> float:
+        """Those that are left where a share of the first sums runs beside the backward, as far as its seconds reach.
 
-    def hideable(self, topology: Topology, mesh: Mesh) -> float:
-        """Seconds of the first sums; of copies that count at least, all."""
-        return self.copies + sum(_seconds(move, topology, mesh) for move in self.early)
+        Of copies that count at least either as much is hidden as the backward lasts, of sums that take the least, or all of the
+        first sums, of those of which that leaves the least: whichever leaves more, no choice leaves less.
+        """
+        own, early = (sum(move[3] * _seconds(move, topology, mesh) for move in moves) for moves in (self.moves, self.early))
+        whole, rest = (sum(part.at_least(h) * share for part, share in self.copies) for h in (0.0, hidden))
+        return own + max(whole - hidden * backward, rest - hidden * early)
 
 
 def _seconds(move: Move, topology: Topology, mesh: Mesh) -> float:

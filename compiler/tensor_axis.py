@@ -10,7 +10,7 @@ that is kept for the backward, and at higher prices layouts take fewer (compiler
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -82,7 +82,9 @@ def load_for(layouts: Layouts, load: Load) -> Load:
     """What a placement in these layouts is made for. With no price on bytes it is a first one, for loads nearly alike."""
     if not layouts.any:
         return Load(few=load.few)
-    return load if layouts.byte_price else load.rounded
+    if not layouts.byte_price:
+        return load.rounded
+    return load if layouts.sums_price is None else replace(load, sums=layouts.sums_price)
 
 
 def policy_of(layouts: Layouts, loss: str | None, pinned: Mapping[str, Type], share: float = 1.0, runs: int = 1) -> Policy:
@@ -109,7 +111,8 @@ def prices_of(layouts: Layouts, seconds: Seconds | None) -> Prices:
         return megatron_prices(layouts.sequence)
     if seconds is None:
         raise ValueError("a plan whose layouts have prices places by time, and needs the topology whose times are meant")
-    return seconds.at(seconds.share, seconds.runs, seconds.sums, layouts.compute_price)
+    sums = seconds.sums if layouts.sums_price is None else layouts.sums_price
+    return seconds.at(seconds.share, seconds.runs, sums, layouts.compute_price)
 
 
 def tensor_placement(
