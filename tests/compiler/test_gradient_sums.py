@@ -8,10 +8,14 @@ from collections.abc import Iterator
 
 import pytest
 from harness import compare, emit_all, run
+from hypothesis import given
+from hypothesis import strategies as st
 from programs import case, mesh, program
 from programs import plan as plan_of
+from properties import examples
 
 from shardwright.compiler.gradient_sums import GradientSums, Sum, Sums, cheapest, scattered, shares, ways
+from shardwright.compiler.step_sums import Moved, Part
 from shardwright.compiler.topology import CollectiveTime, Device, Level, Topology, collective_bytes, collective_seconds
 from shardwright.compiler.traffic import traffic
 from shardwright.passes.check_schedules import check_schedules
@@ -63,6 +67,38 @@ def test_no_other_sequence_is_cheaper(axes: tuple[int, ...], inner: float, outer
         assert cost(found, size) == pytest.approx(min(cost(s, size) for s in every_sequence(over.axes, may, must)), rel=1e-12)
     least = min(cost(s, MANY) for s in every_sequence(over.axes, may, must)) / MANY
     assert sums.copies_rate == pytest.approx(least, rel=1e-3)
+
+
+@pytest.mark.parametrize("level", [0, 2, 3])
+@pytest.mark.parametrize("topology", [network(1e10, 1e8), network(1e8, 1e8, latency=1e-4), network(1e8, 1e10)])
+@given(st.floats(0, 1e9), st.floats(0, 1e9), st.floats(0, 1), st.floats(0, 10))
+@examples(30)
+def test_no_choice_of_sums_takes_less_than_they_take_at_least(
+    topology: Topology, level: int, own: float, copied: float, hidden: float, backward: float
+) -> None:
+    """Where a share of the first sums runs beside the backward, while that lasts."""
+    axes = {"dp_shard": 4, "tp": 2} if level else {"dp_replicate": 4, "tp": 2}
+    part = Part(GradientSums(mesh(**axes), level, topology), own, copied)
+
+    least, found = (seconds(part, at_least, hidden, backward) for at_least in (True, False))
+    assert least <= found * (1 + 1e-9)
+
+
+def seconds(part: Part, at_least: bool, hidden: float, backward: float) -> float:
+    moved = Moved()
+    moved.add([part], 1.0, at_least)
+    topology = part.sums.topology
+    assert topology is not None
+    return moved.seconds(topology, part.sums.mesh, hidden, backward)
+
+
+def test_gathers_of_parameters_do_not_run_beside_the_backward() -> None:
+    """However long it lasts, and of copies that count at least as well."""
+    part = Part(GradientSums(mesh(dp_shard=4, tp=2), 2, network(1e8, 1e8)), 0.0, 1e9)
+    found = seconds(part, False, 1.0, 1e9)
+    gathered = part.copied * 7 / 8 / 1e8  # of eight ranks, at so many bytes/s
+    assert found >= 0.999 * gathered
+    assert seconds(part, True, 1.0, 1e9) == pytest.approx(gathered, rel=1e-3)
 
 
 def test_few_bytes_go_with_the_others_and_many_over_all_links() -> None:

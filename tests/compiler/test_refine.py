@@ -8,15 +8,18 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+import torch
+import transformers
 from harness import problem_of
 from programs import FAR, NEAR, adapted, case, machine
 from properties import TIMES
 
+import shardwright
 from shardwright import Strategy
 from shardwright.compiler import refine
 from shardwright.compiler.candidates import Candidate, Search
 from shardwright.compiler.layouts import Layouts, Mixed
-from shardwright.compiler.plan import Plan
+from shardwright.compiler.plan import Plan, Prediction
 from shardwright.compiler.strategy import resolve
 from shardwright.compiler.topology import Level, Topology
 from shardwright.compiler.totals import totals_of
@@ -118,7 +121,7 @@ def test_between_two_layouts_some_blocks_lie_in_each() -> None:
     mixed = best.plan.layouts.mixed
     assert mixed is not None and 1 <= len(mixed.blocks) < 8 and f"{len(mixed.blocks)} blocks in others" in best.plan.name
     assert best.per_sample < alike.per_sample * (1 - 2 * refine.CLOSE)
-    assert 1 - tight.bound / best.per_sample < 0.2 * (1 - tight.bound / alike.per_sample)
+    assert 1 - tight.bound / best.per_sample < 0.3 * (1 - tight.bound / alike.per_sample)
     assert tight.fits(best)
     plan = replace(tight.with_layout(best.plan), predicted=best.predicted)
     assert f"In other layouts than the rest: blocks 0-{len(mixed.blocks) - 1}\n" in plan.explain()
@@ -182,3 +185,26 @@ def test_where_everything_fits_nothing_is_left_to_find() -> None:
 def search_bound_gap(search: Search) -> float:
     best = searched(search)[0].per_sample
     return 1 - search.bound / best
+
+
+@pytest.mark.filterwarnings("ignore:outputs that are not tensors")
+@pytest.mark.parametrize("share", [0.6, 0.45])
+def test_of_a_large_model_the_gap_is_below_a_hundredth(share: float) -> None:
+    """Where the fastest plan does not fit, by far: of blocks that are many and sums of gradients that take a while."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    config = transformers.LlamaConfig(vocab_size=32000, num_hidden_layers=16, use_cache=False, **sizes)
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config).bfloat16()
+        batch = {name: torch.empty(1, 8192, dtype=torch.int64) for name in ("input_ids", "labels")}
+
+    def predicted(limit: float | None) -> Prediction:
+        found = shardwright.plan(
+            model, Topology.preset("h100", devices=64), example_inputs=batch, memory_limit=limit
+        ).plan.predicted
+        assert found is not None
+        return found
+
+    fastest = predicted(None)
+    found = predicted(share * fastest.peak_bytes)
+    assert found.gap is not None and found.gap <= 0.01
+    assert share * fastest.peak_bytes >= found.peak_bytes
