@@ -86,7 +86,7 @@ class Moved:
     def add(self, found: Sequence[Part], share: float, at_least: bool) -> None:
         """The sums of a share of these, those that are alike in one."""
         once: dict[tuple[int, Sum], float] = {}
-        early: set[tuple[int, Sum]] = set()
+        early: dict[Sum, float] = {}
         for part in found:
             ways = [(part.sums.own, part.own)]
             if at_least:
@@ -97,11 +97,10 @@ class Moved:
                 for k, (step, left) in enumerate(shares(part.sums.mesh, sums, part.sums.held)):
                     once[k, step] = once.get((k, step), 0.0) + size * left * share
                 if part.sums.runs_beside(sums):
-                    early.add((0, sums[0]))
-        for (k, step), size in once.items():
+                    early[sums[0]] = early.get(sums[0], 0.0) + size * part.sums.held * share
+        for (_, step), size in once.items():
             self.moves.extend((step.axis, kind, size, 1) for kind in step.kinds)
-            if (k, step) in early:
-                self.early.append((step.axis, step.kind, size, 1))
+        self.early.extend((step.axis, step.kind, size, 1) for step, size in early.items())
 
     def seconds(self, topology: Topology, mesh: Mesh, hidden: float, backward: float) -> float:
         """Those that are left where a share of the first sums runs beside the backward, as far as its seconds reach.

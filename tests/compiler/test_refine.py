@@ -188,8 +188,7 @@ def search_bound_gap(search: Search) -> float:
 
 
 @pytest.mark.filterwarnings("ignore:outputs that are not tensors")
-@pytest.mark.parametrize("share", [0.6, 0.45])
-def test_of_a_large_model_the_gap_is_below_a_hundredth(share: float) -> None:
+def test_of_a_large_model_the_gap_is_below_a_hundredth() -> None:
     """Where the fastest plan does not fit, by far: of blocks that are many and sums of gradients that take a while."""
     sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
     config = transformers.LlamaConfig(vocab_size=32000, num_hidden_layers=16, use_cache=False, **sizes)
@@ -204,7 +203,7 @@ def test_of_a_large_model_the_gap_is_below_a_hundredth(share: float) -> None:
         assert found is not None
         return found
 
-    fastest = predicted(None)
-    found = predicted(share * fastest.peak_bytes)
+    limit = 0.45 * predicted(None).peak_bytes
+    found = predicted(limit)
     assert found.gap is not None and found.gap <= 0.01
-    assert share * fastest.peak_bytes >= found.peak_bytes
+    assert found.peak_bytes <= limit
