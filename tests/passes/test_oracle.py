@@ -42,7 +42,6 @@ CONSTANT = "a constant made at the size of the rank's shard: equal on all ranks,
 
 NAMES = {*MODELS} - {"llama4"}  # which is llama with other layers
 TOKENS = {"llama", "gpt2", "gpt", "bert", "t5", "mixtral"}
-CLASSES = {*TOKENS, "resnet", "vit"}
 EXPLAINED: dict[Difference, tuple[str, set[str]]] = {
     Difference("sum", "V", "P", "V"): (SUMMED, NAMES),
     Difference("linear", "V V", "P", "V"): (SUMMED, NAMES),
@@ -50,8 +49,8 @@ EXPLAINED: dict[Difference, tuple[str, set[str]]] = {
     Difference("grouped_linear", "V V I", "P", "V"): (SUMMED, {"mixtral"}),
     Difference("convolution", "V V", "P", "V"): (SUMMED, {"resnet"}),
     Difference("embedding_shard", "V I", "P", "V"): (SUMMED, TOKENS),
-    Difference("pick_shard", "V I", "P", "V"): (SUMMED, CLASSES),
-    Difference("logsumexp_shard", "V", "I", "V"): (OURS, CLASSES),
+    Difference("pick_shard", "V I", "P", "V"): (SUMMED, TOKENS),
+    Difference("logsumexp_shard", "V", "I", "V"): (OURS, TOKENS),
     Difference("expand", "I", "V", "I"): (OWN_SHARD, {"bert", "t5"}),
     Difference("expand", "R", "V", "R"): (OWN_SHARD, {"vit"}),
     Difference("full", "", "V", "R"): (CONSTANT, {"t5", "lstm"}),
