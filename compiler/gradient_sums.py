@@ -151,11 +151,11 @@ class GradientSums:
     @cached_property
     def _firsts(self) -> list[tuple[Way, float]]:
         """Of copies, each with the seconds a byte of what may run beside the backward: the gathers that follow do not."""
-        assert self.topology is not None
+        topology = self.topology
+        assert topology is not None
 
         def first(sums: Sums) -> float:
-            rate = self.topology.collective(sums[0].kind, self.mesh, sums[0].axis).rate if sums else 0.0  # type: ignore[union-attr]
-            return rate if self.runs_beside(sums) else 0.0
+            return topology.collective(sums[0].kind, self.mesh, sums[0].axis).rate if self.runs_beside(sums) else 0.0
 
         return [(way, first(way.sums)) for way in self._copies_ways]
 

@@ -128,11 +128,12 @@ class StepCost:
         """Seconds, and bytes of the peak, that no step is below, for the totals of its placement (compiler/totals.py): of the plan
         with any of these parameters kept whole, each of which are more than those before.
 
-        Both are convex in the totals, and grow with each. The more are whole, the less is gathered and the more is held; but the
-        largest block that is still gathered may be smaller, and where parameters have other shares of the gradients than of the
-        bytes, the gather once a step may cost more than the others save. What buckets pack is not convex, and counts as of `least`,
-        which no placement is below; nor is the largest part of a backward, which has at least an equal share and at least what it
-        has of `least`; nor is the choice of how copies are summed, which count as what their bytes take at least.
+        Both are convex in the totals, and grow with each but, it may be, with `sums`. The more are whole, the less is gathered
+        and the more is held; but the largest block that is still gathered may be smaller, and where parameters have other shares
+        of the gradients than of the bytes, the gather once a step may cost more than the others save. What buckets pack is not
+        convex, and counts as of `least`, which no placement is below; nor is the largest part of a backward, which has at least
+        an equal share and at least what it has of `least`; nor is the choice of how copies are summed, which count as what their
+        bytes take at least.
         """
         few, many = whole[0], whole[-1]
         fewer, more = replace(plan, whole=few.names), replace(plan, whole=many.names)
