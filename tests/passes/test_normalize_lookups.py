@@ -211,7 +211,7 @@ def test_copies_are_views() -> None:
             aten.permute_copy(x, [1, 0]),
             aten.expand_copy(x[:1], [3, -1]),
             aten.slice_copy(x, 1, 1, -1),
-            aten.narrow_copy(x, 1, 1, 2),
+            aten.narrow_copy(x.detach(), 1, 1, 2),  # before torch 2.13 it has no derivative
             aten.diagonal_copy(x),
             aten.squeeze_copy(x[:1], 0),
             aten.view_copy(x, [-1]),

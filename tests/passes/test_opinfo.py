@@ -16,8 +16,8 @@ from opinfo import ENTRIES, examine, sharing
 from shardwright.runtime.reuse import is_view
 
 TENTH = sorted(random.Random(0).sample(sorted(ENTRIES), len(ENTRIES) // 10))
-SHARDED = 550
-"""Entries that must have at least one real sharding."""
+SHARDED = 500
+"""Entries that must have at least one real sharding, with room for a tenth of them, and for older versions of torch."""
 
 
 DEPENDS = "its shape or a branch depends on the values of tensors"
