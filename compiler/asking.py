@@ -63,10 +63,9 @@ def _priced(family: Family, slopes: np.ndarray, exact: bool) -> Plan:
     """The plan with such prices of totals."""
 
     def price(total: int, per: float) -> float:
-        x = max(0.0, float(slopes[total])) / run / per
-        return x if exact or not x else rounded_down(x, GRID)
+        return rounded(max(0.0, float(slopes[total])) / run / per)
 
-    def signed(x: float) -> float:
+    def rounded(x: float) -> float:
         return x if exact else math.copysign(rounded_down(abs(x), GRID), x)
 
     load, known = family.load, family.explored.known
@@ -82,7 +81,7 @@ def _priced(family: Family, slopes: np.ndarray, exact: bool) -> Plan:
         kept_price=price(ACTIVATIONS, load.share),
         stream_price=price(STREAM, load.share),
         gather_prices=gathered if any(gathered) else (),
-        sums_price=signed(float(slopes[SUMS]) / run),
+        sums_price=rounded(float(slopes[SUMS]) / run),
         compute_price=round(32 * min(1.0, float(slopes[COMPUTE]) / load.share / run)) / 32,
     )
     return replace(family.plan, layouts=layouts)

@@ -280,14 +280,15 @@ class Seconds:
 
     def _inside(self, call: OpCall) -> Timing:
         """Of the collectives of `EXCHANGES`."""
-        if (name := op_name(call.target)) not in EXCHANGES:
+        forward, backward = EXCHANGES.get(op_name(call.target), ((), ()))
+        if not forward:
             return Timing(0.0, 0.0)
-        (operand,), (forward, backward), name = call.operands, EXCHANGES[name], call.args[-1]
+        (operand,), axis = call.operands, call.args[-1]
         fixed = work = 0.0
         for kind in (*forward, *backward) if operand is not None and operand.grad else forward:
-            taken = self.topology.collective(kind, self.mesh, name)
+            taken = self.topology.collective(kind, self.mesh, axis)
             fixed += self.topology.device.launch + taken.latency
-            work += taken.rate * row_bytes(call) * (self.mesh.size(name) if kind == "all_gather" else 1)
+            work += taken.rate * row_bytes(call) * (self.mesh.size(axis) if kind == "all_gather" else 1)
         return Timing(fixed, work)
 
     def _other_axis(self, call: OpCall) -> Timing:
@@ -392,9 +393,8 @@ def graph_cost(gm: fx.GraphModule, topology: Topology, mesh: Mesh) -> GraphCost:
             continue
         if node.target in COMMUNICATION:
             axis, kind, size = communication_of(node)
-            span = topology.span(mesh, axis)
-            communication[axis] += topology.device.launch + collective_seconds(kind, size, span)
-            received[axis] += collective_bytes(kind, size, math.prod(hop.fan_out for hop in span))
+            communication[axis] += topology.device.launch + topology.collective(kind, mesh, axis).of(size)
+            received[axis] += collective_bytes(kind, size, mesh.size(axis))
             continue
         call = call_of(node)
         key = (call.target, call.operands, call.results, op_flops(call))

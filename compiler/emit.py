@@ -332,11 +332,10 @@ class _Emission:
         other shapes, which might be cut elsewhere."""
         if self.plan.data_size == 1 or self.problem.ragged or len(set(self.problem.local_batches)) > 1:
             return [backward]
-        found = self.lowered.placements.get("tp")
-        cut = {key for key, type_ in found.placeholders.items() if isinstance(type_, Varying)} if found is not None else set()
-        shards = self.plan.mesh.size("tp")
-        placeholders = {n.meta["key"]: n for n in self.problem.graph.graph.nodes if n.op == "placeholder"}
-        sizes = {key: node_bytes(n) // (shards if key in cut else 1) for key, n in placeholders.items()}
+        sizes = {n.meta["key"]: node_bytes(n) for n in self.problem.graph.graph.find_nodes(op="placeholder")}
+        if (tensor := self.lowered.placements.get("tp")) is not None:
+            for key, type_ in tensor.placeholders.items():
+                sizes[key] //= self.plan.mesh.size("tp") if isinstance(type_, Varying) else 1
         return segment(backward, SEGMENT_BYTES, sizes)
 
     def note_transfers(self, gm: fx.GraphModule, microbatches: Iterable[int]) -> None:

@@ -122,8 +122,8 @@ class Family:
         """Of seconds, and of bytes at their price, by totals: about the placement that costs the least of those known."""
         explored = self.explored
         _, best = min(zip(self.look(), explored.costs, strict=True), key=lambda found: found[0].at(price))
-        of_both = self.envelope.seconds, self.envelope.size
-        seconds, size = (tangent(of, totals_of(best), explored.known.scale).slopes for of in of_both)
+        functions = self.envelope.seconds, self.envelope.size
+        seconds, size = (tangent(of, totals_of(best), explored.known.scale).slopes for of in functions)
         slopes = seconds + (price * size if price else 0.0)
         slopes[[HEAVIEST, SECOND]] = max(slopes[HEAVIEST], slopes[SECOND])  # else the other one would gather what this does not
         return slopes

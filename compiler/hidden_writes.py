@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ..passes.normalize.rewrite import arguments
 from .capture_error import CaptureError
 from .fidelity import line_of_stack_trace
 from .torch_compat import lazy_graph_modules
@@ -46,8 +47,8 @@ def show_writes(graph: fx.GraphModule, node: fx.Node, inline: Inline) -> None:
 
     Raises CaptureError for what has no form that shows it.
     """
-    named = {a.name: a.default_value for a in node.target._schema.arguments}  # type: ignore[union-attr]
-    named |= dict(zip(named, node.args, strict=False)) | node.kwargs
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    named = dict(zip(names, arguments(node), strict=True))
     kept, own = named.get("running_mean") is not None, named.get("training", True)
     if node.target is aten.instance_norm.default:
         _instance_norm(graph, node, named, inline)

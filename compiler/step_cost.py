@@ -80,9 +80,9 @@ def sums_count(plan: Plan, ways: GradientSums) -> float:
     return (ways.copies_rate - ways.own_rate) / copies_rate(plan.mesh, ways.topology) / bubble(plan)
 
 
-def rounded_down(x: float, base: float, least: float = 0.0) -> float:
-    """To a power of `base`, so that what is nearly alike is one; to 0 below `least`."""
-    return base ** math.floor(math.log(x, base) + 1e-9) if x > least else 0.0
+def rounded_down(x: float, base: float) -> float:
+    """To a power of `base`, so that what is nearly alike is one; 0 stays 0."""
+    return base ** math.floor(math.log(x, base) + 1e-9) if x > 0 else 0.0
 
 
 class StepCost:

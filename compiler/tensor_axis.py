@@ -14,11 +14,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
-import torch
 from torch import fx
 
 from ..passes.graph_tools import Calls, op_calls
-from ..passes.rules.base import Axis, TensorMeta
+from ..passes.rules.base import Axis
 from ..passes.types import Type
 from ..runtime.program import Mesh
 from .backward_memory import least_bytes
@@ -29,9 +28,10 @@ from .layouts import Layouts
 from .offers import Offers, offers
 from .place import Barred, Placement, Policy, Priced, Rules, least, place, price
 from .placed_cost import PlacedCost, placed_cost
-from .prices import Prices, megatron_prices, size_of
+from .prices import Prices, megatron_prices
 from .samples import Samples, without_cuts
 from .sized import Sized
+from .step_sums import copies_rate
 from .topology import Topology
 from .totals import (
     ACTIVATIONS,
@@ -213,16 +213,15 @@ class TensorAxis:
         """What is known where values are about as large as under a load: the ways in which they change their types are the same."""
         key = size, load.size, load.few
         if key not in self._explored:
-            self._explored[key] = Explored(self._known(size, self._seconds_of(size, load)), [], [])
+            self._explored[key] = Explored(self._known(size), [], [])
         return self._explored[key]
 
-    def _known(self, size: int, seconds: Seconds) -> Known:
+    def _known(self, size: int) -> Known:
         whole, least = self.cost(1, Layouts(), Load()), self.least(size)
         low, most = totals_of(least), totals_of(whole)
         most[[HEAVIEST, SECOND]] = most[PARAMETERS]  # at most
         high = np.where(np.isin(TOTALS, ("parameters", "trainable", "read_again", "heaviest", "second", "stream")), most, np.inf)
-        many = TensorMeta((10**9,), torch.uint8)
-        rate = seconds.gradient_sum(many, Axis("tp", size)) / size_of(many)
+        rate = copies_rate(tensor_mesh(size), self.topology)
         scale = most.copy()
         scale[TRAFFIC], scale[SUMS] = most[COMPUTE], rate * most[TRAINABLE]
         return Known(low, high, np.where(scale > 0, scale, 1.0), relations(low, most, rate))

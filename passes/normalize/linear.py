@@ -9,6 +9,7 @@ convolution(x, w, bias)       -> convolution(x, w) + reshape(bias)
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,24 +65,14 @@ def addmm(b: Builder, bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha:
     return product if beta == 0 else _with_bias(b, product, _scaled(b, bias, beta))
 
 
-def baddbmm(b: Builder, bias: Any, x: Any, y: Any, *, beta: float = 1, alpha: float = 1, **_: Any) -> Any:
-    product = _scaled(b, b(aten.bmm.default, x, y), alpha)
-    return product if beta == 0 else b(aten.add.Tensor, _scaled(b, bias, beta), product)
+def added_to(product: Callable[[Builder, Any, Any], Any]) -> Any:
+    """The rule of beta * bias + alpha * product(x, y)."""
 
+    def rule(b: Builder, bias: Any, x: Any, y: Any, *, beta: float = 1, alpha: float = 1, **_: Any) -> Any:
+        found = _scaled(b, product(b, x, y), alpha)
+        return found if beta == 0 else b(aten.add.Tensor, _scaled(b, bias, beta), found)
 
-def addmv(b: Builder, bias: Any, x: Any, y: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    product = _scaled(b, b(aten.mv.default, x, y), alpha)
-    return product if beta == 0 else b(aten.add.Tensor, _scaled(b, bias, beta), product)
-
-
-def addr(b: Builder, bias: Any, x: Any, y: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    product = _scaled(b, b(aten.outer.default, x, y), alpha)
-    return product if beta == 0 else b(aten.add.Tensor, _scaled(b, bias, beta), product)
-
-
-def addbmm(b: Builder, bias: Any, x: Any, y: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    product = _scaled(b, b(aten.sum.dim_IntList, b(aten.bmm.default, x, y), [0]), alpha)
-    return product if beta == 0 else b(aten.add.Tensor, _scaled(b, bias, beta), product)
+    return rule
 
 
 def _pair(value: Any, n: int) -> list[int]:
@@ -127,10 +118,10 @@ RULES: dict[Any, Any] = {
     aten.mm.default: mm,
     aten.matmul.default: mm,
     aten.addmm.default: addmm,
-    aten.baddbmm.default: baddbmm,
-    aten.addmv.default: addmv,
-    aten.addr.default: addr,
-    aten.addbmm.default: addbmm,
+    aten.baddbmm.default: added_to(lambda b, x, y: b(aten.bmm.default, x, y)),
+    aten.addmv.default: added_to(lambda b, x, y: b(aten.mv.default, x, y)),
+    aten.addr.default: added_to(lambda b, x, y: b(aten.outer.default, x, y)),
+    aten.addbmm.default: added_to(lambda b, x, y: b(aten.sum.dim_IntList, b(aten.bmm.default, x, y), [0])),
     aten.conv1d.default: conv(1),
     aten.conv2d.default: conv(2),
     aten.conv3d.default: conv(3),

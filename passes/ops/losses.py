@@ -23,7 +23,7 @@ from .define import chunk_elements, define
 from .positions import axis_ranges, locate
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -42,7 +42,7 @@ def _subtract(x: Tensor, shift: Tensor, out: Tensor) -> Tensor:
 
 
 def _logsumexp(x: Tensor) -> Tensor:
-    result = torch.full(x.shape[:-1], -torch.inf, dtype=_wide(x.dtype), device=x.device)
+    result = torch.full(x.shape[:-1], -torch.inf, dtype=wide_dtype(x.dtype), device=x.device)
     if not x.numel():
         return result
     rows = x.reshape(-1, x.shape[-1])
@@ -70,7 +70,7 @@ def _scaled_softmax(
     result = out if out is not None and out.is_contiguous() else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not x.numel():
         return result
-    size, wide = x.shape[-1], _wide(x.dtype)
+    size, wide = x.shape[-1], wide_dtype(x.dtype)
     rows = x.reshape(-1, size)
     step = _chunk_rows(rows)
     shift = lse.reshape(-1, 1).to(wide)
@@ -170,7 +170,7 @@ def _save_pick(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 define(
     "logsumexp(Tensor x) -> Tensor",
     _logsumexp,
-    lambda x: x.new_empty(x.shape[:-1], dtype=_wide(x.dtype)),
+    lambda x: x.new_empty(x.shape[:-1], dtype=wide_dtype(x.dtype)),
     lambda ctx, grad: ops.logsumexp_backward(grad, *ctx.saved_tensors),
     _save_logsumexp,
 )

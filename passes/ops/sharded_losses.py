@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import losses  # noqa: F401  (defines logsumexp)
 from .collectives import library, ops
+from .losses import wide_dtype  # and it defines logsumexp
 
 library.define("logsumexp_shard(Tensor x, str axis) -> Tensor")
 
 
-def _combine(x: Tensor, axis: str) -> Tensor:
-    partial = ops.logsumexp.default(x)
+def _combine(partial: Tensor, axis: str) -> Tensor:
+    """logsumexp of the whole, from those of the ranks' shards."""
     return torch.logsumexp(ops.all_gather.default(partial.unsqueeze(0), axis, 0, []), 0)
 
 
@@ -24,7 +24,7 @@ class _LogSumExpShard(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: str) -> Tensor:  # type: ignore[override]
-        lse = _combine(x, axis)
+        lse = _combine(ops.logsumexp.default(x), axis)
         ctx.save_for_backward(x, lse)
         return lse
 
@@ -37,13 +37,13 @@ class _LogSumExpShard(torch.autograd.Function):
 library.impl("logsumexp_shard", lambda x, axis: _LogSumExpShard.apply(x, axis), "CompositeImplicitAutograd")
 
 
-def _normalizer(x: Tensor, dim: int, axis: str) -> Tensor:
-    partial = torch.logsumexp(x, dim, keepdim=True)
-    return torch.logsumexp(ops.all_gather.default(partial.unsqueeze(0), axis, 0, []), 0)
+def _log_softmax(x: Tensor, dim: int, axis: str) -> Tensor:
+    """Of the whole, this rank's shard."""
+    return x - _combine(torch.logsumexp(x, dim, keepdim=True), axis)
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.to(wide_dtype(x.dtype))
 
 
 class _SoftmaxShard(torch.autograd.Function):
@@ -51,8 +51,7 @@ class _SoftmaxShard(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, axis: str) -> Tensor:  # type: ignore[override]
-        wide = _wide(x)
-        y = torch.exp(wide - _normalizer(wide, dim, axis)).to(x.dtype)
+        y = torch.exp(_log_softmax(_wide(x), dim, axis)).to(x.dtype)
         ctx.save_for_backward(y)
         ctx.place = (dim, axis)
         return y
@@ -70,8 +69,7 @@ class _LogSoftmaxShard(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, axis: str) -> Tensor:  # type: ignore[override]
-        wide = _wide(x)
-        y = (wide - _normalizer(wide, dim, axis)).to(x.dtype)
+        y = _log_softmax(_wide(x), dim, axis).to(x.dtype)
         ctx.save_for_backward(y)
         ctx.place = (dim, axis)
         return y
