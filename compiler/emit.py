@@ -188,7 +188,7 @@ def _axis_steps(
     for axis in plan.data_axes:
         pinned: dict[str, Type] = {key: Varying(0, cuts[axis]) for key in problem.batch_inputs}
         policy = Policy("data", pinned, problem.loss)
-        yield _AxisStep(Axis(axis, plan.mesh.size(axis)), coordinates[axis], policy, Volume())
+        yield _AxisStep(_axis(plan, axis), coordinates[axis], policy, Volume())
     if plan.microbatches > 1:
         rows = problem.local_batches[plan.data_rank(coordinates)]
         slices: dict[str, Type] = {key: Varying(0, (balanced_sizes(rows, plan.microbatches),)) for key in problem.batch_inputs}
@@ -198,8 +198,13 @@ def _axis_steps(
         layouts = Layouts() if problem.ragged else plan.layouts
         policy, prices = rules(layouts, problem.loss, plan.layout, seconds)
         mixed = mixed_rules(layouts, problem.loss, seconds)
-        axis = Axis("tp", plan.mesh.size("tp"))
-        yield _AxisStep(axis, coordinates["tp"], policy, prices, mixed, plan.layouts.groups)
+        yield _AxisStep(_axis(plan, "tp"), coordinates["tp"], policy, prices, mixed, plan.layouts.groups)
+
+
+def _axis(plan: Plan, name: str) -> Axis:
+    """Joined are axes in the order of the mesh, in which ranks are numbered."""
+    before = plan.mesh.axes[: plan.mesh.axes.index(name)]
+    return Axis(name, plan.mesh.size(name), tuple(a for a in before if a in DATA_AXES))
 
 
 def _leader(problem: Problem, plan: Plan, coordinates: Mapping[str, int]) -> dict[str, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from ..passes.convert import convert
 from ..passes.rules.base import Axis, OpCall, Strategy, TensorMeta
 from ..passes.types import I, Partial, R, Replicate, Type, Varying
 from .torch_compat import OpOverload
@@ -93,6 +94,9 @@ class Volume:
             # Cut by rows (the vocabulary), as the loss wants a tied table; by columns would save half the traffic of one lookup.
             by_columns = 2.0 * size_of(call.results[0]) if isinstance(strategy.outs[0], Varying) else 0.0
             return self.REPLICATED * size_of(call.operands[0]) * float(held(strategy.ins[0], axis) == 1.0) + by_columns
+        if call.target is convert and strategy.target is convert:  # with a conversion over another axis, which saves its latency
+            (src,), (dst,), (meta,) = strategy.ins, strategy.outs, call.operands
+            return 0.99 * self.conversion(src, dst, meta, axis)
         kept = sum(size_of(m) * held(t, axis) for m, t in zip(call.results, strategy.outs, strict=True) if m.grad)
         return self.ELEMENTWISE * total * share + self.activations * kept
 

@@ -2,10 +2,11 @@
 
 What is cheapest depends on the machine: a `Ways` asks its prices, as `passes/shard.py` is given; without a machine bytes count.
 
-Graphs are lowered one axis after the other, so a way has one axis, and what the axes before left of the value is its whole. A value
-that changes its types over two axes goes one way after the other; in which order, the search along the later axis finds, which
-prices the conversions of the earlier one at what it leaves of the value (`Seconds` in compiler/cost.py). Gradients of parameters,
-the large values that are partial over several axes, are summed over these by a search of its own (compiler/gradient_sums.py).
+Graphs are lowered one axis after the other, so a way has one axis, and what the axes before left of the value is its whole. Where a
+value changes its types over two axes, the search along the later one finds in which order, or whether at once: it prices the
+conversions of the earlier axis at what it leaves of the value (`Seconds` in compiler/cost.py), and may make one of them over the
+ranks of both (passes/rules/communication.py). Through which types the earlier way goes is not asked again. Gradients of parameters
+are summed over several axes by a search of its own (compiler/gradient_sums.py).
 """
 
 from __future__ import annotations

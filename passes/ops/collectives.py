@@ -9,6 +9,7 @@ tests, a `StaticCommunicator` while graphs are emitted, where only shapes are ne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -63,10 +64,13 @@ class StaticCommunicator:
     device: torch.device = torch.device("cpu")
 
     def size(self, axis: str) -> int:
-        return self.sizes[axis]
+        return math.prod(self.sizes[name] for name in axis.split("+"))
 
     def index(self, axis: str) -> int:
-        return self.indices[axis]
+        found = 0
+        for name in axis.split("+"):
+            found = found * self.sizes[name] + self.indices[name]
+        return found
 
     def all_reduce(self, x: Tensor, axis: str, op: str) -> Tensor:
         raise self._no_peers("all_reduce", axis)
@@ -84,7 +88,7 @@ class StaticCommunicator:
         raise self._no_peers("all_to_all", axis)
 
     def _no_peers(self, what: str, axis: str) -> RuntimeError:
-        if self.sizes[axis] == 1:
+        if self.size(axis) == 1:
             return RuntimeError(f"{what} over axis {axis!r} of one rank was emitted; it should have been left out")
         return RuntimeError(f"{what} over axis {axis!r} was run while graphs are only being emitted")
 

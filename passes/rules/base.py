@@ -40,8 +40,11 @@ from ..types import (
 
 @dataclass(frozen=True)
 class Axis:
+    """Of a mesh. joins: the axes before it with whose conversions one over this axis may be a single collective."""
+
     name: str
     size: int
+    joins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

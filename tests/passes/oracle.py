@@ -95,7 +95,7 @@ class _Oracle:
 
     def node(self, node: fx.Node) -> Iterator[Difference]:
         try:
-            theirs = self.converted(node) if node.target is convert and node.args[1] in self.groups else self.called(node)
+            theirs = self.converted(node) if self.is_seen(node) else self.called(node)
         except spmd.SpmdTypeError:
             theirs = self.refused
         for axis in self.axes:
@@ -104,6 +104,10 @@ class _Oracle:
                 continue  # where no gradient flows nothing tells I from R
             operands = " ".join("".join(sorted(self.letters(n, axis))) for n in node.all_input_nodes)
             yield Difference(name_of(node), operands, "/".join(sorted(mine)), "/".join(sorted(found)))
+
+    def is_seen(self, node: fx.Node) -> bool:
+        """Whether it is a conversion over axes that are typed here."""
+        return node.target is convert and {*str(node.args[1]).split("+")} <= self.groups.keys()
 
     @property
     def refused(self) -> dict[str, set[str]]:
@@ -125,10 +129,13 @@ class _Oracle:
         function, a, b = _conversion(src, dst)  # type: ignore[arg-type]
         size = math.prod(axis.size for axis in self.axes)
         probe = torch.empty(size, size).requires_grad_(bool(have.meta.get("grad")))
+        value = self.typed(probe, self.types_of(have))
         try:
-            return self.read([function(self.typed(probe, self.types_of(have)), self.groups[str(name)], src=a, dst=b)])
+            for axis in str(name).split("+"):  # one collective over several is to the types one over each
+                value = function(value, self.groups[axis], src=a, dst=b)
         except ValueError:  # there is no such conversion
             return self.refused
+        return self.read([value])
 
     def called(self, node: fx.Node) -> dict[str, set[str]]:
         value = self.value_of

@@ -126,7 +126,7 @@ def test_lowered_along_a_second_axis(pair: tuple[Type, Type]) -> None:
     """A conversion over one axis is an op to the next one, with a rule of its own."""
     whole = run_whole(Sample(identity, (torch.randn(4, *SHAPE, dtype=torch.float64),)), grad=True)
     src, dst = (Varying(t.dim + 1, t.sections) if isinstance(t, Varying) else t for t in pair)
-    first, second = Axis("x", N), Axis("y", 2)
+    first, second = Axis("x", N), Axis("y", 2, ("x",))
     conversion = Strategy("convert", (src,), (dst,), differentiable, (*whole.call.args, first.name, src, dst), {})
     lowered = OpCall(convert, conversion.args, {}, whole.call.operands, whole.call.results)
     for label in {s.label for s in strategies(lowered, second)}:
@@ -141,4 +141,4 @@ def identity(x: Tensor) -> Tensor:
 def along(axis: Axis, label: str, call: OpCall) -> Strategy:
     """What the rule of `convert` says of a conversion, as a strategy of the function that stands for it here."""
     found = next(s for s in strategies(OpCall(convert, call.args, {}, call.operands, call.results), axis) if s.label == label)
-    return Strategy(label, found.ins, found.outs, differentiable, call.args, {})
+    return Strategy(label, found.ins, found.outs, differentiable, found.args or call.args, {})
