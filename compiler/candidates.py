@@ -22,6 +22,7 @@ from .keeping import keeping
 from .layout import with_places
 from .layouts import Layouts
 from .place import Placement, Policy, place
+from .placed_cost import PlacedCost
 from .plan import Plan, Prediction, data_size
 from .prices import Volume
 from .refine import Refinement
@@ -239,13 +240,23 @@ class Search:
         return self.tensor.placement(plan.mesh.size("tp"), plan.layouts, self.load(plan))
 
     def price(self, plan: Plan, whole: Whole | None = None) -> Candidate:
-        """`whole`: the shares of `plan.whole`."""
-        mesh = plan.mesh
-        cost = self.tensor.cost(mesh.size("tp"), plan.layouts, self.load(plan))
-        return Candidate(plan, self.batch.samples(mesh), self.steps.predict(plan, cost, whole))
+        """`whole`: the shares of `plan.whole`. The plan's copies are small where it takes that to fit."""
+        cost = self.tensor.cost(plan.mesh.size("tp"), plan.layouts, self.load(plan))
+        plan, predicted = self.predict(plan, cost, whole)
+        return Candidate(plan, self.batch.samples(plan.mesh), predicted)
+
+    def predict(self, plan: Plan, cost: PlacedCost, whole: Whole | None = None) -> tuple[Plan, Prediction]:
+        """The plan, at this cost, in the least time; where that does not fit, with small copies, if these take fewer bytes."""
+        fast, small = (replace(plan, small_copies=each) for each in (False, True))
+        found = self.steps.predict(fast, cost, whole)
+        if found.peak_bytes > self.limit and plan.zero and cost.sums:
+            smaller = self.steps.predict(small, cost, whole)
+            if smaller.peak_bytes < found.peak_bytes:
+                return small, smaller
+        return fast, found
 
     def load(self, plan: Plan) -> Load:
-        ways = self.steps.sums_of(plan.mesh, level_of(plan.zero))
+        ways = self.steps.sums_of(plan, level_of(plan.zero))
         return load_of(plan, ways, self.batch.share(plan.mesh), self.batch.captured)
 
     def with_layout(self, plan: Plan) -> Plan:

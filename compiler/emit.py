@@ -256,7 +256,7 @@ class _Emission:
         self.parts: dict[str, tuple[frozenset[str], ...]] = {}
         self.specs: dict[str, TensorSpec] = {}
         self.sums: dict[str, Sums] = {}
-        self.sharding = Sharding(plan.mesh, self.coordinates, plan.topology)
+        self.sharding = Sharding(plan.mesh, self.coordinates, plan.topology, plan.small_copies)
         self.transfers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
 
     def program(self) -> RankProgram:

@@ -109,7 +109,7 @@ class Family:
         search, (whole, *_) = self.search, self.whole
         kept = replace(self.plan, whole=whole.names)
         for cost in self.explored.costs[len(self.points) :]:
-            found = search.steps.predict(kept, cost, whole)
+            _, found = search.predict(kept, cost, whole)
             self.points.append(Point(found.step_seconds, found.peak_bytes - search.limit))
         return self.points
 

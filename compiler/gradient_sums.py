@@ -103,11 +103,13 @@ class GradientSums:
     """On a mesh, of parameters at a level of ZeRO: 0, 2 (1 runs as 2 does), or 3, of which the graphs scatter the gradients.
 
     topology    None: sums are chosen by the bytes that a rank receives
+    small       of copies a rank is left the smallest shard that may be, however long their sums take
     """
 
     mesh: Mesh
     level: int
     topology: Topology | None
+    small: bool = False
 
     @property
     def held(self) -> float:
@@ -122,7 +124,11 @@ class GradientSums:
     def copies(self, size: float) -> Sums:
         """Of parameters that tp holds copies of; in all they have so many bytes, whole over the data axes. Few bytes go the way of
         the fewest latencies, many that of the most bandwidth."""
-        return cheapest(self._copies_ways, size * self.held)
+        ways = self._copies_ways
+        if self.small:
+            most = max(way.left for way in ways)
+            ways = [way for way in ways if way.left == most]
+        return cheapest(ways, size * self.held)
 
     def if_short(self, copied: bool) -> Iterator[Sums]:
         """What is left to do, one after the other, where the dims of a parameter are too short to be cut in so many shards."""

@@ -64,6 +64,7 @@ class Plan:
     """mesh             axes of more than one rank, major first, of pp, dp_replicate, dp_shard, tp
     zero             0 to 3
     whole            under ZeRO-3: parameters that are gathered once a step and stay whole, as under ZeRO-2
+    small_copies     ZeRO leaves a rank the smallest shards of what tp holds copies of, even where their sums take longer for it
     layout           parameter -> its type over "tp" before ZeRO; "I" where absent
     stage_of         parameter -> its first pipeline stage
     microbatches     micro-batches of one data rank's batch
@@ -74,6 +75,7 @@ class Plan:
     mesh: Mesh
     zero: int = 0
     whole: tuple[str, ...] = ()
+    small_copies: bool = False
     layouts: Layouts = Layouts()
     schedule: str = "1f1b"
     microbatches: int = 1
@@ -104,7 +106,8 @@ class Plan:
         for axis, size in zip(self.mesh.axes, self.mesh.sizes, strict=True):
             extra = ""
             if axis == "dp_shard" and self.zero:
-                extra = f" (zero {self.zero}{f', {len(self.whole)} parameters whole' if self.whole else ''})"
+                whole = f", {len(self.whole)} parameters whole" if self.whole else ""
+                extra = f" (zero {self.zero}{whole}{', small copies' if self.small_copies else ''})"
             if axis == "tp" and self.layouts.any:
                 mixed = self.layouts.mixed
                 extra = f" (any layouts, {len(mixed.blocks)} blocks in others)" if mixed else " (any layouts)"
@@ -150,6 +153,7 @@ class Plan:
             mesh=mesh,
             zero=data["zero"],
             whole=tuple(data.get("whole", ())),
+            small_copies=data.get("small_copies", False),
             layouts=Layouts.from_data(data["layouts"]),
             schedule=data["schedule"],
             microbatches=data["microbatches"],

@@ -106,7 +106,7 @@ class StepCost:
             for n, meta, size in zip(nodes, parameters, sizes, strict=True)
         }
         self._stages: dict[int, Stages] = {}
-        self._sums: dict[tuple[Mesh, int], GradientSums] = {}
+        self._sums: dict[tuple[Mesh, int, bool], GradientSums] = {}
 
     def whole(self, stages: int) -> list[Whole]:
         """What ZeRO-3 may keep whole, of a model in so many stages."""
@@ -174,13 +174,14 @@ class StepCost:
 
     def _parts(self, plan: Plan, cost: PlacedCost, whole: Whole) -> list[Part]:
         copied = cost.sums / copies_rate(plan.mesh, self.topology) if cost.sums else 0.0
-        return parts_of(plan, partial(self.sums_of, plan.mesh), cost.trainable, copied, whole)
+        return parts_of(plan, partial(self.sums_of, plan), cost.trainable, copied, whole)
 
-    def sums_of(self, mesh: Mesh, level: int) -> GradientSums:
+    def sums_of(self, plan: Plan, level: int) -> GradientSums:
         """level: as `level_of` has it."""
-        if (mesh, level) not in self._sums:
-            self._sums[mesh, level] = GradientSums(mesh, level, self.topology)
-        return self._sums[mesh, level]
+        key = plan.mesh, level, plan.small_copies
+        if key not in self._sums:
+            self._sums[key] = GradientSums(plan.mesh, level, self.topology, plan.small_copies)
+        return self._sums[key]
 
     def stages(self, count: int) -> Stages:
         """Of a model in so many stages."""

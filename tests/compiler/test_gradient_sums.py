@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from harness import compare, emit_all, run
@@ -15,6 +16,7 @@ from programs import plan as plan_of
 from properties import examples
 
 from shardwright.compiler.gradient_sums import GradientSums, Sum, Sums, cheapest, scattered, shares, ways
+from shardwright.compiler.plan import Plan
 from shardwright.compiler.step_sums import Moved, Part
 from shardwright.compiler.topology import CollectiveTime, Device, Level, Topology, collective_bytes, collective_seconds
 from shardwright.compiler.traffic import traffic
@@ -151,6 +153,32 @@ def test_equals_one_device(axes: dict[str, int], zero: int, topology: str) -> No
     assert any("tp" in axis.split("+") for axis in sums)
     check_schedules(programs)
     compare(found, programs, run(found, programs))
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_small_copies_are_cut_where_that_takes_longer_too(zero: int) -> None:
+    """Where a collective takes a second however small it is, copies stay whole over tp, unless bytes are wanted."""
+    found = case("gpt", batch=12)
+    fast = plan_of(zero, sequence_parallel=True, topology=network(1e10, 1e10, latency=1.0), dp_shard=2, tp=4)
+    cut = []
+    for wanted in (fast, replace(fast, small_copies=True)):
+        programs = emit_all(found, wanted, balanced_sizes(found.batch, 2))
+        check_schedules(programs)
+        compare(found, programs, run(found, programs))
+        cut.append({s.name for s in programs[0].parameters if any("tp" in axis.split("+") for axis in s.gathered)})
+    assert not cut[0] and cut[1]
+    assert Plan.from_json(wanted.to_json()) == wanted and "small copies" in wanted.name
+
+
+def test_no_shard_of_copies_is_smaller() -> None:
+    for over, level in ((mesh(dp_shard=4, tp=2), 2), (mesh(dp_shard=4, tp=2), 3), (mesh(dp_replicate=2, dp_shard=2, tp=2), 2)):
+        sums = GradientSums(over, level, network(1e8, 1e8, latency=1e-4), small=True)
+        left = [way.left for way in sums._copies_ways]
+        for size in (10.0, MANY):
+            found = sums.copies(size)
+            assert math.prod(map(over.size, scattered(found))) == max(left) > 1
+            times = [way.time.of(size * sums.held) for way in sums._copies_ways if way.left == max(left)]
+            assert next(w.time.of(size * sums.held) for w in sums._copies_ways if w.sums == found) == min(times)
 
 
 def test_sequences_differ_by_machine() -> None:

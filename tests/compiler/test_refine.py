@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from harness import problem_of
+from harness import mesh, problem_of
 from programs import FAR, NEAR, adapted, case, machine
 from properties import TIMES
 
@@ -155,6 +155,20 @@ def test_no_mixture_that_fits_takes_less_than_is_proven(share: float, topology: 
                     fitting += 1
                     assert c.per_sample >= tight.bound * (1 - 1e-9)
     assert fitting > 5
+
+
+def test_copies_are_small_where_they_do_not_fit() -> None:
+    """Where sums take long, whatever their bytes, a plan that fits cuts copies over tp, and counts what that takes and saves."""
+    slow = replace(machine(1e9), levels=(Level("network", 8, 1e9, 1e-3),))
+    strategy = Strategy(dp_shard=2, tp=4, zero=2, layouts="any")
+    fast = search_of("gpt", slow, strategy, math.inf, ranks=8)
+    tight = search_of("gpt", slow, strategy, 0.0, ranks=8)
+    plan = Plan(mesh(dp_shard=2, tp=4), zero=2, layouts=Layouts(byte_price=0.0))
+    before, after = fast.price(plan), tight.price(plan)
+    assert not before.plan.small_copies and after.plan.small_copies
+    assert after.predicted.peak_bytes < before.predicted.peak_bytes
+    assert after.predicted.step_seconds > before.predicted.step_seconds
+    assert not fast.price(after.plan).plan.small_copies  # what fits is fast
 
 
 @pytest.mark.parametrize("share", [0.8, 0.5])
