@@ -18,7 +18,9 @@ from .step_cost import rounded_down
 from .totals import (
     ACTIVATIONS,
     COMPUTE,
+    FIXED,
     HEAVIEST,
+    LARGE,
     PARAMETERS,
     READ_AGAIN,
     RUNS,
@@ -76,11 +78,14 @@ def _priced(family: Family, slopes: np.ndarray, exact: bool) -> Plan:
     slopes = slopes.copy()
     slopes[PARAMETERS] = max(of_bytes, least)
     gathered = price(HEAVIEST, load.runs), price(SECOND, load.runs)
+    large = tuple(price(total, load.share) for total in LARGE)
     layouts = Layouts(
         byte_price=price(PARAMETERS, 1.0),
         kept_price=price(ACTIVATIONS, load.share),
         stream_price=price(STREAM, load.share),
         gather_prices=gathered if any(gathered) else (),
+        fixed_price=price(FIXED, 1.0),
+        large_prices=large if any(large) else (),
         sums_price=rounded(float(slopes[SUMS]) / run),
         compute_price=round(32 * min(1.0, float(slopes[COMPUTE]) / load.share / run)) / 32,
     )
@@ -111,7 +116,7 @@ def _partly(family: Family, slopes: np.ndarray) -> list[np.ndarray]:
     time, free = family.slopes(0.0), slopes.copy()
     free[[HEAVIEST, SECOND]] = time[[HEAVIEST, SECOND]]
     found = [free, time]
-    for left in ([PARAMETERS, TRAINABLE, READ_AGAIN], [ACTIVATIONS, STREAM], [HEAVIEST, SECOND]):
+    for left in ([PARAMETERS, TRAINABLE, READ_AGAIN], [ACTIVATIONS, FIXED, STREAM, *LARGE], [HEAVIEST, SECOND]):
         found.append(time.copy())
         found[-1][left] = slopes[left]
     return found

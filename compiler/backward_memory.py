@@ -107,7 +107,7 @@ def moments(
     uses: Mapping[Value, Sequence[Use]],
     again: Collection[Value],
     gradients: Mapping[fx.Node, Sequence[bool]],
-) -> list[Moment[fx.Node]]:
+) -> dict[fx.Node, Moment[fx.Node]]:
     """What there is while each op's backward runs.
 
     uses        of values that some backward needs
@@ -115,11 +115,11 @@ def moments(
     gradients   as `least_bytes` takes them
     """
     waiting, computed = _Waiting(calls, gradients), _Computed(calls, uses, again)
-    found = []
+    found = {}
     for node in reversed(list(calls)):
         others = computed.at(node)
         if node in gradients:
-            found.append([*waiting.beside(node), *_own(calls[node][0], node, gradients[node]), *others])
+            found[node] = [*waiting.beside(node), *_own(calls[node][0], node, gradients[node]), *others]
             waiting.after(node)
     return found
 

@@ -16,7 +16,7 @@ from .heaviest import COUNT
 from .layouts import Layouts
 from .plan import Plan
 from .tensor_axis import Explored, Load
-from .totals import HEAVIEST, SECOND, Envelope, Least, tangent, totals_of
+from .totals import HEAVIEST, LARGE, SECOND, Envelope, Least, tangent, totals_of
 
 if TYPE_CHECKING:
     from .candidates import Search
@@ -46,9 +46,10 @@ class Asked:
 
     @staticmethod
     def _prices(layouts: Layouts) -> np.ndarray:
-        gathered = layouts.gather_prices or (0.0,) * COUNT
+        several = *(layouts.gather_prices or (0.0,) * COUNT), *(layouts.large_prices or (0.0,) * len(LARGE))
         seconds = layouts.compute_price, layouts.sums_price or 0.0
-        return np.array([layouts.byte_price or 0.0, layouts.kept_price, layouts.stream_price, *gathered, *seconds])
+        single = layouts.byte_price or 0.0, layouts.kept_price, layouts.stream_price, layouts.fixed_price
+        return np.array([*single, *several, *seconds])
 
 
 @dataclass

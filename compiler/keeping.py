@@ -20,6 +20,7 @@ from ..passes.types import I, Type
 from .backward_memory import Moment, Use, moments, moments_at
 from .cost import FREE, op_name, size_of
 from .heaviest import heaviest
+from .large_ops import large_ops
 from .needs import NEEDS_RESULT, held_by, needs_value, passes_on
 from .offers import Offers
 from .parts import Readers, parts
@@ -45,7 +46,7 @@ class Keeping:
     fixed: frozenset[tuple[fx.Node, int]]
     returned: frozenset[tuple[fx.Node, int]]
     gradients: Mapping[fx.Node, tuple[bool, ...]]
-    moments: Sequence[Moment[fx.Node]]
+    moments: Mapping[fx.Node, Moment[fx.Node]]
     stream: Stream
 
     def used(self, *, fixed: bool) -> Iterator[tuple[tuple[fx.Node, int], tuple[Use, ...]]]:
@@ -175,8 +176,8 @@ def kept_at(calls: Calls, kept: Keeping, offered: Offers, *, fixed: bool = False
 def sized(calls: Calls, kept: Keeping, offered: Offers) -> Sized:
     """All values whose bytes may have a price."""
     fixed = kept_at(calls, kept, offered, fixed=True)
-    gathered, moments = heaviest(offered), moments_at(kept.moments, offered)
-    return Sized(kept_at(calls, kept, offered), stream_at(kept.stream, offered), gathered, fixed, moments)
+    large, moments = large_ops(kept.gradients, kept.moments, offered), moments_at(kept.moments.values(), offered)
+    return Sized(kept_at(calls, kept, offered), stream_at(kept.stream, offered), heaviest(offered), fixed, large, moments)
 
 
 def sized_for(calls: Calls, offered: Offers, policy: Policy, mixed: Rules | None) -> Sized | None:

@@ -44,6 +44,8 @@ class Policy:
     byte_price      tensor axis: None for Megatron's layouts; any, where it is what a byte of a parameter costs that a rank holds
     kept_price      with it: what a byte costs that is kept for the backward
     stream_price    with it: what a byte of the residual stream costs
+    fixed_price     with it: what a byte costs that is kept whatever the batch
+    large_prices    with it: what a byte costs that the backward of one of the largest ops holds, in their order
     gather_prices   with it: what a byte of a parameter costs that one of the heaviest blocks gathers, in their order
     slices          time axis: the one way each batch input may be sliced
     """
@@ -55,13 +57,16 @@ class Policy:
     byte_price: float | None = None
     kept_price: float = 0.0
     stream_price: float = 0.0
+    fixed_price: float = 0.0
+    large_prices: Sequence[float] = ()
     gather_prices: Sequence[float] = ()
     slices: Mapping[str, Type] = field(default_factory=dict)
 
     @property
     def prices_sizes(self) -> bool:
         """Whether values have a price by their bytes (`Sized`)."""
-        return bool(self.kept_price or self.stream_price or any(self.gather_prices))
+        single = self.kept_price, self.stream_price, self.fixed_price
+        return any((*single, *self.large_prices, *self.gather_prices))
 
 
 @dataclass(frozen=True)
@@ -232,10 +237,11 @@ class _Builder:
         places: list[tuple[Hashable, ...]] = [(value, *uses) for value, uses in self.offers.uses]
         self._price_held(costs)
         self._price_gathered(base, values, apart)
-        for which, sized in (("kept", self.sized.kept), ("stream", self.sized.stream)):
+        self._price_large(costs)
+        for which, sized in (("kept", self.sized.kept), ("stream", self.sized.stream), ("fixed", self.sized.fixed)):
             for kept in sized:
                 policy, _ = self._rules(self.order[kept.maker[0]])
-                price = policy.kept_price if which == "kept" else policy.stream_price
+                price = {"kept": policy.kept_price, "stream": policy.stream_price, "fixed": policy.fixed_price}[which]
                 if price and kept.uses:
                     values.append(self._kept_value(price, kept))
                     parts.append(kept.part)
@@ -286,6 +292,15 @@ class _Builder:
                 price = prices[heavy.number] * heavy.share * size_of(self.meta[key[0]])
                 price *= part.makers / blocks[heavy.number] if apart else 1.0
                 values[i] = replace(values[i], conversion=values[i].conversion + np.where(gathered, price, 0.0))
+
+    def _price_large(self, costs: list[np.ndarray]) -> None:
+        """Of like blocks placed each by itself the mean: the one that holds the most holds no less."""
+        for op in self.sized.large:
+            prices = self._rules(self.order[op.decision])[0].large_prices
+            if any(prices):
+                shares = [[held(t, self.axis) for t in (*s.ins, *s.outs)] for s in self.options[op.decision]]
+                bytes_ = np.array([op.held(lambda place, own=own: own[place[1]]) for own in shares])
+                costs[op.decision] = costs[op.decision] + prices[op.number] * op.share * bytes_
 
     def _kept_value(self, price: float, kept: KeptAt) -> AssignValue:
         """What is kept is paid for once for each share that a use takes of it, as conversions are."""

@@ -17,11 +17,12 @@ from .backward_memory import largest
 from .cost import Seconds, Timing, conversion_bytes, size_of
 from .heaviest import COUNT, block_of
 from .keeping import Keeping, keeping, kept_bytes, sized
+from .large_ops import COUNT as LARGE
 from .needs import gathered_again, read_again
 from .offers import Offers, Uses, Value, offers
 from .place import Placement
 from .prices import held
-from .sized import Heavy, Place, Sized
+from .sized import Heavy, Place, Sized, of_each
 from .stream import stream_bytes
 from .topology import collective_bytes
 
@@ -37,6 +38,7 @@ class PlacedCost:
     activations             bytes that the forward keeps
     fixed                   the same of what is as large for any batch
     temporaries             bytes that the backward holds at once beside these (compiler/backward_memory.py)
+    large                   the same at least of the ops that may hold the most, by number (compiler/large_ops.py)
     gathered                bytes of the parameters that a block gathers over the tensor axis: of the block with the most
     heaviest, second        the same of the two blocks whose parameters are the most (compiler/heaviest.py)
     parameters              bytes held of all parameters; of these `trainable` have gradients, `read_again` are used in the backward
@@ -54,6 +56,7 @@ class PlacedCost:
     activations: float = 0.0
     fixed: float = 0.0
     temporaries: float = 0.0
+    large: tuple[float, ...] = (0.0,) * LARGE
     gathered: float = 0.0
     heaviest: float = 0.0
     second: float = 0.0
@@ -109,7 +112,7 @@ def placed_cost(
     )
     if placement is None:
         activations, fixed = (kept_bytes(calls, kept, None, axis, fixed=which) for which in (False, True))
-        return replace(cost, activations=activations, fixed=fixed, temporaries=largest(kept.moments, lambda _: 1.0))
+        return replace(cost, activations=activations, fixed=fixed, temporaries=largest(kept.moments.values(), lambda _: 1.0))
     offered = offered or offers(gm, axis, calls, "tensor")
     return _with_conversions(cost, seconds, placement, calls, offered, counted or sized(calls, kept, offered))
 
@@ -173,7 +176,7 @@ def _with_conversions(
             if (c.value, c.uses) in counted.heaviest:
                 heavy[counted.heaviest[c.value, c.uses]] += size_of(c.meta)
 
-    heaviest = [float(max((size for of, size in heavy.items() if of.number == k), default=0)) for k in range(COUNT)]
+    heaviest = of_each(((of.number, size) for of, size in heavy.items()), COUNT)
 
     def share(place: Place) -> float:
         strategy = placement.choice[nodes[place[0]].name]
@@ -190,6 +193,7 @@ def _with_conversions(
         activations=sum(k.held(share) for k in counted.kept),
         fixed=sum(k.held(share) for k in counted.fixed),
         temporaries=largest(counted.moments, share),
+        large=of_each(((op.number, op.held(share)) for op in counted.large), LARGE),
         stream=sum(k.held(share) for k in counted.stream),
         received=received,
         received_gathers=received_gathers,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .backward_memory import Moment
@@ -50,13 +50,38 @@ class Heavy:
 
 
 @dataclass(frozen=True)
+class Large:
+    """Of an op whose backward may hold the most: which of these it is (0 is the largest), its decision, bytes of the gradients of
+    its operands and results, those that wait beside them at least, and of all ops like it the share of its group."""
+
+    number: int
+    decision: int
+    sizes: tuple[float, ...]
+    beside: float
+    share: float = 1.0
+
+    def held(self, share: Callable[[Place], float]) -> float:
+        """Bytes, at least."""
+        return self.beside + sum(size * share((self.decision, k)) for k, size in enumerate(self.sizes) if size)
+
+
+def of_each(found: Iterable[tuple[int, float]], count: int) -> tuple[float, ...]:
+    """Of (number, bytes) the most bytes of each number."""
+    most = [0.0] * count
+    for number, size in found:
+        most[number] = max(most[number], float(size))
+    return tuple(most)
+
+
+@dataclass(frozen=True)
 class Sized:
-    """Values whose bytes may have a price: kept for the backward; of the residual stream, each with its share in the mean; and
-    parameters of the heaviest blocks, where they are gathered (compiler/heaviest.py). And what has none: what is kept whatever the
-    batch, and what the backward holds at once."""
+    """Values whose bytes may have a price: kept for the backward; of the residual stream, each with its share in the mean;
+    parameters of the heaviest blocks, where they are gathered (compiler/heaviest.py); kept whatever the batch; and what the
+    backward of the largest ops holds at once (compiler/large_ops.py). And what has none: what that of any other op does."""
 
     kept: Sequence[KeptAt] = ()
     stream: Sequence[KeptAt] = ()
     heaviest: Mapping[tuple[Value, Uses], Heavy] = field(default_factory=dict)
     fixed: Sequence[KeptAt] = ()
+    large: Sequence[Large] = ()
     moments: Sequence[Moment[int]] = ()

@@ -24,20 +24,24 @@ from .backward_memory import least_bytes
 from .cost import Seconds, power_of_two
 from .groups import together
 from .keeping import Keeping, sized, sized_for
+from .large_ops import least_of
 from .layouts import Layouts
 from .offers import Offers, offers
 from .place import Barred, Placement, Policy, Priced, Rules, least, place, price
 from .placed_cost import PlacedCost, placed_cost
 from .prices import Prices, megatron_prices
 from .samples import Samples, without_cuts
-from .sized import Sized
+from .sized import Sized, of_each
 from .step_sums import copies_rate
 from .topology import Topology
 from .totals import (
     ACTIVATIONS,
     COMPUTE,
+    FIXED,
     HEAVIEST,
+    LARGE,
     PARAMETERS,
+    READ_AGAIN,
     RUNS,
     SECOND,
     STREAM,
@@ -91,7 +95,9 @@ def policy_of(layouts: Layouts, loss: str | None, pinned: Mapping[str, Type], sh
     """For a graph of which a step runs so large a share, in so many micro-batches. `pinned`: types of parameters, by name."""
     keys = {f"param.{name}": type_ for name, type_ in pinned.items()}
     kept, stream, gathered = layouts.kept_price * share, layouts.stream_price * share, [p * runs for p in layouts.gather_prices]
-    return Policy("tensor", keys, loss, layouts.sequence, layouts.byte_price, kept, stream, gathered)
+    large = [price * share for price in layouts.large_prices]
+    sizes = kept, stream, layouts.fixed_price, large, gathered
+    return Policy("tensor", keys, loss, layouts.sequence, layouts.byte_price, *sizes)
 
 
 def totals_prices(layouts: Layouts, load: Load) -> np.ndarray:
@@ -102,6 +108,9 @@ def totals_prices(layouts: Layouts, load: Load) -> np.ndarray:
     found[[COMPUTE, ACTIVATIONS, STREAM]] *= load.share
     if layouts.gather_prices:
         found[[HEAVIEST, SECOND]] = np.array(layouts.gather_prices) * load.runs
+    if layouts.large_prices:
+        found[LARGE] = np.array(layouts.large_prices) * load.share
+    found[FIXED] = layouts.fixed_price
     return found
 
 
@@ -220,7 +229,10 @@ class TensorAxis:
         whole, least = self.cost(1, Layouts(), Load()), self.least(size)
         low, most = totals_of(least), totals_of(whole)
         most[[HEAVIEST, SECOND]] = most[PARAMETERS]  # at most
-        high = np.where(np.isin(TOTALS, ("parameters", "trainable", "read_again", "heaviest", "second", "stream")), most, np.inf)
+        most[LARGE] = of_each(((op.number, op.held(lambda _: 1.0)) for op in self._sized_of(size, ()).large), len(LARGE))
+        limited = [PARAMETERS, TRAINABLE, READ_AGAIN, HEAVIEST, SECOND, STREAM]
+        high = np.full(len(TOTALS), np.inf)
+        high[limited] = most[limited]
         rate = copies_rate(tensor_mesh(size), self.topology)
         scale = most.copy()
         scale[TRAFFIC], scale[SUMS] = most[COMPUTE], rate * most[TRAINABLE]
@@ -279,13 +291,14 @@ class TensorAxis:
     def least(self, size: int) -> PlacedCost:
         """Bytes that no placement over so many ranks is below."""
         if size not in self._least:
-            whole = self.cost(1, Layouts(), Load())
+            whole, offered = self.cost(1, Layouts(), Load()), self._offers(size)
             self._least[size] = PlacedCost(
                 parameters=whole.parameters / size,
                 trainable=whole.trainable / size,
                 read_again=whole.read_again / size,
                 activations=whole.activations / size,
-                temporaries=least_bytes(self.kept.gradients, self._offers(size)),
+                temporaries=least_bytes(self.kept.gradients, offered),
+                large=of_each(((op.number, least_of(op, offered)) for op in self._sized_of(size, ()).large), len(LARGE)),
                 stream=whole.stream / size,
             )
         return self._least[size]

@@ -15,12 +15,17 @@ from dataclasses import dataclass, field, replace
 import highspy
 import numpy as np
 
+from .large_ops import COUNT
 from .placed_cost import PlacedCost
 
-TOTALS = tuple("runs compute traffic sums parameters trainable read_again activations stream heaviest second".split())
+_SINGLE = tuple("runs compute traffic sums parameters trainable read_again activations fixed stream heaviest second".split())
+
+TOTALS = (*_SINGLE, *(f"large {number}" for number in range(COUNT)))
 """As `PlacedCost` has them; "runs": what every run takes besides, its launches, latencies and gathers."""
 
-RUNS, COMPUTE, TRAFFIC, SUMS, PARAMETERS, TRAINABLE, READ_AGAIN, ACTIVATIONS, STREAM, HEAVIEST, SECOND = range(len(TOTALS))
+RUNS, COMPUTE, TRAFFIC, SUMS, PARAMETERS, TRAINABLE, READ_AGAIN, ACTIVATIONS, FIXED, STREAM, HEAVIEST, SECOND, *LARGE = range(
+    len(TOTALS)
+)
 
 SLACK = 1e-5
 """The share by which a bound may be too high for a solver's rounding."""
@@ -30,15 +35,16 @@ _TANGENTS = 6
 
 
 def totals_of(cost: PlacedCost) -> np.ndarray:
-    rest = (getattr(cost, name) for name in TOTALS[1:])
-    return np.array([cost.launches + cost.latencies + cost.gathers, *rest])
+    rest = (getattr(cost, name) for name in _SINGLE[1:])
+    return np.array([cost.launches + cost.latencies + cost.gathers, *rest, *cost.large])
 
 
 def cost_of(totals: np.ndarray, temporaries: float) -> PlacedCost:
-    """Of a placement with these totals, as far as they tell."""
-    rest = dict(zip(TOTALS[1:], map(float, totals[1:]), strict=True))
-    gathered = float(max(totals[HEAVIEST], totals[SECOND]))
-    return replace(PlacedCost(launches=float(totals[RUNS]), temporaries=temporaries, gathered=gathered), **rest)
+    """Of a placement with these totals, as far as they tell. temporaries: at least."""
+    rest = dict(zip(_SINGLE[1:], map(float, totals[1 : len(_SINGLE)]), strict=True))
+    gathered, large = float(max(totals[HEAVIEST], totals[SECOND])), tuple(map(float, totals[LARGE]))
+    cost = PlacedCost(launches=float(totals[RUNS]), temporaries=max(temporaries, *large), large=large, gathered=gathered)
+    return replace(cost, **rest)
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,7 @@ class Walk:
         self.first = {n.name: n for n in self.nodes}
         self.stream = self.crossing()
         self.results = [n for n in gm.graph.nodes if n.op == "output"][0].args[0]
+        self.large = {op.decision: op for op in sized(self.calls, self.keeping, self.offered).large}
         self.prices_of = {n: [self.own(n, s) for s in self.options(n)] for n in self.nodes}
         self.shares = {n: self.share_of(n) for n in self.nodes if is_parameter(n)}
         least = [min(found) for found in self.prices_of.values()]
@@ -127,7 +128,13 @@ class Walk:
         call, sources = self.calls[node]
         parameters = tuple(is_parameter(s) for s in sources)
         crossing = sum(self.stream[node, k] * held(type_, self.axis) for k, type_ in enumerate(strategy.outs))
-        return prices.node(call, strategy, self.axis, parameters) + crossing * policy.stream_price
+        total = prices.node(call, strategy, self.axis, parameters) + crossing * policy.stream_price
+        op = self.large.get(self.offered.decisions[self.offered.first(node)].index)
+        if op is not None and self.offered.first(node) == node.name and policy.large_prices:
+            shares = [held(t, self.axis) for t in (*strategy.ins, *strategy.outs)]
+            bytes_ = op.beside + sum(size * share for size, share in zip(op.sizes, shares, strict=True))
+            total += policy.large_prices[op.number] * self.share_of(node) * bytes_
+        return total
 
     def uses(self, k: int, strategy: NodeStrategy) -> Iterator[tuple[fx.Node, Type]]:
         node = self.nodes[k]
@@ -173,18 +180,17 @@ class Walk:
         return total + self.converted(iter([(n, placement.outputs[k]) for k, n in enumerate(self.results)]), types, made)
 
     def kept(self, choice: Mapping[str, NodeStrategy]) -> float:
-        """The price of what is kept: a value once for each share in which it is taken, but for those that are computed again, and
-        those that are as large for any batch, which have none."""
+        """The price of what is kept: a value once for each share in which it is taken, but for those that are computed again. Those
+        that are as large for any batch have a price of their own."""
         total = 0.0
         for value, uses in self.keeping.uses.items():
-            if value in self.keeping.fixed:
-                continue
             node, k = value
+            policy, _ = self.rules_of(node)
             made = held(choice[node.name].outs[k], self.axis)
             taken = {held(choice[user.name].ins[i], self.axis) for user, i in uses} or {made}
             size = size_of(self.calls[node][0].results[k])
             bytes_ = size * sum(t for t in taken if not (value in self.keeping.rebuilt and t == made))
-            total += self.rules_of(node)[0].kept_price * bytes_
+            total += (policy.fixed_price if value in self.keeping.fixed else policy.kept_price) * bytes_
         for node, k in self.keeping.returned:
             bytes_ = size_of(self.calls[node][0].results[k]) * held(choice[node.name].outs[k], self.axis)
             total += self.rules_of(node)[0].kept_price * bytes_
@@ -246,6 +252,10 @@ def policies(graph: fx.GraphModule, n: int) -> dict[str, tuple[Policy, Prices]]:
             Policy("tensor", {}, LOSS, byte_price=1e-10, stream_price=3e-10, gather_prices=(2e-10, 1e-10)),
             Seconds(MACHINE, Mesh(("x",), (n,)), compute=0.5),
         ),
+        "at once": (
+            Policy("tensor", {}, LOSS, byte_price=1e-13, fixed_price=2e-10, large_prices=(9e-10, 3e-10, 0.0, 2e-10)),
+            Seconds(MACHINE, Mesh(("x",), (n,))),
+        ),
     }
 
 
@@ -265,7 +275,7 @@ def check_exact(graph: fx.GraphModule, n: int, how: str, mixed: str | None = Non
     assert walk.cheaper_than(limit) == limit
 
 
-HOW = st.sampled_from(("tensor", "sequence", "data", "dice", "time", "kept", "gathered"))
+HOW = st.sampled_from(("tensor", "sequence", "data", "dice", "time", "kept", "gathered", "at once"))
 
 
 @given(recipes(most=4), st.sampled_from((2, 3)), HOW)
@@ -297,7 +307,7 @@ def test_no_choice_for_repeated_blocks_is_cheaper(recipe: Recipe, how: str) -> N
     check_exact(graph, 2, how)
 
 
-BY_TIME = st.sampled_from(("time", "kept", "gathered"))
+BY_TIME = st.sampled_from(("time", "kept", "gathered", "at once"))
 
 
 @given(repeated(), BY_TIME, BY_TIME, st.sampled_from(((0,), (1,), (2,), (0, 1))))
@@ -337,7 +347,7 @@ def test_no_placement_of_each_block_by_itself_is_cheaper_than_proven(recipe: Rec
     assert bound <= apart.cost * (1 + 1e-9) and apart.cost <= alike.cost * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("how", ["dice", "time", "kept", "gathered"])
+@pytest.mark.parametrize("how", ["dice", "time", "kept", "gathered", "at once"])
 @pytest.mark.parametrize("model", ["gpt2", "t5", "vit", "mixtral"])
 def test_what_is_proven_of_each_block_by_itself_is_near(model: str, how: str) -> None:
     found = case(model)

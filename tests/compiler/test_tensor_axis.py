@@ -64,11 +64,15 @@ def test_what_is_least_is_what_is_priced(model: str, topology: Topology) -> None
     """The sum that the search minimizes is what the placement takes, at the prices of its totals."""
     tensor = tensor_axis(model, topology)
     priced = Layouts(byte_price=1e-10, stream_price=1e-8, gather_prices=(1e-9, 2e-9), compute_price=0.6)
+    at_once = Layouts(byte_price=1e-10, fixed_price=1e-9, large_prices=(3e-8, 1e-8, 2e-9, 1e-9))
     plain = [Layouts(byte_price=0.0), Layouts(byte_price=1e-9), Layouts(byte_price=1e-8, kept_price=1e-8)]
-    for layouts, load in itertools.product((*plain, priced), (Load(), Load(2.0, 4, 0.25))):
+    for layouts, load in itertools.product((*plain, priced, at_once), (Load(), Load(2.0, 4, 0.25))):
         placement, cost = tensor.placement(4, layouts, load), tensor.cost(4, layouts, load)
         assert placement is not None and placement.gap == 0.0
         assert placement.cost == pytest.approx(totals_prices(layouts, load_for(layouts, load)) @ totals_of(cost), rel=1e-9)
+        least = tensor.least(4)
+        assert 0 < max(cost.large) <= cost.temporaries * (1 + 1e-9)
+        assert all(low <= size * (1 + 1e-9) for low, size in zip(least.large, cost.large, strict=True))
 
 
 @pytest.mark.parametrize("topology", [NEAR, FAR], ids=["near", "far"])
