@@ -31,6 +31,7 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.peers
 	@$(BIN)/python -m benchmarks.plan_time --model llama3-8b --devices 64
+	@$(BIN)/python -m benchmarks.plan_limits
 	@$(BIN)/python -m benchmarks.materialize
 	@$(BIN)/python -m benchmarks.single_gpu
 
