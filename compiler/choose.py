@@ -49,8 +49,8 @@ class Known:
     contents: Mapping[object, int]
 
 
-ALIKE = 1e-3
-"""Costs of one plan on graphs of the same contents may differ so much: they are scaled from other batches."""
+ALIKE = 3e-3
+"""Costs of one plan on graphs of the same contents may differ so much: they are scaled from other batches. The gap counts it."""
 
 
 def contents(gm: fx.GraphModule) -> Mapping[object, int]:
@@ -112,12 +112,14 @@ def _again(search: Search, known: Known) -> Plan | None:
     if whole is None:
         return None
     bare = replace(plan, whole=whole.names, layout={}, stage_of={}, topology=None, predicted=None, alternatives=(), reasons=())
-    found, before = search.price(bare, whole).predicted, plan.predicted
+    candidate = search.price(bare, whole)
+    found, before = candidate.predicted, plan.predicted
     pairs = (found.step_seconds, before.step_seconds), (found.peak_bytes, before.peak_bytes)
     if not all(isclose(*pair, rel_tol=ALIKE) for pair in pairs):
         return None
     facts = {"topology": plan.topology, "alternatives": plan.alternatives, "reasons": plan.reasons}
-    return replace(search.with_layout(bare), predicted=replace(found, gap=before.gap), **facts)
+    gap = before.gap + abs(found.step_seconds / before.step_seconds - 1)
+    return replace(search.with_layout(candidate.plan), predicted=replace(found, gap=gap), **facts)
 
 
 def _unruled(calls: Calls) -> Mapping[object, list[fx.Node]]:

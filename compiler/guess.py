@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 from torch import fx, nn
 
@@ -25,7 +26,11 @@ from .strategy import Request
 from .topology import Topology
 
 DEEP = 48
-"""Layers beyond which the guess takes less time than a second capture: one layer takes torch.export about 0.1 s."""
+"""Layers, of all long lists, beyond which a few are captured first: one takes torch.export about 0.1 s, and where all fits the
+most data ranks are mostly the best."""
+
+DEEP_FOR_A_LIMIT = 12
+"""The same where memory is limited: then fewer data ranks are often the best."""
 
 CAPTURED = 4
 """Layers of a list that are captured: a first that may differ, two that repeat, and a last that may differ."""
@@ -55,7 +60,7 @@ def likely_plan(
     capture    the problem of one call at other local batches; the other arguments as of `choose`
     """
     fewest, most = data_ranks(request, rows, batch)
-    with shallow(model) as left_out, warnings.catch_warnings():
+    with shallow(model, DEEP if memory_limit is None else DEEP_FOR_A_LIMIT) as left_out, warnings.catch_warnings():
         if not left_out or most == fewest:
             return Guess(most)
         warnings.simplefilter("ignore")  # the model itself is captured next, and warns then
@@ -75,14 +80,14 @@ def spread(rows: int, data_size: int, batch: BatchMode) -> tuple[int, ...]:
 
 
 @contextmanager
-def shallow(model: nn.Module) -> Iterator[Mapping[str, int]]:
-    """Within: long lists of alike layers hold the first few. Gives the number of those left out, by the name of the list."""
-    left_out: dict[str, int] = {}
-    held = []
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > DEEP and len({*map(_form, module)}) == 1:
-            held.append((module, module._modules))
-            left_out[name] = len(module) - CAPTURED
+def shallow(model: nn.Module, deep: int = DEEP) -> Iterator[Mapping[str, int]]:
+    """Within: long lists of layers that are alike, but for the first, hold the first few. Gives the number of those left out, by
+    the name of the list; none where there are not more than `deep` in all."""
+    long = {name: module for name, module in model.named_modules() if _is_long(module)}
+    if sum(map(len, long.values())) <= deep:
+        long = {}
+    left_out = {name: len(module) - CAPTURED for name, module in long.items()}
+    held = [(module, module._modules) for module in long.values()]
     try:
         for module, children in held:
             module._modules = dict(list(children.items())[:CAPTURED])
@@ -90,6 +95,12 @@ def shallow(model: nn.Module) -> Iterator[Mapping[str, int]]:
     finally:
         for module, children in held:
             module._modules = children
+
+
+def _is_long(module: nn.Module) -> TypeGuard[nn.ModuleList | nn.Sequential]:
+    if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) <= 2 * CAPTURED:
+        return False
+    return len({_form(layer) for layer in list(module)[1:]}) == 1
 
 
 def _form(module: nn.Module) -> tuple[object, ...]:
