@@ -103,7 +103,7 @@ class Templates:
                 xs = [x.detach().requires_grad_(True) if w else x for x, w in zip(tensors, wants, strict=True)]
 
                 def fill(o: Any) -> Any:
-                    return xs[o.index]
+                    return xs[o.index].contiguous() if node.target in _READ_AS_THEY_LIE and o.index == 0 else xs[o.index]
 
                 outs = node.target(*map_operands(op.args, fill), **map_operands(dict(op.kwargs), fill))  # type: ignore[operator]
                 outs = list(outs) if isinstance(outs, tuple | list) else [outs]
@@ -131,6 +131,11 @@ def _without_nodes(node: fx.Node) -> Any:
 _NOTHING = frozenset({aten.detach.default, aten.alias.default})
 _LAZY = {aten._conj.default: aten._conj_physical.default, aten._neg_view.default: aten.neg.default}
 """Views that are computed when they are read, which not every op does."""
+
+
+_READ_AS_THEY_LIE = frozenset({aten.group_norm.default, aten.native_group_norm.default})
+"""Ops whose kernels go over the memory of their first operand in the order that its strides suggest: those of dims of size 1 may be
+others than its fake has, and then it is another order."""
 
 
 def _writes(node: fx.Node) -> bool:

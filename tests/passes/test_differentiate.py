@@ -68,6 +68,11 @@ def gradient_in_other_strides_than_its_fake(x: Tensor, a: Tensor, b: Tensor) -> 
     return (h.detach() * F.layer_norm(h, (2,), b[:2])).sum()
 
 
+def group_norm_of_other_strides_than_its_fake(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    h = (x @ a).view(1, 4, 6).transpose(1, 2).reshape(1, 6, 2, 2)
+    return (F.group_norm(h + h.flip(1), 2, b) * h).exp().sum()
+
+
 FUNCTIONS = [
     several_uses,
     one_result_of_several,
@@ -76,6 +81,7 @@ FUNCTIONS = [
     unused_branch,
     complex_numbers,
     gradient_in_other_strides_than_its_fake,
+    group_norm_of_other_strides_than_its_fake,
 ]
 
 
