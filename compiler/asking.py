@@ -84,7 +84,7 @@ def _priced(family: Family, slopes: np.ndarray, exact: bool) -> Plan:
         kept_price=price(ACTIVATIONS, load.share),
         stream_price=price(STREAM, load.share),
         gather_prices=gathered if any(gathered) else (),
-        fixed_price=price(FIXED, 1.0),
+        fixed_price=price(FIXED, load.runs),
         large_prices=large if any(large) else (),
         sums_price=rounded(float(slopes[SUMS]) / run),
         compute_price=round(32 * min(1.0, float(slopes[COMPUTE]) / load.share / run)) / 32,

@@ -188,7 +188,7 @@ def _axis_steps(
     for axis in plan.data_axes:
         pinned: dict[str, Type] = {key: Varying(0, cuts[axis]) for key in problem.batch_inputs}
         policy = Policy("data", pinned, problem.loss)
-        yield _AxisStep(_axis(plan, axis), coordinates[axis], policy, Volume())
+        yield _AxisStep(_axis(problem, plan, axis), coordinates[axis], policy, Volume())
     if plan.microbatches > 1:
         rows = problem.local_batches[plan.data_rank(coordinates)]
         slices: dict[str, Type] = {key: Varying(0, (balanced_sizes(rows, plan.microbatches),)) for key in problem.batch_inputs}
@@ -198,13 +198,16 @@ def _axis_steps(
         layouts = Layouts() if problem.ragged else plan.layouts
         policy, prices = rules(layouts, problem.loss, plan.layout, seconds)
         mixed = mixed_rules(layouts, problem.loss, seconds)
-        yield _AxisStep(_axis(plan, "tp"), coordinates["tp"], policy, prices, mixed, plan.layouts.groups)
+        yield _AxisStep(_axis(problem, plan, "tp"), coordinates["tp"], policy, prices, mixed, plan.layouts.groups)
 
 
-def _axis(plan: Plan, name: str) -> Axis:
-    """Joined are axes in the order of the mesh, in which ranks are numbered."""
+def _axis(problem: Problem, plan: Plan, name: str) -> Axis:
+    """Joined are axes in the order of the mesh, in which ranks are numbered. None, where ranks of other lengths place each by
+    itself, and might not agree; nor data axes over which samples lie in unequal shares, which no one cuts anew."""
     before = plan.mesh.axes[: plan.mesh.axes.index(name)]
-    return Axis(name, plan.mesh.size(name), tuple(a for a in before if a in DATA_AXES))
+    unequal = len(set(problem.local_batches)) > 1 and name in DATA_AXES
+    joins = () if problem.ragged or unequal else tuple(a for a in before if a in DATA_AXES)
+    return Axis(name, plan.mesh.size(name), joins)
 
 
 def _leader(problem: Problem, plan: Plan, coordinates: Mapping[str, int]) -> dict[str, int]:

@@ -19,9 +19,8 @@ class Layouts:
     kept_price    any layouts: seconds, of a micro-batch's, that a byte costs which it keeps for its backward
     stream_price  any layouts: the same of the residual stream, which crosses the borders of stages
     gather_prices   any layouts: the same of what one of the heaviest blocks gathers (compiler/heaviest.py), in their order
-    fixed_price     any layouts: seconds that a byte costs which is kept whatever the batch
-    large_prices    any layouts: of a micro-batch's, what a byte costs that the backward of one of the largest ops holds at once
-                    (compiler/large_ops.py), in their order
+    fixed_price     any layouts: the same of one that is kept whatever the batch
+    large_prices    any layouts: the same of what the backward of one of the largest ops holds (compiler/large_ops.py), by number
     compute_price   any layouts: what a second of compute counts, less than 1 where it hides traffic over the data axes
     sums_price    any layouts: what a second counts in which gradients are summed over the axis, once a step, against one of the
                   micro-batches; below 0 where data ranks whose axis holds copies sum theirs faster. None: as the load says

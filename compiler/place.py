@@ -165,12 +165,12 @@ def _kinds(types: Sequence[Type]) -> tuple[object, ...]:
 
 
 def _alike(one: Strategy, other: Strategy | None) -> bool:
-    """Whether both run an op in one way, on shapes that may differ."""
-    return other is not None and (one.label, _kinds(one.ins), _kinds(one.outs)) == (
-        other.label,
-        _kinds(other.ins),
-        _kinds(other.outs),
-    )
+    """Whether both run an op in one way, on shapes that may differ; by which of a factor's cuts is not asked."""
+
+    def way(s: Strategy) -> tuple[object, ...]:
+        return s.label.partition("#")[0], _kinds(s.ins), _kinds(s.outs)
+
+    return other is not None and way(one) == way(other)
 
 
 class _Builder:

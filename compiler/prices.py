@@ -94,11 +94,24 @@ class Volume:
             # Cut by rows (the vocabulary), as the loss wants a tied table; by columns would save half the traffic of one lookup.
             by_columns = 2.0 * size_of(call.results[0]) if isinstance(strategy.outs[0], Varying) else 0.0
             return self.REPLICATED * size_of(call.operands[0]) * float(held(strategy.ins[0], axis) == 1.0) + by_columns
-        if call.target is convert and strategy.target is convert:  # with a conversion over another axis, which saves its latency
-            (src,), (dst,), (meta,) = strategy.ins, strategy.outs, call.operands
-            return 0.99 * self.conversion(src, dst, meta, axis)
+        if call.target is convert:
+            return self.ELEMENTWISE * total * share + self._earlier(call, strategy, axis)
         kept = sum(size_of(m) * held(t, axis) for m, t in zip(call.results, strategy.outs, strict=True) if m.grad)
         return self.ELEMENTWISE * total * share + self.activations * kept
+
+    def _earlier(self, call: OpCall, strategy: Strategy, axis: Axis) -> float:
+        """What a conversion over an axis before this one moves, of what this one leaves of the value, or one over both at once. Of
+        as many bytes a sum over both saves the latency of a tree, and other exchanges have those of a ring all around."""
+        _, name, src, dst = strategy.args or call.args
+        if not set(call.args[1].split("+")) <= set(axis.joins):
+            return 0.0
+        (meta,), (type_,) = call.operands, strategy.ins
+        whole = size_of(meta) * (src.global_size / meta.shape[src.dim] if isinstance(src, Varying) else 1.0)
+        kinds = conversion_kinds(src, dst, meta.grad)
+        volume = sum(COLLECTIVE_VOLUME[kind] for kind in kinds) * whole
+        if name == call.args[1]:
+            return volume * held(type_, axis)
+        return volume * (0.99 if "all_reduce" in kinds else 1.01)
 
     def share(self, type_: Type, axis: Axis) -> float:
         """The share of a value that a rank works on. Of the batch, the mean: how it lies on the ranks is not ours to even out."""

@@ -96,7 +96,7 @@ def policy_of(layouts: Layouts, loss: str | None, pinned: Mapping[str, Type], sh
     keys = {f"param.{name}": type_ for name, type_ in pinned.items()}
     kept, stream, gathered = layouts.kept_price * share, layouts.stream_price * share, [p * runs for p in layouts.gather_prices]
     large = [price * share for price in layouts.large_prices]
-    sizes = kept, stream, layouts.fixed_price, large, gathered
+    sizes = kept, stream, layouts.fixed_price * runs, large, gathered
     return Policy("tensor", keys, loss, layouts.sequence, layouts.byte_price, *sizes)
 
 
@@ -110,7 +110,7 @@ def totals_prices(layouts: Layouts, load: Load) -> np.ndarray:
         found[[HEAVIEST, SECOND]] = np.array(layouts.gather_prices) * load.runs
     if layouts.large_prices:
         found[LARGE] = np.array(layouts.large_prices) * load.share
-    found[FIXED] = layouts.fixed_price
+    found[FIXED] = layouts.fixed_price * load.runs
     return found
 
 

@@ -21,8 +21,10 @@ from shardwright.compiler.layouts import Layouts, Mixed
 from shardwright.compiler.levels import Level, Parameter, levels
 from shardwright.compiler.lowered_cost import LoweredCost
 from shardwright.compiler.placed_cost import placed_cost
+from shardwright.compiler.plan import Plan
 from shardwright.compiler.runner_up import next_best, next_best_along
 from shardwright.compiler.tensor_axis import tensor_placement
+from shardwright.compiler.topology import Level as Network
 from shardwright.passes.graph_tools import metas, op_calls
 from shardwright.passes.rules.base import Axis
 from shardwright.passes.shard import ShardingError
@@ -185,6 +187,14 @@ def test_levels_of_a_parameter_are_those_of_plans(axes: dict[str, int]) -> None:
                 assert predicted is not None
                 assert level.seconds == pytest.approx(predicted.parts["data"], rel=0.02)  # its latencies aside
                 assert level.held == pytest.approx(predicted.parts["state bytes"], rel=1e-9)
+
+
+def test_of_small_copies_a_rank_holds_less() -> None:
+    slow = Topology(CPU.device, (Network("network", 8, 1e9, 1.0),))
+    fast = Plan(Mesh(("dp_shard", "tp"), (2, 4)), zero=2)
+    copied = Parameter(1e3, trained=True, again=False, copied=True)
+    held = [levels(p, slow, "norm.weight", copied)[0].held for p in (fast, replace(fast, small_copies=True))]
+    assert held[1] < 0.6 * held[0]
 
 
 def places(found: list[Level], zero: int) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -414,23 +414,45 @@ def coupled() -> harness.Case:
 UNEQUAL = [
     ({"dp_replicate": 2, "dp_shard": 2}, [1, 3, 2, 2]),
     ({"dp_replicate": 2, "dp_shard": 2}, [3, 3, 1, 1]),
+    ({"dp_replicate": 2, "dp_shard": 2}, [1, 1, 2, 4]),
     ({"dp_shard": 2, "tp": 2}, [1, 7]),
     ({"dp_shard": 2, "tp": 2}, [5, 3]),
 ]
 
 
+class Contrast(nn.Module):
+    """Each sample against all others of the batch: they are gathered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        scores = self.one(x) @ self.other(y).t()
+        return {"loss": F.cross_entropy(scores, torch.arange(len(x)))}
+
+
+@cache
+def contrast() -> harness.Case:
+    torch.manual_seed(0)
+    return harness.prepare(Contrast(), {"x": torch.randn(8, 6), "y": torch.randn(8, 6)})
+
+
+@pytest.mark.parametrize("make", [coupled, contrast])
 @pytest.mark.parametrize(("axes", "shares"), UNEQUAL, ids=str)
-def test_data_ranks_with_unequal_shares_place_alike(axes: dict[str, int], shares: list[int]) -> None:
-    programs = emit_all(coupled(), Plan(harness.mesh(**axes)), shares)
+def test_data_ranks_with_unequal_shares_place_alike(
+    make: Callable[[], harness.Case], axes: dict[str, int], shares: list[int]
+) -> None:
+    programs = emit_all(make(), Plan(harness.mesh(**axes)), shares)
     check_schedules(programs)
-    compare(coupled(), programs, run(coupled(), programs))
+    compare(make(), programs, run(make(), programs))
 
 
 def test_ranks_that_place_by_themselves_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """One has summed over the replicas what its peer has summed over the shards: every collective by itself fits. (Where both axes
     are summed over at once, there is no order to differ in.)"""
     monkeypatch.setattr(emission, "_has_unequal_shapes", lambda *_: False)
-    monkeypatch.setattr(emission, "_axis", lambda plan, name: Axis(name, plan.mesh.size(name)))
+    monkeypatch.setattr(emission, "_axis", lambda _, plan, name: Axis(name, plan.mesh.size(name)))
     programs = emit_all(coupled(), Plan(harness.mesh(dp_replicate=2, dp_shard=2)), [1, 3, 2, 2])
     with pytest.raises(MismatchError, match="meet in different collectives"):
         check_schedules(programs)

@@ -21,9 +21,10 @@ from shardwright.compiler.cost import Seconds
 from shardwright.compiler.emit import emit as emit_rank
 from shardwright.compiler.keeping import keeping
 from shardwright.compiler.layouts import Layouts, Mixed
+from shardwright.compiler.place import Policy
 from shardwright.compiler.placed_cost import PlacedCost, placed_cost
 from shardwright.compiler.plan import Plan
-from shardwright.compiler.tensor_axis import Load, TensorAxis, load_for, tensor_placement, totals_prices
+from shardwright.compiler.tensor_axis import Load, TensorAxis, load_for, policy_of, tensor_placement, totals_prices
 from shardwright.compiler.topology import Device, Level
 from shardwright.compiler.totals import totals_of
 from shardwright.compiler.traffic import received
@@ -98,6 +99,19 @@ def test_a_smaller_share_of_the_batch_leaves_parameters_where_they_are() -> None
 
     assert sums(64.0) > 10 * sums(1 / 64)
     assert sums(64.0, 64) >= sums(64.0), "a sum is made once a step, for all its micro-batches"
+
+
+def test_a_micro_batch_is_placed_by_its_own_prices() -> None:
+    """Emission places one micro-batch, the search a step of several: it pays as many times the prices of all but parameters."""
+    layouts = Layouts(
+        byte_price=1e-9, kept_price=2e-9, stream_price=3e-9, gather_prices=(4e-9, 5e-9), fixed_price=6e-9, large_prices=(7e-9,) * 4
+    )
+    step, one = policy_of(layouts, None, {}, share=0.5, runs=8), policy_of(layouts, None, {}, share=0.5 / 8)
+
+    def prices(policy: Policy) -> list[float]:
+        return [policy.kept_price, policy.stream_price, policy.fixed_price, *policy.gather_prices, *policy.large_prices]
+
+    assert prices(step) == pytest.approx([8 * price for price in prices(one)])
 
 
 def test_time_needs_a_machine() -> None:

@@ -7,15 +7,22 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 
 import pytest
 import torch
+from harness import prepare, problem_of
 from programs import case, lowered, plan
+from torch import Tensor, nn
 
 from shardwright.compiler.cost import Seconds, local_meta
+from shardwright.compiler.emit import emit
+from shardwright.compiler.layout import with_layout
 from shardwright.compiler.topology import Topology
+from shardwright.passes.check_schedules import check_schedules
 from shardwright.passes.convert import convert, exists, is_free
+from shardwright.passes.ops.collectives import COMMUNICATION
 from shardwright.passes.rules.base import Axis, OpCall, Operand, TensorMeta, strategies
 from shardwright.passes.types import I, P, Partial, R, Type, Varying, shard
 from shardwright.runtime.program import Mesh
@@ -142,3 +149,31 @@ def test_axes_that_the_mesh_has_in_another_order_are_not_joined() -> None:
     assert [s.ins for s in strategies(call, Axis("tp", 2, ("dp_shard",))) if s.label == "at once"] == [(P,)]
     for joins in ((), ("dp_replicate",)):
         assert "at once" not in {s.label for s in strategies(call, Axis("tp", 2, joins))}
+
+
+class Counted(nn.Module):
+    """A loss over a count of what is called with, which is computed in so many ops that a tensor axis takes part of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        for _ in range(20):
+            weights = (weights * 0.5).tanh()
+        lost = (self.down(self.up(x).relu()) - x).square().mean(-1)
+        return {"loss": lost.sum() / weights.square().mean(-1).sum()}
+
+
+def test_ranks_with_other_lengths_join_no_axes() -> None:
+    """Each places by itself: one might sum the count over data and tensor ranks at once, the other in two steps."""
+    torch.manual_seed(0)
+    model, wanted, problems = Counted(), plan(dp_shard=2, tp=2), []
+    for length in (4, 16):
+        found = prepare(model, {"x": torch.randn(4, length, 8), "weights": torch.randn(4, length, 8)})
+        problems.append(replace(problem_of(found, [2, 2]), ragged=True))
+    wanted = with_layout(problems[0], wanted)
+    programs = [emit(problems[wanted.data_rank(wanted.mesh.coordinates(rank))], wanted, rank) for rank in range(4)]
+    check_schedules(programs)
+    nodes = [n for program in programs for spec in program.graphs.values() for n in spec.graph.graph.nodes]
+    assert {n.args[1] for n in nodes if n.target in COMMUNICATION} == {"dp_shard", "tp"}
