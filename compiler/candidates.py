@@ -247,9 +247,10 @@ class Search:
 
     def predict(self, plan: Plan, cost: PlacedCost, whole: Whole | None = None) -> tuple[Plan, Prediction]:
         """The plan, at this cost, in the least time; where that does not fit, with small copies, if these take fewer bytes."""
-        fast, small = (replace(plan, small_copies=each) for each in (False, True))
+        fast = replace(plan, small_copies=False) if plan.small_copies else plan
         found = self.steps.predict(fast, cost, whole)
         if found.peak_bytes > self.limit and plan.zero and cost.sums:
+            small = replace(plan, small_copies=True)
             smaller = self.steps.predict(small, cost, whole)
             if smaller.peak_bytes < found.peak_bytes:
                 return small, smaller

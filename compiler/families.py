@@ -16,7 +16,7 @@ from .heaviest import COUNT
 from .layouts import Layouts
 from .plan import Plan
 from .tensor_axis import Explored, Load
-from .totals import HEAVIEST, LARGE, SECOND, Envelope, Least, tangent, totals_of
+from .totals import HEAVIEST, LARGE, OF_BYTES, OF_SECONDS, SECOND, Envelope, Least, tangent, totals_of
 
 if TYPE_CHECKING:
     from .candidates import Search
@@ -132,7 +132,8 @@ class Family:
     @cached_property
     def envelope(self) -> Envelope:
         """Of what its plans take at least."""
-        return Envelope(*self.search.steps.at_least(self.plan, self.whole, self.search.tensor.least(self.plan.mesh.size("tp"))))
+        functions = self.search.steps.at_least(self.plan, self.whole, self.search.tensor.least(self.plan.mesh.size("tp")))
+        return Envelope(*functions, (OF_SECONDS, OF_BYTES))
 
 
 def smallest(families: Sequence[Family], count: int) -> list[Family]:

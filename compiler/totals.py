@@ -27,6 +27,14 @@ RUNS, COMPUTE, TRAFFIC, SUMS, PARAMETERS, TRAINABLE, READ_AGAIN, ACTIVATIONS, FI
     len(TOTALS)
 )
 
+ALL = range(len(TOTALS))
+
+OF_SECONDS = (RUNS, COMPUTE, TRAFFIC, SUMS, PARAMETERS, TRAINABLE, READ_AGAIN, STREAM)
+"""What the seconds of a step depend on."""
+
+OF_BYTES = (SUMS, PARAMETERS, TRAINABLE, ACTIVATIONS, FIXED, HEAVIEST, SECOND, *LARGE)
+"""What the bytes of its peak depend on."""
+
 SLACK = 1e-5
 """The share by which a bound may be too high for a solver's rounding."""
 
@@ -62,17 +70,20 @@ Function = Callable[[np.ndarray], float]
 """Of totals, and convex in these."""
 
 
-def tangent(of: Function, totals: np.ndarray, scale: np.ndarray) -> Line:
-    """A line that touches a function near `totals` and is nowhere above it. scale: of each total, about how large it is.
+def tangent(of: Function, totals: np.ndarray, scale: np.ndarray, depends: Sequence[int] = ALL) -> Line:
+    """A line that touches a function near `totals` and is nowhere above it.
+
+    scale      of each total, about how large it is
+    depends    the totals that the function depends on
 
     Near it, and not there: where the larger of two totals counts, slopes are those of one of them.
     """
     totals = totals + 1e-4 * scale / np.arange(2, 2 + len(scale))
     here = of(totals)
     slopes = np.zeros(len(totals))
-    for j, size in enumerate(scale):
+    for j in depends:
         there = totals.copy()
-        there[j] += 1e-7 * size
+        there[j] += 1e-7 * scale[j]
         slopes[j] = (of(there) - here) / (there[j] - totals[j])
     return Line(slopes, float(here - slopes @ totals))
 
@@ -100,18 +111,20 @@ class Envelope:
     """What plans take by the totals of their placement, and lines that touch these functions from below, as far as they were asked.
 
     seconds, size    of a step, and bytes of its peak
+    depends          the totals that each of the two depends on
     time, room       lines of these
     """
 
     seconds: Function
     size: Function
+    depends: tuple[Sequence[int], Sequence[int]] = ALL, ALL
     time: list[Line] = field(default_factory=list)
     room: list[Line] = field(default_factory=list)
 
     def touch(self, totals: np.ndarray, scale: np.ndarray, limited: bool) -> None:
-        self.time.append(tangent(self.seconds, totals, scale))
+        self.time.append(tangent(self.seconds, totals, scale, self.depends[0]))
         if limited:
-            self.room.append(tangent(self.size, totals, scale))
+            self.room.append(tangent(self.size, totals, scale, self.depends[1]))
 
 
 @dataclass(frozen=True)

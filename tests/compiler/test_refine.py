@@ -24,7 +24,7 @@ from shardwright.compiler.layouts import Layouts, Mixed
 from shardwright.compiler.plan import Plan, Prediction
 from shardwright.compiler.strategy import resolve
 from shardwright.compiler.topology import Level, Topology
-from shardwright.compiler.totals import totals_of
+from shardwright.compiler.totals import OF_BYTES, OF_SECONDS, totals_of
 
 PRICES = ((0.0, 0.0), (1e-11, 0.0), (1e-9, 0.0), (1e-9, 1e-10), (1e-8, 1e-8), (1e-7, 1e-9))
 """Of a byte held and of one kept."""
@@ -99,7 +99,12 @@ def test_a_step_takes_no_less_than_its_totals_say(model: str, topology: Topology
         cost = search.tensor.cost(size, Layouts(byte_price=held, kept_price=kept), search.load(plan))
         least, whole = search.tensor.least(size), search.steps.whole(plan.stages)
         few, most = (1, len(whole) - 1) if plan.zero == 3 else (0, 0)
-        between = [of(totals_of(cost)) for of in search.steps.at_least(plan, whole[few : most + 1], least)]
+        functions = search.steps.at_least(plan, whole[few : most + 1], least)
+        between = [of(totals_of(cost)) for of in functions]
+        for of, depends in zip(functions, (OF_SECONDS, OF_BYTES), strict=True):
+            others = totals_of(cost)
+            others[[j for j in range(len(others)) if j not in depends]] *= 7.0
+            assert of(others) == of(totals_of(cost))
         for k in range(few, most + 1):
             found = search.steps.predict(replace(plan, whole=whole[k].names), cost, whole[k])
             seconds, size = (of(totals_of(cost)) for of in search.steps.at_least(plan, whole[k : k + 1], least))
