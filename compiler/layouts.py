@@ -58,7 +58,7 @@ class Layouts:
         """Of what `dataclasses.asdict` gives, or JSON of it."""
         mixed = data["mixed"]
         found = Mixed(tuple(mixed["blocks"]), cls.from_data(mixed["layouts"])) if mixed else None
-        prices = {name: tuple(data[name]) for name in ("gather_prices", "large_prices")}
+        prices = {name: tuple(data.get(name, ())) for name in ("gather_prices", "large_prices")}
         return cls(**{**data, **prices, "mixed": found})
 
 
