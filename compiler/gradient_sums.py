@@ -124,11 +124,7 @@ class GradientSums:
     def copies(self, size: float) -> Sums:
         """Of parameters that tp holds copies of; in all they have so many bytes, whole over the data axes. Few bytes go the way of
         the fewest latencies, many that of the most bandwidth."""
-        ways = self._copies_ways
-        if self.small:
-            most = max(way.left for way in ways)
-            ways = [way for way in ways if way.left == most]
-        return cheapest(ways, size * self.held)
+        return cheapest(self._ways_to_take, size * self.held)
 
     def if_short(self, copied: bool) -> Iterator[Sums]:
         """What is left to do, one after the other, where the dims of a parameter are too short to be cut in so many shards."""
@@ -176,6 +172,12 @@ class GradientSums:
             return self._time(k, step)._replace(latency=0.0) if together else self._time(k, step)
 
         return self._ways(self._with_tp, self._cut, time)
+
+    @cached_property
+    def _ways_to_take(self) -> list[Way]:
+        """Of copies."""
+        most = max(way.left for way in self._copies_ways)
+        return [way for way in self._copies_ways if way.left == most or not self.small]
 
     @property
     def _data(self) -> tuple[str, ...]:

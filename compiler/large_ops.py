@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from torch import fx
 
@@ -32,18 +31,20 @@ def large_ops(
     nodes: defaultdict[str, list[fx.Node]] = defaultdict(list)
     for node in gradients:
         nodes[offered.first(node)].append(node)
-    places: dict[object, list[Large]] = {}
+    places: dict[object, list[tuple[Decision, tuple[float, ...], float]]] = {}
     counts = Counter[object]()
     for name, alike in nodes.items():
         d = offered.decisions[name]
         block = d.node.meta.get("block")
         run, share = offered.stand_ins.get(block, (block, 1.0))
         counts[block] += 1  # like blocks have like ops in one order
-        sizes = _own(d, [gradients[node] for node in alike])
-        beside = min(_least_beside(moments[node], offered) for node in alike)
-        places.setdefault((run, counts[block]), []).append(Large(0, d.index, sizes, beside, share))
-    most = sorted(places.values(), key=lambda found: -max(sum(large.sizes) for large in found))[:COUNT]
-    return [replace(large, number=k) for k, found in enumerate(most) for large in found]
+        places.setdefault((run, counts[block]), []).append((d, _own(d, [gradients[node] for node in alike]), share))
+    most = sorted(places.values(), key=lambda found: -max(sum(sizes) for _, sizes, _ in found))[:COUNT]
+
+    def beside(d: Decision) -> float:
+        return min(_least_beside(moments[node], offered) for node in nodes[d.name])
+
+    return [Large(k, d.index, sizes, beside(d), share) for k, found in enumerate(most) for d, sizes, share in found]
 
 
 def _own(d: Decision, made: Sequence[Sequence[bool]]) -> tuple[float, ...]:

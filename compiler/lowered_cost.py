@@ -11,10 +11,11 @@ from torch import fx
 from ..passes.convert import convert, makes_whole
 from ..passes.graph_tools import is_parameter, op_calls
 from ..passes.rules.base import OpCall, replicated
-from ..passes.types import I, Varying
-from .cost import Seconds, conversion_bytes, size_of
+from ..passes.types import I
+from .cost import Seconds, conversion_bytes
 from .needs import read_again
 from .plan import Plan
+from .prices import whole_size
 from .topology import Topology
 
 
@@ -61,8 +62,7 @@ class LoweredCost:
             if call.target is convert:
                 _, axis, src, dst = call.args
                 (meta,) = call.operands
-                size = size_of(meta) * (src.global_size / meta.shape[src.dim] if isinstance(src, Varying) else 1)
-                found += conversion_bytes(src, dst, size, self.plan.mesh.size(axis), meta.grad).total
+                found += conversion_bytes(src, dst, whole_size(meta, src), self.plan.mesh.size(axis), meta.grad).total
         return found
 
     def _made(self, node: fx.Node) -> Iterator[OpCall]:

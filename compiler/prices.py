@@ -29,6 +29,11 @@ def size_of(meta: TensorMeta) -> int:
     return n
 
 
+def whole_size(meta: TensorMeta, type_: Type) -> float:
+    """Bytes of a value of which a rank holds `meta`, over an axis that it is lowered along."""
+    return size_of(meta) * (type_.global_size / meta.shape[type_.dim] if isinstance(type_, Varying) else 1.0)
+
+
 def held(type_: Type, axis: Axis) -> float:
     """The largest share of a value that one rank of the axis holds."""
     if not isinstance(type_, Varying):
@@ -106,9 +111,8 @@ class Volume:
         if not set(call.args[1].split("+")) <= set(axis.joins):
             return 0.0
         (meta,), (type_,) = call.operands, strategy.ins
-        whole = size_of(meta) * (src.global_size / meta.shape[src.dim] if isinstance(src, Varying) else 1.0)
         kinds = conversion_kinds(src, dst, meta.grad)
-        volume = sum(COLLECTIVE_VOLUME[kind] for kind in kinds) * whole
+        volume = sum(COLLECTIVE_VOLUME[kind] for kind in kinds) * whole_size(meta, src)
         if name == call.args[1]:
             return volume * held(type_, axis)
         return volume * (0.99 if "all_reduce" in kinds else 1.01)

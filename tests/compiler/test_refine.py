@@ -17,6 +17,7 @@ from properties import TIMES
 from torch import nn
 
 import shardwright
+from benchmarks.plan_limits import vit_large
 from shardwright import Strategy
 from shardwright.compiler import refine
 from shardwright.compiler.candidates import Candidate, Search
@@ -214,23 +215,16 @@ def large_llama() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
     config = transformers.LlamaConfig(vocab_size=32000, num_hidden_layers=16, use_cache=False, **sizes)
     tokens = {name: torch.empty(1, 8192, dtype=torch.int64) for name in ("input_ids", "labels")}
-    return transformers.LlamaForCausalLM(config).bfloat16(), tokens
+    return transformers.LlamaForCausalLM(config), tokens
 
 
-def large_vit() -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """Of few bytes, of which what a backward holds at once are a share that counts."""
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
-    config = transformers.ViTConfig(num_hidden_layers=24, num_labels=1000, **sizes)
-    images = torch.empty(16, 3, 224, 224, dtype=torch.bfloat16)
-    return transformers.ViTForImageClassification(config).bfloat16(), {"pixel_values": images, "labels": torch.empty(16).long()}
-
-
-@pytest.mark.parametrize(("make", "devices", "share"), [(large_llama, 64, 0.45), (large_vit, 8, 0.35)], ids=["llama", "vit"])
+@pytest.mark.parametrize(("make", "devices", "share"), [(large_llama, 64, 0.45), (vit_large, 8, 0.35)], ids=["llama", "vit"])
 @pytest.mark.filterwarnings("ignore:outputs that are not tensors")
 def test_of_a_large_model_the_gap_is_below_a_hundredth(make: Callable[[], Any], devices: int, share: float) -> None:
     """Where the fastest plan does not fit, by far."""
     with torch.device("meta"):
         model, batch = make()
+        model.bfloat16()
 
     def predicted(limit: float | None) -> Prediction:
         topology = Topology.preset("h100", devices=devices)
