@@ -3,22 +3,23 @@
 `torch.export` would keep such an op as one node with a graph of its own, to which no sharding rule applies. How often a body
 runs is known while a model is traced: for a scan or a map from the length of what it goes over, for a loop or a branch where the
 condition depends on no tensor's values. So the body is called that often, and its ops become nodes like any other.
-`fidelity.Watch` sees these ops come, and then what their bodies call, step by step. Loops and branches that depend on data are
-refused.
+`fidelity.Watch` sees these ops come, and then what their bodies call, step by step. Of branches that depend on data all are
+computed (branches.py); loops that do are refused.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from .branches import Branch, chosen
 from .capture_error import CaptureError
-from .torch_compat import OpOverload, asks_for_values, generic_associative_scan, pytree
+from .torch_compat import OpOverload, asks_for_values, generic_associative_scan, pytree, unlogged_guards
 
 Body = Callable[..., Any]
 
@@ -40,9 +41,10 @@ ON_GPUS = {
 
 @dataclass
 class Steps:
-    """The steps of control flow that one trace has taken."""
+    """The steps of control flow that one trace has taken, and the branches that it is in, outermost first."""
 
     taken: int = 0
+    inside: list[Branch] = field(default_factory=list)
 
     def count(self, number: int, name: str, source: str | None) -> None:
         """Warn when so many steps more make a long graph."""
@@ -204,33 +206,40 @@ def _cond(
     **options: Any,
 ) -> Any:
     known = _known(condition)
-    if known is None:
-        raise CaptureError(
-            "torch.cond takes the branch that the values of a tensor say, so that its graph depends on data",
-            source,
-            "compute both and choose by torch.where(condition, a, b), or make the condition a Python bool",
-        )
-    return if_true(*operands) if known else if_false(*operands)
+    if known is not None:
+        return if_true(*operands) if known else if_false(*operands)
+    _check_is_tensor("torch.cond", condition, source)
+    is_true = condition.reshape(()).bool()
+    return chosen(steps.inside, "torch.cond", (is_true, ~is_true), (if_true, if_false), operands, source)
 
 
 def _switch(
     steps: Steps, source: str | None, index: Any, branches: Sequence[Body], operands: Sequence[Any] = (), **options: Any
 ) -> Any:
     """The branch of that index, or the nearest one, where there is none."""
-    known = _known(index, int)
-    if known is None:
+    known, last = _known(index, int), len(branches) - 1
+    if known is not None:
+        return branches[min(max(known, 0), last)](*operands)
+    _check_is_tensor("switch", index, source)
+    nearest = index.reshape(()).clamp(0, last)
+    return chosen(steps.inside, "switch", [nearest == k for k in range(len(branches))], branches, operands, source)
+
+
+def _check_is_tensor(name: str, choice: Any, source: str | None) -> None:
+    """A number made of a tensor's value is no operation that a graph has."""
+    if not isinstance(choice, Tensor) or choice.numel() != 1:
         raise CaptureError(
-            "switch takes the branch that the values of a tensor say, so that its graph depends on data",
+            f"{name} chooses by a number that depends on the values of tensors",
             source,
-            "compute all and choose by torch.where, or make the index a Python int",
+            "keep it a tensor of one element: no .item()",
         )
-    return branches[min(max(known, 0), len(branches) - 1)](*operands)
 
 
 def _known(condition: Any, kind: type[Any] = bool) -> Any:
     """A condition's value, None where it depends on the values of tensors that the model is given or computes from them."""
     try:
-        return kind(condition)
+        with unlogged_guards():
+            return kind(condition)
     except Exception as error:
         if asks_for_values(error):
             return None

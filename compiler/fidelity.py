@@ -185,8 +185,17 @@ class Watch(TorchFunctionMode):
             self.keeping -= 1
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
+        named = kwargs or {}
         self._check_function(func)
+        for branch in self.steps.inside:
+            branch.check_call(func, args, named, _writes(getattr(func, "__name__", "")))
+            args, named = self._call(branch.enter, ((args, named),), {})
+        result = self._called(func, args, named)
+        for branch in self.steps.inside:
+            branch.note(result)
+        return result
+
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(func, torch_compat.HigherOrderOperator) and control_flow.has_body(func.name(), args):
             with self._active():
                 return self.steps.call(func.name(), args, kwargs, calling_line())
@@ -211,7 +220,7 @@ class Watch(TorchFunctionMode):
         if func == DATA:  # a trace would take it for a constant
             func, kwargs = Tensor.detach, {}
         name = getattr(func, "__name__", "")
-        if args and isinstance(args[0], Tensor) and _writes(name, args[0]):
+        if args and isinstance(args[0], Tensor) and _writes(name):
             _check_write(args[0], name)
             if any(args[0] is d for d in self.detached):
                 raise hidden_write(name)
@@ -275,7 +284,7 @@ def custom_function(name: str, source: str | None) -> CaptureError:
     )
 
 
-def _writes(name: str, tensor: Tensor) -> bool:
+def _writes(name: str) -> bool:
     in_place = name.endswith("_") and not name.endswith("__") and name not in IN_PLACE_ALLOWED_NAMES
     return in_place or name in ("__setitem__", "__set__", "__iadd__", "__imul__", "__isub__", "__itruediv__")
 

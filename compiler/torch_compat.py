@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -129,6 +130,17 @@ OPEN_BODIES = _OpenBodies()
 def asks_for_values(error: BaseException) -> bool:
     """Whether a trace ended because it needs the values of tensors. Waits for: public names of these errors."""
     return type(error).__name__ in ("GuardOnDataDependentSymNode", "DataDependentOutputException", "UserError")
+
+
+@contextmanager
+def unlogged_guards() -> Iterator[None]:
+    """While active, nothing is logged of values that a trace asked for in vain. Waits for: a way to ask whether they are known."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def chunked_cross_entropy() -> tuple[OpOverload, ...]:

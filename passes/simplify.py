@@ -6,6 +6,7 @@ Ensures   the same outputs, up to rounding, by these rewrites:
     pow(x, 1)                  x
     t(t(x))                    x                       and any transpose of the same dims
     view(view(x))              view(x), or x           where x is contiguous
+    where(c, x, x)             x                       a gate of a gradient (compiler/branches.py)
     expand(a) * (x * c)        expand(a * c) * x       c a number
     x + a * b                  addcmul(x, a, b)        where a * b has no other use
     x + a @ b                  addmm(x, a, b)          where a @ b has no other use; x as large, or a bias
@@ -113,6 +114,11 @@ def _view_of_view(node: fx.Node, graph: fx.Graph, values: Values) -> fx.Node | N
     may_copy = aten.reshape.default in (node.target, inner.target)
     target = aten.reshape.default if may_copy else aten.view.default
     return _made(node, graph, values, target, (source, shape)) if source is not inner else None
+
+
+def _either_is_it(node: fx.Node, graph: fx.Graph, values: Values) -> fx.Node | None:
+    _, x, y = arguments(node)
+    return x if x is y and isinstance(x, fx.Node) and _same_layout(x, node) else None
 
 
 def _number_on_the_smaller(node: fx.Node, graph: fx.Graph, values: Values) -> fx.Node | None:
@@ -256,6 +262,7 @@ _REWRITES: dict[Any, Rewrite] = {
     aten.transpose.int: _transpose_twice,
     aten.view.default: _view_of_view,
     aten._unsafe_view.default: _view_of_view,
+    aten.where.self: _either_is_it,
     aten.mul.Tensor: _number_on_the_smaller,
     aten.add.Tensor: _add,
 }

@@ -95,6 +95,7 @@ EAGER: dict[str, Body] = {
         lambda i, y: i < 3, lambda i, y: (i + 1, self.linear(y)), (torch.tensor(0), self.linear(x))
     )[1].sum(),
     "branch": lambda self, x: torch.cond(x.shape[0] > 4, self.linear, lambda y: self.linear(y) * 2, (x,)).sum(),
+    "branch on data": lambda self, x: torch.cond(self.linear(x).sum() > 0, self.linear, lambda y: self.linear(y) * 2, (x,)).sum(),
 }
 
 
@@ -123,6 +124,41 @@ def _nested_loops(self: Cell, x: Tensor) -> Tensor:
 @torch.compiler.nested_compile_region
 def _region(self: Cell, x: Tensor) -> Any:
     return self.linear(x)
+
+
+def _cond(condition: Any, if_true: Any, if_false: Any, *operands: Any) -> Any:
+    return torch.cond(condition, if_true, if_false, operands)
+
+
+def _overflows(self: Cell, x: Tensor) -> Tensor:
+    """What is not taken has no value for what it reads: operands, parameters, and a value from outside."""
+    outside = self.linear(x).sum(-1) - 1e3
+    return _cond(
+        x.sum() > 1e3,
+        lambda y: self.linear(y) * (y - 1e3).log() * outside.sqrt()[..., None],
+        lambda y: y * outside[..., None],
+        x * 2,
+    )
+
+
+def _branch_in_a_branch(self: Cell, x: Tensor) -> Tensor:
+    y = self.linear(x)
+
+    def inner(z: Tensor) -> Tensor:
+        return _cond(y.mean() > -5, lambda t: t * y, lambda t: (t * y - 1e3).log(), z.sin())
+
+    return _cond(x.sum() > 1e3, torch.log, inner, y)
+
+
+def _scan_in_a_branch(self: Cell, x: Tensor) -> Tensor:
+    return _cond(x.sum() > 1e3, torch.sqrt, lambda y: scan(self.step, self.start(x), y)[1], self.linear(x) * 2)
+
+
+def _trees_of_branches(self: Cell, x: Tensor) -> Tensor:
+    found = _cond(
+        x[0, 0, :1] < 9, lambda y: {"a": (y, None), "b": y > 0}, lambda y: {"a": (y * 2, None), "b": y > 1}, self.linear(x)
+    )
+    return found["a"][0].where(found["b"], 0.0)
 
 
 WRITTEN_OUT: dict[str, tuple[Body, Body]] = {
@@ -154,6 +190,34 @@ WRITTEN_OUT: dict[str, tuple[Body, Body]] = {
     "branch by a constant": (
         lambda self, x: torch.cond(torch.tensor(True), self.linear, lambda y: y * 2, (x,)).sum(),
         lambda self, x: self.linear(x).sum(),
+    ),
+    "branch that overflows": (
+        lambda self, x: _overflows(self, x).sum(),
+        lambda self, x: (2 * x * (self.linear(x).sum(-1) - 1e3)[..., None]).sum(),
+    ),
+    "branch in a branch": (
+        lambda self, x: _branch_in_a_branch(self, x).sum(),
+        lambda self, x: (self.linear(x).sin() * self.linear(x)).sum(),
+    ),
+    "scan in a branch": (
+        lambda self, x: _scan_in_a_branch(self, x).sum(),
+        lambda self, x: loop(self.step, self.start(x), self.linear(x) * 2)[1].sum(),
+    ),
+    "branch in a scan": (
+        lambda self, x: scan(lambda c, y: (_cond(c.sum() > 1e3, torch.log, torch.cos, c), c * y), self.start(x), x)[1].sum(),
+        lambda self, x: loop(lambda c, y: (c.cos(), c * y), self.start(x), x)[1].sum(),
+    ),
+    "trees of branches": (
+        lambda self, x: _trees_of_branches(self, x).sum(),
+        lambda self, x: self.linear(x).relu().sum(),
+    ),
+    "custom function in a branch": (
+        lambda self, x: _cond(x.sum() > 1e3, torch.log, lambda y: Fifth.apply(y), self.linear(x)).sum(),
+        lambda self, x: Fifth.apply(self.linear(x)).sum(),
+    ),
+    "branch with a norm that writes nothing": (
+        lambda self, x: _normalized(self.linear(x), F.batch_norm, training=False).sum(),
+        lambda self, x: self.linear(x).sum() / (1 + 1e-5) ** 0.5,
     ),
     "compile region": (
         lambda self, x: _region(self, x).sum(),
@@ -193,6 +257,7 @@ def test_captured_equals_what_it_stands_for(case: str) -> None:
     body, written_out = WRITTEN_OUT[case]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "torch.cond chooses by the values")
         found = captured(body)
     check_capture(found, Cell(written_out).double(), (example(),), {})
 
@@ -248,7 +313,7 @@ def test_an_associative_scan_as_a_graph_is_captured() -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch._higher_order_ops, "switch"), reason="torch before 2.14 has no switch")
-def test_a_switch_is_followed_by_a_number_and_refused_by_data() -> None:
+def test_a_switch_is_followed_by_a_number_and_computed_whole_by_data() -> None:
     def body(self: Cell, x: Tensor, index: Any) -> Tensor:
         return torch._higher_order_ops.switch(index, (self.linear, lambda y: self.linear(y) * 2), (x,)).sum()
 
@@ -259,8 +324,10 @@ def test_a_switch_is_followed_by_a_number_and_refused_by_data() -> None:
             (example(),),
             {},
         )
-    with pytest.raises(CaptureError, match="switch takes the branch"):
-        captured(lambda self, x: body(self, x, (x.sum() > 0).long()))
+    for index, factor in ((-3, 1), (0, 1), (1, 2), (5, 2)):
+        with pytest.warns(UserWarning, match="switch chooses by the values"):
+            found = captured(lambda self, x, i=index: body(self, x, (x.sum() < 1e3).long() * i))
+        check_capture(found, Cell(lambda self, x, f=factor: f * self.linear(x).sum()).double(), (example(),), {})
 
 
 def test_nodes_know_the_line_of_their_body() -> None:
@@ -294,24 +361,73 @@ def _hooked(carry: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return carry, carry * x
 
 
+def _normalized(x: Tensor, norm: Callable[..., Tensor], training: bool = True) -> Tensor:
+    mean, scale = x.new_zeros(3), x.new_ones(3)
+    return _cond(x.sum() < 1e3, lambda y: norm(y, mean, scale, training=training), torch.sin, x)
+
+
 REFUSED: dict[str, tuple[Body, str, str, str]] = {
-    "branch on data": (
-        lambda self, x: torch.cond(x.sum() > 0, self.linear, lambda y: self.linear(y) * 2, (x,)),
-        "torch.cond takes the branch that the values of a tensor say",
-        "torch.cond(",
-        "torch.where",
-    ),
     "loop on data": (
         lambda self, x: torch.while_loop(lambda i, y: y.sum() < 3, lambda i, y: (i + 1, self.linear(y)), (0, x))[1],
         "torch.while_loop takes as many steps as the values of tensors say",
         "torch.while_loop(",
         "fixed number of steps",
     ),
-    "branch in a scan": (
-        lambda self, x: scan(lambda c, y: (torch.cond(c.sum() > 0, torch.sin, torch.cos, (c,)), c * y), x[0], self.linear(x))[1],
-        "torch.cond takes the branch",
+    "branch by a number of data": (
+        lambda self, x: _cond(x.sum().item() > 0, self.linear, torch.sin, x),
+        "torch.cond chooses by a number that depends on the values of tensors",
         "torch.cond(",
-        "torch.where",
+        "no .item()",
+    ),
+    "branches of other shapes": (
+        lambda self, x: _cond(x.sum() > 0, self.linear, lambda y: y[:1], x),
+        "torch.float64 [5, 3, 4], torch.float64 [1, 3, 4]",
+        "torch.cond(",
+        "same dtype and shape",
+    ),
+    "branches of other structures": (
+        lambda self, x: _cond(x.sum() > 0, lambda y: (y, y), self.linear, x)[0],
+        "the branches of torch.cond return",
+        "torch.cond(",
+        "same structure",
+    ),
+    "branches with other numbers": (
+        lambda self, x: _cond(x.sum() > 0, lambda y: (y, 2), lambda y: (y, 3), x)[0],
+        "the branches of torch.cond return int, int",
+        "torch.cond(",
+        "return tensors",
+    ),
+    "branch that writes to an operand": (
+        lambda self, x: _cond(self.linear(x).sum() > 0, lambda y: y.mul_(2), torch.sin, x * 1),
+        "a branch of torch.cond writes to a tensor from outside",
+        "torch.cond(",
+        "return the new value",
+    ),
+    "branch that writes through a view": (
+        lambda self, x: _cond(x.sum() > 0, lambda y: y.view(-1)[3:].zero_().sum(), torch.sum, self.linear(x) * 1),
+        "a branch of torch.cond writes to a tensor from outside",
+        "torch.cond(",
+        "return the new value",
+    ),
+    "branch that writes to an argument by name": (
+        lambda self, x: _cond(x.sum() > 0, lambda y: torch.sin(x, out=y), torch.sin, x * 1),
+        "a branch of torch.cond writes to a tensor from outside",
+        "torch.cond(",
+        "return the new value",
+    ),
+    "branch with a batch norm": (
+        lambda self, x: _normalized(x, F.batch_norm),
+        "a branch of torch.cond writes to a tensor from outside",
+        "torch.cond(",
+        "return the new value",
+    ),
+    "branch with an instance norm": (
+        lambda self, x: _normalized(
+            x, lambda y, mean, scale, training: torch.instance_norm(y, None, None, mean, scale, training, 0.1, 1e-5, False)
+        ),
+        "a branch of torch.cond writes to a tensor from outside",
+        "torch.cond(",
+        "return the new value",
     ),
     "other carry": (
         lambda self, x: scan(lambda c, y: ((c + y)[:1], c * y), self.start(x), self.linear(x))[1],
@@ -429,8 +545,32 @@ class PerSample(nn.Module):
         return F.mse_loss(found, y)
 
 
+class Gated(nn.Module):
+    """Layers that are left out where the batch says so. What is not taken divides by zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(11, 8), nn.Linear(8, 11)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)) for _ in range(3))
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        for k, layer in enumerate(self.layers):
+            x = torch.cond(
+                (ids == k).sum() % 2 == 0,
+                lambda y, layer=layer: y + layer(y),
+                lambda y, layer=layer: y / (layer(y) - layer(y)),
+                (x,),
+            )
+            x = torch.cond(x.square().sum() < 1e4, torch.clone, torch.sin, (x,))
+        return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
 def _case(model: type[nn.Module]) -> Case:
     torch.manual_seed(0)
+    if model is Gated:
+        ids = torch.tensor([[0, 0, 5, 1], [6, 1, 7, 2], [2, 2, 8, 2], [3, 9, 10, 4]])
+        return prepare(Gated(), {"ids": ids, "labels": torch.randint(0, 11, (4, 4))})
     if model is Recurrent:
         return prepare(Recurrent(), {"ids": torch.randint(0, 11, (4, 5)), "labels": torch.randint(0, 11, (4, 5))})
     return prepare(PerSample(), {"x": torch.randn(4, 6, 5), "y": torch.randn(4, 6, 3)})
@@ -438,7 +578,7 @@ def _case(model: type[nn.Module]) -> Case:
 
 @pytest.fixture(scope="module")
 def cases() -> dict[type[nn.Module], Case]:
-    return {model: _case(model) for model in (Recurrent, PerSample)}
+    return {model: _case(model) for model in (Recurrent, PerSample, Gated)}
 
 
 STRATEGIES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
@@ -451,11 +591,12 @@ STRATEGIES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("model", [Recurrent, PerSample])
+@pytest.mark.parametrize("model", [Recurrent, PerSample, Gated])
 def test_equals_one_device(cases: dict[type[nn.Module], Case], model: type[nn.Module], strategy: str) -> None:
-    """A scan over time keeps its samples cut over the data axis. A map over samples has one micro-batch."""
+    """A scan over time keeps its samples cut over the data axis. What couples samples, as a map over
+    them or a branch by their values, has one micro-batch."""
     case, (axes, options) = cases[model], STRATEGIES[strategy]
-    if model is PerSample:
+    if model is not Recurrent:
         options = {k: v for k, v in options.items() if k != "microbatches"}
     plan = Plan(mesh(**axes), **options)
     programs = emit_all(case, plan, balanced_sizes(case.batch, plan.data_size))

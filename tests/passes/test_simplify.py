@@ -56,6 +56,11 @@ T, V, R, MM, ADDMM = aten.t.default, aten.view.default, aten.reshape.default, at
 
 REWRITTEN: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], list[Any]]] = {
     "power of one": (lambda x: aten.sin(aten.pow.Tensor_Scalar(x, 1.0)), (X,), [aten.sin.default]),
+    "where of one value": (
+        lambda x, y, mask: aten.sin(torch.where(mask, x, x)) + y,
+        (X, Y, X > 0),
+        [aten.sin.default, aten.add.Tensor],
+    ),
     "t of t": (lambda x, y: x.t().t() @ y.t(), (X, Y), [T, MM]),
     "transposes of one pair of dims, written in two ways": (
         lambda x: x.transpose(0, 1).transpose(-1, -2).sin(),
