@@ -20,8 +20,9 @@ from ..passes.convert import convert, exists, is_free, traffic
 from ..passes.graph_tools import map_operands
 from ..passes.ops.collectives import COMMUNICATION
 from ..passes.reshard import Ways, steps, ways_by_price
+from ..passes.routes import largest_shard, unsharded
 from ..passes.rules.base import Axis, OpCall, Operand, Strategy, TensorMeta, has_derivatives
-from ..passes.types import R, Type, Varying
+from ..passes.types import R, Type
 from ..runtime.program import Mesh
 from .topology import CollectiveKind, Device, Span, Topology, collective_bytes, collective_seconds
 
@@ -267,8 +268,8 @@ class Seconds:
         return self._known.nodes[key][-1]
 
     def _node_timing(self, call: OpCall, strategy: Strategy) -> Timing:
-        operands = tuple(m if m is None else local_meta(m, t) for m, t in zip(call.operands, strategy.ins, strict=True))
-        results = tuple(local_meta(m, t) for m, t in zip(call.results, strategy.outs, strict=True))
+        operands = tuple(m if m is None else largest_shard(m, t) for m, t in zip(call.operands, strategy.ins, strict=True))
+        results = tuple(largest_shard(m, t) for m, t in zip(call.results, strategy.outs, strict=True))
         local = replace(call, operands=operands, results=results)
         if strategy.target is not None:
             local = replace(local, target=strategy.target, args=strategy.args or (), kwargs=strategy.kwargs or {})
@@ -297,10 +298,11 @@ class Seconds:
         _, name, src, dst = call.args
         if self.mesh.size(name) == 1:  # micro-batches
             return Timing(0.0, 0.0)
-        (meta,) = call.operands
-        if isinstance(src, Varying):
-            meta = replace(meta, shape=(*meta.shape[: src.dim], src.global_size, *meta.shape[src.dim + 1 :]))
-        return self.conversion_timing(src, dst, meta, Axis(name, self.mesh.size(name)))
+        return self.conversion_timing(src, dst, unsharded(call.operands[0], src), Axis(name, self.mesh.size(name)))
+
+    def of_conversion(self, name: str, src: Type, dst: Type, meta: TensorMeta) -> float:
+        """Of one conversion over an axis, or several joined by "+", of a value that is `meta` before it is sharded over these."""
+        return self.conversion_timing(src, dst, meta, Axis(name, self.mesh.size(name))).once
 
     def placeholder(self, type_: Type, meta: TensorMeta, axis: Axis) -> float:
         """A Replicate parameter's gradient is summed once a step."""
@@ -358,13 +360,6 @@ class Seconds:
 def power_of_two(x: float) -> float:
     """The nearest."""
     return 2.0 ** round(math.log2(x))
-
-
-def local_meta(meta: TensorMeta, type_: Type) -> TensorMeta:
-    """The largest part of a value that one rank holds under `type_`."""
-    if not isinstance(type_, Varying):
-        return meta
-    return replace(meta, shape=(*meta.shape[: type_.dim], type_.largest_size, *meta.shape[type_.dim + 1 :]))
 
 
 @dataclass(frozen=True)

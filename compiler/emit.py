@@ -1,7 +1,7 @@
 """From a normalized graph and a plan to the program of one rank. A pure function: no devices, no process group.
 
 for each data axis, then micro-batches, then tp:  place ▶ shard ▶ check
-▶ stages ▶ prologue ▶ ZeRO gathers ▶ differentiate ▶ fuse, simplify ▶ partition ▶ buckets ▶ hoist, segment ▶ schedule
+▶ reroute ▶ stages ▶ prologue ▶ ZeRO gathers ▶ differentiate ▶ fuse, simplify ▶ partition ▶ buckets ▶ hoist, segment ▶ schedule
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ..passes.hoist import hoist
 from ..passes.ops import StaticCommunicator, use_communicator
 from ..passes.partition import partition
 from ..passes.prologue import TIME, split_prologue
+from ..passes.reroute import reroute
 from ..passes.rules.base import Axis
 from ..passes.segment import segment
 from ..passes.shard import shard
@@ -143,6 +144,7 @@ def lower(
         with use_communicator(StaticCommunicator(sizes, {**leader, TIME: last})):
             decided = lower(problem, plan, leader, values, last, known, barred).placements
     seconds = Seconds(plan.topology, plan.mesh) if plan.topology is not None else None
+    axes: list[Axis] = []
     for step in _axis_steps(problem, plan, coordinates, microbatch, seconds):
         axis, policy, calls, like = step.axis, step.policy, op_calls(gm), decided.get(step.axis.name)
         find = partial(_placed, gm, step, calls, like, (barred or {}).get(axis.name))
@@ -152,6 +154,9 @@ def lower(
         gm = shard(gm, axis, step.index, placement.choice, placement.placeholders, placement.outputs, values, calls, ways, twins)
         check(gm, axis, step.index, placement.placeholders)
         placements[axis.name] = placement
+        axes.append(axis)
+    if seconds is not None and len(axes) > 1 and not problem.ragged and len(set(problem.local_batches)) == 1:
+        gm = reroute(gm, axes, values, seconds.of_conversion, frozenset({TIME}))
     return Lowered(gm, placements)
 
 

@@ -5,8 +5,9 @@ What is cheapest depends on the machine: a `Ways` asks its prices, as `passes/sh
 Graphs are lowered one axis after the other, so a way has one axis, and what the axes before left of the value is its whole. Where a
 value changes its types over two axes, the search along the later one finds in which order, or whether at once: it prices the
 conversions of the earlier axis at what it leaves of the value (`Seconds` in compiler/cost.py), and may make one of them over the
-ranks of both (passes/rules/communication.py). Through which types the earlier way goes is not asked again. Gradients of parameters
-are summed over several axes by a search of its own (compiler/gradient_sums.py).
+ranks of both (passes/rules/communication.py). Through which other types it should rather go is found when all axes are lowered
+(passes/routes.py, reroute.py). Gradients of parameters are summed over several axes by a search of its own
+(compiler/gradient_sums.py).
 """
 
 from __future__ import annotations
