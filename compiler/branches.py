@@ -2,7 +2,7 @@
 
 Ranks that took different branches would meet different collectives, and a graph in a graph has no sharding rule. Computed side by
 side, the ops of all branches are nodes like any other. What is not taken may overflow, where it was never meant to be computed; so
-the gradients of what a branch reads from outside are chosen too, by a `where` (`Branch.enter`): zero times infinity is no gradient.
+the gradients of what a branch reads from outside are chosen too, by a `where` (`Scope.enter`): zero times infinity is no gradient.
 In the forward that is the operand itself, as `passes/simplify.py` sees.
 """
 
@@ -27,17 +27,17 @@ NORMS = (functional.batch_norm, functional.instance_norm)
 
 
 @dataclass
-class Branch:
-    """One branch while it is traced.
+class Scope:
+    """What is traced of one branch, or of a step of a loop.
 
     name       of the control flow, for errors
-    taken      bool, 0-dim: whether it is the one
+    taken      bool, 0-dim: whether it is the one; None: whatever is traced counts
     made       what its own ops gave
     entered    by its id, what it reads from outside, what its ops read instead, and how often each had been written to then
     """
 
     name: str
-    taken: Tensor
+    taken: Tensor | None
     source: str | None
     made: dict[int, Any] = field(default_factory=dict)
     entered: dict[int, tuple[Tensor, Tensor, tuple[int, int]]] = field(default_factory=dict)
@@ -50,13 +50,15 @@ class Branch:
         if id(x) in self.made:
             return x
         if id(x) not in self.entered:
-            inside = torch.where(self.taken, x, x.detach()) if x.requires_grad and torch.is_grad_enabled() else x
+            inside = x
+            if self.taken is not None and x.requires_grad and torch.is_grad_enabled():
+                inside = torch.where(self.taken, x, x.detach())
             self.entered[id(x)] = (x, inside, (write_count(x), write_count(inside)))
             self.note(inside)
         return self.entered[id(x)][1]
 
     def note(self, results: Any) -> None:
-        """That its own ops gave these."""
+        """That ops of it gave these."""
         self.made.update((id(x), x) for x in pytree.tree_leaves(results) if isinstance(x, Tensor))
 
     def check_call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], writes: bool) -> None:
@@ -72,14 +74,14 @@ class Branch:
 
     def _writes(self) -> CaptureError:
         return CaptureError(
-            f"a branch of {self.name} writes to a tensor from outside",
+            f"a body of {self.name} writes to a tensor from outside",
             self.source,
-            "return the new value from every branch, and write it where the control flow has ended",
+            "return the new value, and write it where the control flow has ended",
         )
 
 
 def chosen(
-    inside: list[Branch],
+    inside: list[Scope],
     name: str,
     takes: Sequence[Tensor],
     branches: Sequence[Callable[..., Any]],
@@ -100,7 +102,7 @@ def chosen(
     structure: Any = None
     results = []
     for taken, branch in zip(takes, branches, strict=True):
-        with _entered(inside, Branch(name, taken, source)):
+        with entered(inside, Scope(name, taken, source)):
             leaves, found = pytree.tree_flatten(branch(*operands))
         if structure is not None and found != structure:
             raise CaptureError(f"the branches of {name} return {structure} and {found}", source, "return the same structure")
@@ -123,7 +125,8 @@ def _statistics(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 @contextmanager
-def _entered(inside: list[Branch], branch: Branch) -> Iterator[None]:
+def entered(inside: list[Scope], branch: Scope) -> Iterator[None]:
+    """While active, what is traced is of this branch, the innermost."""
     inside.append(branch)
     try:
         yield

@@ -31,6 +31,7 @@ from . import fidelity, torch_compat
 from .call_structure import Branch, CallStructure, Slot, Tree, build, describe_output, flatten_call, signature, split_target
 from .capture_error import CaptureError
 from .fidelity import line_of_stack_trace
+from .loops import fold_loops
 from .regions import is_functional, settle_regions
 
 __all__ = ["CallStructure", "CaptureError", "Captured", "capture", "signature"]
@@ -326,6 +327,7 @@ def _readable(
     result = LazyGraphModule(nn.Module(), graph)
     if graph.find_nodes(op="call_function", target=aten.copy.default):
         result = rewrite(result, {aten.copy.default: views.copy})  # torch has no derivative of it
+    fold_loops(result)
     return result, _output_keys(program.graph_signature, names, result), constants
 
 

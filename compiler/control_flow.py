@@ -4,7 +4,7 @@
 runs is known while a model is traced: for a scan or a map from the length of what it goes over, for a loop or a branch where the
 condition depends on no tensor's values. So the body is called that often, and its ops become nodes like any other.
 `fidelity.Watch` sees these ops come, and then what their bodies call, step by step. Of branches that depend on data all are
-computed (branches.py); loops that do are refused.
+computed (branches.py); a loop that does is one op (loops.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .branches import Branch, chosen
+from ..passes.ops import loops as _ops  # noqa: F401  (defines the marks)
+from ..passes.ops.collectives import ops
+from .branches import Scope, chosen, entered
 from .capture_error import CaptureError
 from .torch_compat import OpOverload, asks_for_values, generic_associative_scan, pytree, unlogged_guards
 
@@ -44,7 +46,7 @@ class Steps:
     """The steps of control flow that one trace has taken, and the branches that it is in, outermost first."""
 
     taken: int = 0
-    inside: list[Branch] = field(default_factory=list)
+    inside: list[Scope] = field(default_factory=list)
 
     def count(self, number: int, name: str, source: str | None) -> None:
         """Warn when so many steps more make a long graph."""
@@ -97,7 +99,9 @@ def _scan(
     results = []
     for slices in _slices(steps, "scan", xs, source):
         found = tuple(body(*carry, *slices, *additional))
-        _check_carry(carry, found[: len(init)] if isinstance(body, fx.GraphModule) else pytree.tree_leaves(found[0]), source)
+        _check_carry(
+            "scan", carry, found[: len(init)] if isinstance(body, fx.GraphModule) else pytree.tree_leaves(found[0]), source
+        )
         leaves, structure = pytree.tree_flatten(found)
         carry = leaves[: len(init)]
         results.append(leaves[len(init) :])
@@ -158,12 +162,12 @@ def _stack(name: str, results: Sequence[Sequence[Any]], source: str | None) -> l
     return stacked
 
 
-def _check_carry(before: Sequence[Any], after: Sequence[Any], source: str | None) -> None:
-    """Eager's scan asks the same of its body."""
+def _check_carry(name: str, before: Sequence[Any], after: Sequence[Any], source: str | None) -> None:
+    """Eager asks the same of a body."""
     given, returned = (", ".join(_described(value) for value in values) for values in (before, after))
     if given != returned:
         raise CaptureError(
-            f"the body of scan is given a carry of {given} and returns one of {returned}",
+            f"the body of {name} is given a carry of {given} and returns one of {returned}",
             source,
             "return a carry like the one given, and start from one of that shape and dtype",
         )
@@ -185,15 +189,27 @@ def _while_loop(
     result: Any = tuple(carried)
     while (more := _known(condition(*carried, *additional))) is not False:
         if more is None:
-            raise CaptureError(
-                "torch.while_loop takes as many steps as the values of tensors say, so that its graph depends on data",
-                source,
-                "take a fixed number of steps, counted by a Python int, and keep what is done by torch.where(done, old, new)",
-            )
+            return _loop(steps, source, condition, body, carried, additional)
         steps.count(1, "torch.while_loop", source)
         result = body(*carried, *additional)
         carried = pytree.tree_leaves(result)
     return result
+
+
+def _loop(steps: Steps, source: str | None, condition: Body, body: Body, carried: Sequence[Any], additional: Sequence[Any]) -> Any:
+    """As many steps as the values of tensors say: one is traced, between marks (loops.py). The op that it becomes has no rule, of
+    which a warning tells."""
+    before = [x if isinstance(x, Tensor) else torch.tensor(x) for x in carried]
+    with entered(steps.inside, Scope("torch.while_loop", None, source)):
+        given = ops.loop_begin(before)
+        steps.inside[-1].note(given)
+        more = condition(*given, *additional)
+        if not isinstance(more, Tensor) or more.numel() != 1:
+            raise CaptureError("the condition of torch.while_loop gives no tensor of one element", source, "give one, a bool")
+        leaves, structure = pytree.tree_flatten(body(*given, *additional))
+        _check_carry("torch.while_loop", before, leaves, source)
+        after = ops.loop_end(more, given, leaves)
+    return pytree.tree_unflatten(after, structure)
 
 
 def _cond(

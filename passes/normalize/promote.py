@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,9 @@ def _widened(gm: fx.GraphModule, chosen: Callable[[fx.Node], bool]) -> fx.GraphM
 
 
 def _wide(value: Any) -> Any:
+    """Dtypes stand in the text of a loop's steps, too."""
+    if isinstance(value, str):
+        return value.replace("torch.float32", "torch.float64")
     return torch.float64 if value is torch.float32 else value
 
 
@@ -76,6 +80,8 @@ def widen(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _widest(value: Any) -> Any:
+    if isinstance(value, str):
+        return re.sub("|".join(map(str, NARROW)), "torch.float64", value)
     return torch.float64 if isinstance(value, torch.dtype) and value in NARROW else value
 
 

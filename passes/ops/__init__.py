@@ -1,6 +1,6 @@
 """The ops of emitted programs, in the torch library namespace `shardwright`. They import torch alone."""
 
-from . import attention, collectives, embedding, experts, gradient, losses, random
+from . import attention, collectives, embedding, experts, gradient, loops, losses, random
 from .collectives import (
     Communicator,
     StaticCommunicator,
@@ -20,6 +20,7 @@ __all__ = [
     "experts",
     "gradient",
     "library",
+    "loops",
     "losses",
     "ops",
     "random",

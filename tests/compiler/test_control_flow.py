@@ -161,6 +161,62 @@ def _trees_of_branches(self: Cell, x: Tensor) -> Tensor:
     return found["a"][0].where(found["b"], 0.0)
 
 
+def _until_small(self: Cell, x: Tensor) -> Tensor:
+    """What depends on nothing carried is computed once; the mean is read in the condition."""
+    y, k = torch.while_loop(
+        lambda y, k: y.square().mean() > 1e-3,
+        lambda y, k: (torch.tanh(y @ self.linear.weight) * 0.5 * x.mean(0), k + 1),
+        (self.linear(x), torch.tensor(0)),
+    )
+    return y.sum() + k * self.linear.bias.sum()
+
+
+def _until_small_written_out(self: Cell, x: Tensor) -> Tensor:
+    y, k = self.linear(x), 0
+    while y.square().mean() > 1e-3:
+        y, k = torch.tanh(y @ self.linear.weight) * 0.5 * x.mean(0), k + 1
+    assert k > 1
+    return y.sum() + k * self.linear.bias.sum()
+
+
+def _known_at_first(self: Cell, x: Tensor) -> Tensor:
+    """Two steps are known to be taken; a number is carried, and a branch depends on data."""
+
+    def body(k: Any, y: Tensor) -> tuple[Any, Tensor]:
+        return k + 1, torch.cond(y.sum() > 0, self.linear, lambda z: self.linear(z) * 2, (y * 0.3,))
+
+    return torch.while_loop(lambda k, y: k < 2 or y.abs().max() > 0.6, body, (0, x * 3))[1].sum()
+
+
+def _known_at_first_written_out(self: Cell, x: Tensor) -> Tensor:
+    k, y = 0, x * 3
+    while k < 2 or y.abs().max() > 0.6:
+        k, z = k + 1, y * 0.3
+        y = self.linear(z) if y.sum() > 0 else self.linear(z) * 2
+    assert k > 2
+    return y.sum()
+
+
+def _loop_in_a_loop(self: Cell, x: Tensor) -> Tensor:
+    def body(y: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        (z,) = torch.while_loop(lambda z: z.abs().max() > 1, lambda z: (z * 0.7 * y.cos(),), (self.linear(y * 9),))
+        return z * 0.6, k + 1
+
+    return torch.while_loop(lambda y, k: (k < 3) & (y.abs().max() > 0), body, (x, torch.tensor(0)))[0].sum()
+
+
+def _loop_in_a_loop_written_out(self: Cell, x: Tensor) -> Tensor:
+    outer = inner = 0
+    y = x
+    while outer < 3:
+        z = self.linear(y * 9)
+        while z.abs().max() > 1:
+            z, inner = z * 0.7 * y.cos(), inner + 1
+        y, outer = z * 0.6, outer + 1
+    assert inner > outer
+    return y.sum()
+
+
 WRITTEN_OUT: dict[str, tuple[Body, Body]] = {
     "scan in a scan": (_nested, _nested_loops),
     "scan in a checkpoint": (
@@ -186,6 +242,23 @@ WRITTEN_OUT: dict[str, tuple[Body, Body]] = {
     "loop of no steps": (
         lambda self, x: torch.while_loop(lambda i, y: i < 0, lambda i, y: (i + 1, y * 2), (0, self.linear(x)))[1].sum(),
         lambda self, x: self.linear(x).sum(),
+    ),
+    "loop on data": (_until_small, _until_small_written_out),
+    "loop on data, its first steps known": (_known_at_first, _known_at_first_written_out),
+    "loop on data in a loop": (_loop_in_a_loop, _loop_in_a_loop_written_out),
+    "loop on data with a cast": (
+        lambda self, x: torch.while_loop(
+            lambda y: y.sum() < 50, lambda y: ((y.float() * 1.1 + torch.ones(4)).to(x.dtype),), (self.linear(x),)
+        )[0].sum(),
+        lambda self, x: loop(lambda y, _: ((y.float() * 1.1 + torch.ones(4)).to(x.dtype), y), self.linear(x), [0] * 1)[0].sum(),
+    ),
+    "loop on data of no steps": (
+        lambda self, x: torch.while_loop(lambda y: y.sum() > 1e3, lambda y: (self.linear(y),), (self.linear(x),))[0].sum(),
+        lambda self, x: self.linear(x).sum() + 0 * self.linear.weight.sum(),
+    ),
+    "loop on data without a gradient": (
+        lambda self, x: (self.linear(x) * torch.while_loop(lambda k: k.sum() < 9, lambda k: (k * 2,), ((x > 0).long(),))[0]).sum(),
+        lambda self, x: (self.linear(x) * (x > 0)).sum(),
     ),
     "branch by a constant": (
         lambda self, x: torch.cond(torch.tensor(True), self.linear, lambda y: y * 2, (x,)).sum(),
@@ -361,17 +434,56 @@ def _hooked(carry: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return carry, carry * x
 
 
+def _writing(y: Tensor, x: Tensor) -> Tensor:
+    return torch.while_loop(lambda z: z.sum() < 3, lambda z: (z + y.mul_(2),), (x,))[0]
+
+
+def _looked_into(self: Cell, x: Tensor) -> Tensor:
+    seen: list[Tensor] = []
+
+    def body(y: Tensor) -> tuple[Tensor]:
+        seen.append(self.linear(y))
+        return (seen[-1] * 2,)
+
+    (last,) = torch.while_loop(lambda y: y.sum() < 3, body, (x,))
+    return last * seen[0]
+
+
 def _normalized(x: Tensor, norm: Callable[..., Tensor], training: bool = True) -> Tensor:
     mean, scale = x.new_zeros(3), x.new_ones(3)
     return _cond(x.sum() < 1e3, lambda y: norm(y, mean, scale, training=training), torch.sin, x)
 
 
 REFUSED: dict[str, tuple[Body, str, str, str]] = {
-    "loop on data": (
-        lambda self, x: torch.while_loop(lambda i, y: y.sum() < 3, lambda i, y: (i + 1, self.linear(y)), (0, x))[1],
-        "torch.while_loop takes as many steps as the values of tensors say",
+    "loop by a number of data": (
+        lambda self, x: torch.while_loop(lambda y: y.sum().item() < 3, lambda y: (self.linear(y),), (x,))[0],
+        "the condition of torch.while_loop gives no tensor of one element",
         "torch.while_loop(",
-        "fixed number of steps",
+        "give one",
+    ),
+    "loop with other shapes": (
+        lambda self, x: torch.while_loop(lambda y: y.sum() < 3, lambda y: (self.linear(y)[:1],), (x,))[0],
+        "the body of torch.while_loop is given a carry of torch.float64 [5, 3, 4]",
+        "torch.while_loop(",
+        "like the one given",
+    ),
+    "loop that draws": (
+        lambda self, x: torch.while_loop(lambda y: y.sum() < 3, lambda y: (y + torch.rand_like(x),), (x,))[0],
+        "draws random numbers",
+        "torch.rand_like(x)",
+        "before the loop",
+    ),
+    "loop that writes": (
+        lambda self, x: _writing(self.linear(x) * 1, x),
+        "a body of torch.while_loop writes to a tensor from outside",
+        "torch.while_loop(",
+        "return the new value",
+    ),
+    "loop that is looked into": (
+        _looked_into,
+        "a value of a step of torch.while_loop is read outside of it",
+        "seen[0]",
+        "carry it",
     ),
     "branch by a number of data": (
         lambda self, x: _cond(x.sum().item() > 0, self.linear, torch.sin, x),
@@ -399,25 +511,25 @@ REFUSED: dict[str, tuple[Body, str, str, str]] = {
     ),
     "branch that writes to an operand": (
         lambda self, x: _cond(self.linear(x).sum() > 0, lambda y: y.mul_(2), torch.sin, x * 1),
-        "a branch of torch.cond writes to a tensor from outside",
+        "a body of torch.cond writes to a tensor from outside",
         "torch.cond(",
         "return the new value",
     ),
     "branch that writes through a view": (
         lambda self, x: _cond(x.sum() > 0, lambda y: y.view(-1)[3:].zero_().sum(), torch.sum, self.linear(x) * 1),
-        "a branch of torch.cond writes to a tensor from outside",
+        "a body of torch.cond writes to a tensor from outside",
         "torch.cond(",
         "return the new value",
     ),
     "branch that writes to an argument by name": (
         lambda self, x: _cond(x.sum() > 0, lambda y: torch.sin(x, out=y), torch.sin, x * 1),
-        "a branch of torch.cond writes to a tensor from outside",
+        "a body of torch.cond writes to a tensor from outside",
         "torch.cond(",
         "return the new value",
     ),
     "branch with a batch norm": (
         lambda self, x: _normalized(x, F.batch_norm),
-        "a branch of torch.cond writes to a tensor from outside",
+        "a body of torch.cond writes to a tensor from outside",
         "torch.cond(",
         "return the new value",
     ),
@@ -425,7 +537,7 @@ REFUSED: dict[str, tuple[Body, str, str, str]] = {
         lambda self, x: _normalized(
             x, lambda y, mean, scale, training: torch.instance_norm(y, None, None, mean, scale, training, 0.1, 1e-5, False)
         ),
-        "a branch of torch.cond writes to a tensor from outside",
+        "a body of torch.cond writes to a tensor from outside",
         "torch.cond(",
         "return the new value",
     ),
@@ -566,8 +678,27 @@ class Gated(nn.Module):
         return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
 
 
+class Settling(nn.Module):
+    """A layer that is applied until it changes little: of the whole batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        start = self.first(x)
+
+        def body(state: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.tanh(self.inner(state) * 0.5 + start), state
+
+        state, _ = torch.while_loop(lambda a, b: (a - b).abs().max() > 1e-2, body, (start, start + 1))
+        return F.mse_loss(self.last(state), y)
+
+
 def _case(model: type[nn.Module]) -> Case:
     torch.manual_seed(0)
+    if model is Settling:
+        return prepare(Settling(), {"x": torch.randn(4, 6), "y": torch.randn(4, 3)})
     if model is Gated:
         ids = torch.tensor([[0, 0, 5, 1], [6, 1, 7, 2], [2, 2, 8, 2], [3, 9, 10, 4]])
         return prepare(Gated(), {"ids": ids, "labels": torch.randint(0, 11, (4, 4))})
@@ -578,7 +709,7 @@ def _case(model: type[nn.Module]) -> Case:
 
 @pytest.fixture(scope="module")
 def cases() -> dict[type[nn.Module], Case]:
-    return {model: _case(model) for model in (Recurrent, PerSample, Gated)}
+    return {model: _case(model) for model in (Recurrent, PerSample, Gated, Settling)}
 
 
 STRATEGIES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
@@ -591,7 +722,7 @@ STRATEGIES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("model", [Recurrent, PerSample, Gated])
+@pytest.mark.parametrize("model", [Recurrent, PerSample, Gated, Settling])
 def test_equals_one_device(cases: dict[type[nn.Module], Case], model: type[nn.Module], strategy: str) -> None:
     """A scan over time keeps its samples cut over the data axis. What couples samples, as a map over
     them or a branch by their values, has one micro-batch."""
