@@ -155,7 +155,8 @@ def lower(
         check(gm, axis, step.index, placement.placeholders)
         placements[axis.name] = placement
         axes.append(axis)
-    if seconds is not None and len(axes) > 1 and not problem.ragged and len(set(problem.local_batches)) == 1:
+    alike = len(set(problem.local_batches)) == 1 or len(plan.data_axes) == 1  # else ranks cut the batch otherwise than each other
+    if seconds is not None and len(axes) > 1 and alike and not problem.ragged:
         gm = reroute(gm, axes, values, seconds.of_conversion, frozenset({TIME}))
     return Lowered(gm, placements)
 

@@ -3,7 +3,7 @@
 Requires  a graph lowered along all axes.
 Ensures   where conversions follow one another, and what is in between has no other use, none of the ways that lead over any of the
           axes is cheaper: axis by axis the searches find in which order, but not through which other types. All ranks make the
-          same: a value that does not lie evenly over all axes but the last stays as it is.
+          same: a value of which they have other types stays as it is (a dim is cut once more that was cut unevenly).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import fx
 
 from .convert import convert
 from .graph_tools import Values, arguments, call, copy_facts, metas
-from .routes import Price, Step, Types, cheapest_route, largest_shard, lies_evenly, unsharded
+from .routes import Price, Step, Types, all_see, cheapest_route, largest_shard, unsharded
 from .rules.base import Axis, TensorMeta
 
 CHEAPER = 1 - 1e-6
@@ -28,19 +28,19 @@ def reroute(
     """Rewrite in place and return the graph. axes: as it was lowered along them; fixed: those nothing is converted over."""
 
     @cache
-    def find(value: TensorMeta, src: Types, dst: Types) -> tuple[float, tuple[Step, ...]]:
-        return cheapest_route(value, src, dst, axes, price, fixed)
+    def find(value: TensorMeta, taken: tuple[Types, ...]) -> tuple[float, tuple[Step, ...]]:
+        return cheapest_route(value, taken, axes, price, fixed)
 
     for node in list(gm.graph.nodes):
         chain = _chain(node, fixed)
         if not chain:
             continue
         start = arguments(chain[0])[0]
-        value, taken = _whole(start, axes), [_types(n, axes) for n in (start, *chain)]
-        if not all(map(lies_evenly, taken)):
+        value, taken = _whole(start, axes), tuple(_types(n, axes) for n in (start, *chain))
+        if not all(map(all_see, taken)):
             continue
         spent = sum(_price(link, value, types, price) for link, types in zip(chain, taken[:-1], strict=True))
-        least, way = find(value, taken[0], taken[-1])
+        least, way = find(value, taken)
         if least < spent * CHEAPER:
             _replace(gm.graph, chain, way, axes, values)
     return gm

@@ -55,9 +55,10 @@ def _with_size(value: TensorMeta, dim: int, size: int) -> TensorMeta:
     return replace(value, shape=(*value.shape[:dim], size, *value.shape[dim + 1 :]))
 
 
-def lies_evenly(types: Types) -> bool:
-    """Whether all ranks see the same shapes: uneven cuts are over the last axis alone."""
-    return all(t.is_even for t in types[:-1] if isinstance(t, Varying))
+def all_see(types: Types) -> bool:
+    """Whether every rank has the same types. What is left of a dim that was cut unevenly is cut otherwise on each."""
+    cuts = [t for t in types if isinstance(t, Varying)]
+    return all(one.is_even or one.dim != other.dim for one, other in itertools.combinations(cuts, 2))
 
 
 def plain(types: Types, grad: bool) -> Types:
@@ -65,16 +66,18 @@ def plain(types: Types, grad: bool) -> Types:
     return types if grad else tuple(I if t == R else t for t in types)
 
 
-def steps_from(value: TensorMeta, here: Types, goal: Types, axes: Sequence[Axis], fixed: frozenset[str]) -> Iterator[Step]:
+def steps_from(
+    value: TensorMeta, here: Types, axes: Sequence[Axis], stops: Sequence[Types], fixed: frozenset[str]
+) -> Iterator[Step]:
     """The conversions that can be made of a value with these types.
 
     value    before it is sharded over any axis
-    goal     types that may be passed through beside the usual ones
+    stops    types that may be passed through beside the usual ones
     fixed    axes over which nothing is converted
     """
     for k, (axis, src) in enumerate(zip(axes, here, strict=True)):
         if axis.name not in fixed:
-            for dst in dict.fromkeys((goal[k], *stops_of(value.shape, axis.size))):
+            for dst in dict.fromkeys((*(types[k] for types in stops), *stops_of(value.shape, axis.size))):
                 fits = not isinstance(dst, Varying) or dst.global_size == value.shape[dst.dim]
                 if fits and not is_free(src, dst, value.grad) and exists(src, dst, value.grad):
                     call = _call((Operand(0), axis.name, src, dst), largest_shard(value, src), largest_shard(value, dst))
@@ -92,7 +95,7 @@ def _lowered(
     """A conversion lowered along the axes after its own: by each strategy that takes the value as it lies."""
     if not axes:
         _, name, src, dst = call.args
-        if lies_evenly(after):
+        if all_see(after):
             yield Step(name, src, dst, unsharded(call.operands[0], src), after, calls)
         return
     (axis, *later), (type_, *others) = axes, here
@@ -106,14 +109,16 @@ def _lowered(
 
 
 def cheapest_route(
-    value: TensorMeta, src: Types, dst: Types, axes: Sequence[Axis], price: Price, fixed: frozenset[str] = frozenset()
+    value: TensorMeta, types: Sequence[Types], axes: Sequence[Axis], price: Price, fixed: frozenset[str] = frozenset()
 ) -> tuple[float, tuple[Step, ...]]:
     """What the cheapest way costs, and its steps (Dijkstra 1959); of equally cheap ways one of the fewest steps.
 
     value    before it is sharded over any axis
+    types    from the first of them to the last; by way of any, these included
     Raises ValueError where no way leads there.
     """
-    start, goal = plain(src, value.grad), plain(dst, value.grad)
+    stops = [plain(t, value.grad) for t in types]
+    start, goal = stops[0], stops[-1]
     order = itertools.count()  # breaks ties before types are compared
     queue: list[tuple[float, int, int, Types, tuple[Step, ...]]] = [(0.0, 0, next(order), start, ())]
     done: set[Types] = set()
@@ -124,9 +129,9 @@ def cheapest_route(
         if here in done:
             continue
         done.add(here)
-        for step in steps_from(value, here, goal, axes, fixed):
+        for step in steps_from(value, here, axes, stops, fixed):
             there = plain(step.after, value.grad)
             cost = price(step.axis, step.src, step.dst, step.value) if there not in done else math.inf
             if cost < math.inf:
                 heapq.heappush(queue, (spent + cost, count + 1, next(order), there, (*way, step)))
-    raise ValueError(f"no conversions lead from {src} to {dst}")
+    raise ValueError(f"no conversions lead from {types[0]} to {types[-1]}")

@@ -128,7 +128,7 @@ def test_what_is_found_is_the_cheapest_or_nearly_so(nodes: int, size: int, shape
     for src, dst in machine.pairs():
         if least[src][dst] > 0:
             ratios[src, dst] = machine.found(src, dst) / least[src][dst]
-            spent, _ = cheapest_route(machine.meta, src, dst, (machine.outer, machine.inner), machine.seconds.of_conversion)
+            spent, _ = cheapest_route(machine.meta, (src, dst), (machine.outer, machine.inner), machine.seconds.of_conversion)
             assert spent == pytest.approx(least[src][dst], rel=1e-9), (src, dst)
     assert len(ratios) > 200 and min(ratios.values()) > 1 - 1e-9
     slower = {pair: ratio for pair, ratio in ratios.items() if ratio > 1 + 1e-9}
