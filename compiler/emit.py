@@ -156,8 +156,9 @@ def lower(
         placements[axis.name] = placement
         axes.append(axis)
     alike = len(set(problem.local_batches)) == 1 or len(plan.data_axes) == 1  # else ranks cut the batch otherwise than each other
-    if seconds is not None and len(axes) > 1 and alike and not problem.ragged:
-        gm = reroute(gm, axes, values, seconds.of_conversion, frozenset({TIME}))
+    priced = seconds.of_conversion if seconds is not None and alike and not problem.ragged else None
+    if priced is not None and len(axes) > 1 and reroute(gm, axes, values, priced, frozenset({TIME})):
+        check(gm, axes[-1], {**coordinates, TIME: microbatch}[axes[-1].name])
     return Lowered(gm, placements)
 
 

@@ -9,6 +9,7 @@ Ensures   where conversions follow one another, and what is in between has no ot
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 from torch import fx
@@ -16,16 +17,15 @@ from torch import fx
 from .convert import convert
 from .graph_tools import Values, arguments, call, copy_facts, metas
 from .routes import Price, Step, Types, all_see, cheapest_route, largest_shard, unsharded
-from .rules.base import Axis, TensorMeta
+from .rules.base import Axis, OpCall, Strategy, TensorMeta
 
 CHEAPER = 1 - 1e-6
 """By less a way is no cheaper than another."""
 
 
-def reroute(
-    gm: fx.GraphModule, axes: Sequence[Axis], values: Values, price: Price, fixed: frozenset[str] = frozenset()
-) -> fx.GraphModule:
-    """Rewrite in place and return the graph. axes: as it was lowered along them; fixed: those nothing is converted over."""
+def reroute(gm: fx.GraphModule, axes: Sequence[Axis], values: Values, price: Price, fixed: frozenset[str] = frozenset()) -> bool:
+    """Rewrite in place, and tell whether anything was. axes: in the order of lowering; fixed: those nothing is converted over."""
+    changed = False
 
     @cache
     def find(value: TensorMeta, taken: tuple[Types, ...]) -> tuple[float, tuple[Step, ...]]:
@@ -43,7 +43,8 @@ def reroute(
         least, way = find(value, taken)
         if least < spent * CHEAPER:
             _replace(gm.graph, chain, way, axes, values)
-    return gm
+            changed = True
+    return changed
 
 
 def _chain(node: fx.Node, fixed: frozenset[str]) -> list[fx.Node]:
@@ -87,10 +88,18 @@ def _replace(graph: fx.Graph, chain: Sequence[fx.Node], way: Sequence[Step], axe
             made = call(graph, values, convert, (here, step.axis, step.src, step.dst), name=f"{last.name}_{step.axis}")
             copy_facts(last, made)
             made.meta["types"] = {**last.meta["types"], **{a.name: t for a, t in zip(axes, step.after, strict=True)}}
-            made.meta["calls"] = {name: (before, strategy) for name, before, strategy in step.calls}
+            made.meta["calls"] = _calls(made, here, step)
             here = made
-    if way:
-        here.meta["types"] = dict(last.meta["types"])
     last.replace_all_uses_with(here)
     for link in reversed(chain):
         graph.erase_node(link)
+
+
+def _calls(made: fx.Node, source: fx.Node, step: Step) -> dict[str, tuple[OpCall, Strategy]]:
+    """What the step says of the axes after its own, of the shapes that this rank has."""
+    (operand,), (result,) = metas(source), metas(made)
+    found = {}
+    for axis, before, strategy in reversed(step.calls):
+        operand, result = unsharded(operand, strategy.ins[0]), unsharded(result, strategy.outs[0])
+        found[axis] = replace(before, operands=(operand,), results=(result,)), strategy
+    return dict(reversed(found.items()))

@@ -101,7 +101,7 @@ def _lowered(
     (axis, *later), (type_, *others) = axes, here
     hints = {("in", 0, type_.dim): [type_.sections]} if isinstance(type_, Varying) else {}
     for strategy in strategies(call, axis, hints):
-        if strategy.ins == (type_,):
+        if is_free(type_, strategy.ins[0], call.operands[0].grad):
             (result,) = strategy.outs
             _, args, _ = localize(call, strategy, 0)
             local = _call(args, largest_shard(call.operands[0], type_), largest_shard(call.results[0], result))
@@ -117,21 +117,21 @@ def cheapest_route(
     types    from the first of them to the last; by way of any, these included
     Raises ValueError where no way leads there.
     """
-    stops = [plain(t, value.grad) for t in types]
-    start, goal = stops[0], stops[-1]
+    goal = plain(types[-1], value.grad)
     order = itertools.count()  # breaks ties before types are compared
-    queue: list[tuple[float, int, int, Types, tuple[Step, ...]]] = [(0.0, 0, next(order), start, ())]
+    queue: list[tuple[float, int, int, Types, tuple[Step, ...]]] = [(0.0, 0, next(order), types[0], ())]
     done: set[Types] = set()
     while queue:
         spent, count, _, here, way = heapq.heappop(queue)
-        if here == goal:
+        alike = plain(here, value.grad)
+        if alike == goal:
             return spent, way
-        if here in done:
+        if alike in done:
             continue
-        done.add(here)
-        for step in steps_from(value, here, axes, stops, fixed):
-            there = plain(step.after, value.grad)
-            cost = price(step.axis, step.src, step.dst, step.value) if there not in done else math.inf
+        done.add(alike)
+        for step in steps_from(value, here, axes, types, fixed):
+            known = plain(step.after, value.grad) in done
+            cost = math.inf if known else price(step.axis, step.src, step.dst, step.value)
             if cost < math.inf:
-                heapq.heappush(queue, (spent + cost, count + 1, next(order), there, (*way, step)))
+                heapq.heappush(queue, (spent + cost, count + 1, next(order), step.after, (*way, step)))
     raise ValueError(f"no conversions lead from {types[0]} to {types[-1]}")

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from shardwright.compiler.check_rule import deal, differentiable, join
 from shardwright.compiler.cost import Seconds
 from shardwright.compiler.topology import Topology
+from shardwright.passes.check import check
 from shardwright.passes.convert import convert, exists, is_free
 from shardwright.passes.graph_tools import LazyGraphModule, Values, op_calls
 from shardwright.passes.ops import StaticCommunicator
@@ -71,7 +72,10 @@ class Machine:
                         if choice[node.name] is None:  # the dim that it changes is cut here: whole first
                             choice[node.name] = strategies(call, axis)[0]
                 gm = shard_graph(gm, axis, index, choice, {"input.x": a}, {0: b}, values)
-            return reroute(gm, self.axes, values, self.seconds.of_conversion)
+            reroute(gm, self.axes, values, self.seconds.of_conversion)
+            if src[-1] != P and not (dst[-1] == R and grad):  # as no graph begins, nor ends
+                check(gm, self.axes[-1], place[-1])
+            return gm
 
 
 def kinds(meta: TensorMeta, axis: Axis) -> list[Type]:
@@ -115,7 +119,7 @@ def run(machine: Machine, graphs: Mapping[tuple[int, ...], fx.GraphModule], x: P
     return {p: y for p, (y, _) in found.items()}, {p: g for p, (_, g) in found.items() if g is not None}
 
 
-def check(machine: Machine, value: Tensor, src: Types, dst: Types, grad: bool) -> list[fx.Node]:
+def run_all(machine: Machine, value: Tensor, src: Types, dst: Types, grad: bool) -> list[fx.Node]:
     """That ranks convert the value rightly, all by the same conversions, which are given."""
     graphs = {place: machine.lower(value, src, dst, place, grad) for place in machine.places}
     said = {repr([n.args[1:] for n in gm.graph.nodes if n.op == "call_function"]) for gm in graphs.values()}
@@ -159,7 +163,7 @@ def test_types_over_all_axes(sizes: dict[str, int], shape: tuple[int, ...], coun
     machine, value = Machine(**sizes), torch.randn(shape, dtype=torch.float64)
     meta, made = TensorMeta(shape, value.dtype, grad), 0
     for src, dst in some_pairs(machine, meta, count):
-        nodes = check(machine, value, src, dst, grad)
+        nodes = run_all(machine, value, src, dst, grad)
         made += len(nodes)
         check_cheapest(machine, meta, src, dst, nodes)
     assert made > count
