@@ -51,8 +51,8 @@ def cost_of(totals: np.ndarray, temporaries: float) -> PlacedCost:
     """Of a placement with these totals, as far as they tell. temporaries: at least."""
     rest = dict(zip(_SINGLE[1:], map(float, totals[1 : len(_SINGLE)]), strict=True))
     gathered, large = float(max(totals[HEAVIEST], totals[SECOND])), tuple(map(float, totals[LARGE]))
-    cost = PlacedCost(launches=float(totals[RUNS]), temporaries=max(temporaries, *large), large=large, gathered=gathered)
-    return replace(cost, **rest)
+    launches, temporaries = float(totals[RUNS]), max(temporaries, *large)
+    return PlacedCost(launches=launches, temporaries=temporaries, large=large, gathered=gathered, **rest)
 
 
 @dataclass(frozen=True)
