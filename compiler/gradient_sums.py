@@ -169,6 +169,10 @@ class GradientSums:
         return self._steps[sums]
 
     @cached_property
+    def own_steps(self) -> Steps:
+        return self.steps(self.own)
+
+    @cached_property
     def _steps(self) -> dict[Sums, Steps]:
         return {}
 

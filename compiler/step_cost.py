@@ -10,12 +10,13 @@ the topology's profile says that compute does not suffer from it.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-
-import numpy as np
+from operator import attrgetter
+from typing import NamedTuple
 
 from ..passes.graph_tools import Calls, metas
 from ..passes.segment import PARTS, largest_part
@@ -35,7 +36,7 @@ from .step_sums import Move, Moved, Part, copies_rate, level_of, parts_of
 from .step_terms import Terms
 from .tensor_axis import Load
 from .topology import Topology, collective_bytes
-from .totals import Function, cost_of
+from .totals import Function, by_totals
 
 BACKWARD_SHARE = 2 / 3
 """Of a graph's compute: each product of the forward has two in the backward."""
@@ -84,6 +85,22 @@ def sums_count(plan: Plan, ways: GradientSums) -> float:
 def rounded_down(x: float, base: float) -> float:
     """To a power of `base`, so that what is nearly alike is one; 0 stays 0."""
     return base ** math.floor(math.log(x, base) + 1e-9) if x > 0 else 0.0
+
+
+SECONDS_OF = "launches", "latencies", "gathers", "compute", "traffic", "sums", "trainable"
+"""Of a placement's cost, what the seconds of any step depend on; under ZeRO-3, and in a pipeline, on more."""
+
+BYTES_OF = "sums", "parameters", "trainable", "activations", "fixed", "gathered", "temporaries"
+"""The same of the bytes of the peak."""
+
+
+class PartsLeast(NamedTuple):
+    """Of a stage whose backward is cut into parts, at the least parameters there can be: whether these are several; bytes of the
+    gradients of the largest, and of what is packed."""
+
+    several: bool
+    part: float
+    packed: float
 
 
 class StepCost:
@@ -145,16 +162,18 @@ class StepCost:
         gathered = uneven * more.stages.heaviest.trained * gather
         held = replace(few, left=many.left, largest=many.largest, alone=many.alone)
 
-        def seconds(totals: np.ndarray) -> float:
-            cost = cost_of(totals, least.temporaries)
+        parts = [self._parts_least(fewer, least, held, stage) for stage, _ in fewer.fullest]
+
+        def seconds(cost: PlacedCost) -> float:
             found = sum(self._seconds(more, cost, many, at_least=True)[0].values())
             return found - cost.trainable * gathered
 
-        def size(totals: np.ndarray) -> float:
-            cost = cost_of(totals, least.temporaries)
-            return max(sum(each.values()) for each in self._stage_bytes(fewer, cost, held, least))
+        def size(cost: PlacedCost) -> float:
+            return max(sum(each.values()) for each in self._stage_bytes(fewer, cost, held, parts))
 
-        return seconds, size
+        of_seconds = [*SECONDS_OF, *(("parameters", "read_again") if plan.zero == 3 else ()), *(("stream",) if more.pp > 1 else ())]
+        depends = attrgetter(*of_seconds), attrgetter(*BYTES_OF)
+        return by_totals(seconds, depends[0], least.temporaries), by_totals(size, depends[1], least.temporaries)
 
     def terms(self, plan: Plan, *, whole: bool | None = None) -> Terms:
         """Of a plan. whole: whether ZeRO-3 keeps parameters whole; None: as the plan says."""
@@ -217,12 +236,12 @@ class StepCost:
         return max(self._stage_bytes(terms, cost, whole), key=lambda found: sum(found.values()))
 
     def _stage_bytes(
-        self, terms: Terms, cost: PlacedCost, whole: Whole, least: PlacedCost | None = None
+        self, terms: Terms, cost: PlacedCost, whole: Whole, least: Sequence[PartsLeast] | None = None
     ) -> Iterator[dict[str, float]]:
-        """Of the stages that may need the most. least: what they need at least, as `at_least` says; with copies cut over tp
-        besides, wherever they may be."""
+        """Of the stages that may need the most. least: by stage, where what they need at least is meant, as `at_least` says; with
+        copies cut over tp besides, wherever they may be."""
         m, share, parts = terms.microbatches, terms.share, self._parts(terms, cost, whole)
-        for stage, held_at_once in terms.fullest:
+        for (stage, held_at_once), bound in zip(terms.fullest, least or itertools.repeat(None), strict=False):
             trained = cost.trainable * stage.trained
             frozen = max(0.0, cost.parameters * stage.held - trained)
             state = sum(part.state(stage.trained, least is not None) for part in parts)
@@ -235,7 +254,8 @@ class StepCost:
                 waiting = max(2 * whole.largest * cost.parameters, waiting + 2 * whole.alone * cost.parameters, 2 * waiting)
             gathered = 2 * cost.gathered + waiting
             if terms.scatters_once:
-                gathered += self._part(terms, cost, whole, stage, least) + self._packed(terms, least or cost, whole, stage)
+                packed = bound.packed if bound else self._packed(terms, cost, whole, stage)
+                gathered += self._part(terms, cost, whole, stage, bound) + packed
             yield {"state": state, "activation": activations, "gathered": gathered}
 
     def _received(self, terms: Terms, cost: PlacedCost, moved: Moved) -> dict[str, float]:
@@ -271,7 +291,7 @@ class StepCost:
         """Of these, the bytes of the largest gradient."""
         return min(self.largest * cost.trainable, self._scattered(terms, cost, whole, stage))
 
-    def _part(self, terms: Terms, cost: PlacedCost, whole: Whole, stage: StageShare, least: PlacedCost | None = None) -> float:
+    def _part(self, terms: Terms, cost: PlacedCost, whole: Whole, stage: StageShare, least: PartsLeast | None = None) -> float:
         """Bytes of gradients that ZeRO-1 and 2 hold whole at their most, of which shards are to be left: where micro-batches add to
         them all of them, else those of a part of the backward. A parameter larger than a part is one by itself. least: what is
         convex in the totals, and nowhere more."""
@@ -279,9 +299,13 @@ class StepCost:
         if terms.microbatches > 1 or terms.uneven:
             return scattered
         largest = self._largest(terms, cost, whole, stage)
-        if least is None or segments_of(least.trainable * stage.trained, SEGMENT_BYTES) > 1:
+        if least is None or least.several:
             return max(largest, scattered * largest_part(trained, SEGMENT_BYTES) / (trained or 1.0))
-        return max(largest, scattered / PARTS, self._part(terms, least, whole, stage))
+        return max(largest, scattered / PARTS, least.part)
+
+    def _parts_least(self, terms: Terms, least: PlacedCost, whole: Whole, stage: StageShare) -> PartsLeast:
+        several = segments_of(least.trainable * stage.trained, SEGMENT_BYTES) > 1
+        return PartsLeast(several, self._part(terms, least, whole, stage), self._packed(terms, least, whole, stage))
 
     def _packed(self, terms: Terms, cost: PlacedCost, whole: Whole, stage: StageShare) -> float:
         """To be scattered they are packed, a bucket at a time; a parameter larger than a bucket is one by itself."""

@@ -84,17 +84,17 @@ class Moved:
         once: dict[tuple[int, Sum], float] = {}
         early: dict[Sum, float] = {}
         for part in found:
-            ways = [(part.sums.own, part.own)]
+            ways = [(part.sums.own_steps, part.own)]
             if at_least:
                 self.copies.append((part, share))
             elif part.copied:
-                ways.append((part.sums.copies(part.copied), part.copied))
-            for sums, size in ways:
-                steps = part.sums.steps(sums)
+                ways.append((part.sums.steps(part.sums.copies(part.copied)), part.copied))
+            for steps, size in ways:
                 for k, (step, left) in steps.each:
                     once[k, step] = once.get((k, step), 0.0) + size * left * share
                 if steps.beside:
-                    early[sums[0]] = early.get(sums[0], 0.0) + size * part.sums.held * share
+                    _, (first, left) = steps.each[0]
+                    early[first] = early.get(first, 0.0) + size * left * share
         for (_, step), size in once.items():
             self.moves.extend((step.axis, kind, size, 1) for kind in step.kinds)
         self.early.extend((step.axis, step.kind, size, 1) for step, size in early.items())
