@@ -69,10 +69,17 @@ def largest(moments: Iterable[Moment[At]], share: Callable[[tuple[At, int]], flo
 
 def moments_at(moments: Iterable[Moment[fx.Node]], offered: Offers) -> list[Moment[int]]:
     """The same by where an axis decides: those that are alike once."""
-    found: dict[frozenset[tuple[Alive[int], int]], None] = {}
-    for moment in moments:
-        found[frozenset(Counter(_decided(alive, offered) for alive in moment).items())] = None
-    return [[replace(alive, size=alive.size * count) for alive, count in moment] for moment in found]
+    numbers: dict[Alive[int], int] = {}
+    known: dict[int, tuple[Alive[fx.Node], int]] = {}  # by the id of each, of which many moments hold the same
+
+    def number(alive: Alive[fx.Node]) -> int:
+        if id(alive) not in known:
+            known[id(alive)] = alive, numbers.setdefault(_decided(alive, offered), len(numbers))
+        return known[id(alive)][1]
+
+    found = dict.fromkeys(tuple(sorted(Counter(map(number, moment)).items())) for moment in moments)
+    kinds = list(numbers)
+    return [[replace(kinds[k], size=kinds[k].size * count) for k, count in moment] for moment in found]
 
 
 def _decided(alive: Alive[fx.Node], offered: Offers) -> Alive[int]:
