@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ..passes.graph_tools import Calls, is_getitem, is_parameter
+from ..passes.graph_tools import Calls, is_getitem, is_parameter, metas
 from ..passes.partition import CHEAP
 from ..passes.rules.base import Axis, OpCall
 from ..passes.types import I, Type
@@ -21,7 +21,7 @@ from .backward_memory import Moment, Use, moments, moments_at
 from .cost import FREE, op_name, size_of
 from .heaviest import heaviest
 from .large_ops import large_ops
-from .needs import NEEDS_RESULT, held_by, needs_value, passes_on
+from .needs import NEEDS_RESULT, held_by, needs_value, passes_on, read_again
 from .offers import Offers
 from .parts import Readers, parts
 from .place import Placement, Policy, Rules
@@ -39,6 +39,7 @@ class Keeping:
     returned   what else is there until the step ends, for the model returns it
     gradients, moments    of the backwards, what is in memory of its own, and what they hold at once (compiler/backward_memory.py)
     stream     what goes from block to block
+    again      bytes of the parameters that the backward reads, by key
     """
 
     uses: Mapping[tuple[fx.Node, int], tuple[Use, ...]]
@@ -48,6 +49,7 @@ class Keeping:
     gradients: Mapping[fx.Node, tuple[bool, ...]]
     moments: Mapping[fx.Node, Moment[fx.Node]]
     stream: Stream
+    again: Mapping[str, int]
 
     def used(self, *, fixed: bool) -> Iterator[tuple[tuple[fx.Node, int], tuple[Use, ...]]]:
         """Of `uses` what is fixed, or what is not."""
@@ -83,7 +85,14 @@ def keeping(calls: Calls) -> Keeping:
     others = frozenset(value for value in returned - (kept.keys() - rebuilt) if value[0] in calls)
     gradients = _gradients(calls, _written_over(calls, returned))
     fixed = frozenset(kept.keys() - _of_inputs(calls))
-    return Keeping(kept, frozenset(rebuilt), fixed, others, gradients, moments(calls, kept, rebuilt, gradients), stream(calls))
+    at_once = moments(calls, kept, rebuilt, gradients)
+    return Keeping(kept, frozenset(rebuilt), fixed, others, gradients, at_once, stream(calls), _read_again(calls))
+
+
+def _read_again(calls: Calls) -> dict[str, int]:
+    placeholders = next(iter(calls)).graph.find_nodes(op="placeholder") if calls else []
+    parameters = (n for n in placeholders if n.meta["key"].startswith("param."))
+    return {n.meta["key"]: size_of(metas(n)[0]) for n in parameters if read_again(n, calls)}
 
 
 def _of_inputs(calls: Calls) -> set[tuple[fx.Node, int]]:

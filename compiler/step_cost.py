@@ -27,7 +27,6 @@ from .emit import SEGMENT_BYTES, Problem
 from .gathers import Whole, gather_groups, kept_whole, shared
 from .gradient_sums import GradientSums
 from .keeping import Keeping, kept_where
-from .needs import read_again
 from .placed_cost import PlacedCost
 from .plan import Plan, Prediction, data_size
 from .schedules import BUCKET_BYTES
@@ -120,7 +119,7 @@ class StepCost:
         self.cuts = StageCuts(problem.graph, kept.stream)
         self._kept = kept_where(calls, kept)
         self._sizes = {
-            n.meta["key"].removeprefix("param."): (size, size * meta.grad, size * read_again(n, calls))
+            n.meta["key"].removeprefix("param."): (size, size * meta.grad, size * (n.meta["key"] in kept.again))
             for n, meta, size in zip(nodes, parameters, sizes, strict=True)
         }
         self._stages: dict[int, Stages] = {}
