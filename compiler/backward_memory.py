@@ -69,17 +69,13 @@ def largest(moments: Iterable[Moment[At]], share: Callable[[tuple[At, int]], flo
 
 def moments_at(moments: Iterable[Moment[fx.Node]], offered: Offers) -> list[Moment[int]]:
     """The same by where an axis decides: those that are alike once."""
-    numbers: dict[Alive[int], int] = {}
-    known: dict[int, tuple[Alive[fx.Node], int]] = {}  # by the id of each, of which many moments hold the same
-
-    def number(alive: Alive[fx.Node]) -> int:
-        if id(alive) not in known:
-            known[id(alive)] = alive, numbers.setdefault(_decided(alive, offered), len(numbers))
-        return known[id(alive)][1]
-
-    found = dict.fromkeys(tuple(sorted(Counter(map(number, moment)).items())) for moment in moments)
-    kinds = list(numbers)
-    return [[replace(kinds[k], size=kinds[k].size * count) for k, count in moment] for moment in found]
+    moments = list(moments)
+    each = {id(alive): alive for moment in moments for alive in moment}  # many moments hold the same
+    kinds: dict[Alive[int], int] = {}
+    number = {key: kinds.setdefault(_decided(alive, offered), len(kinds)) for key, alive in each.items()}
+    found = dict.fromkeys(tuple(sorted([number[id(alive)] for alive in moment])) for moment in moments)
+    alike = list(kinds)
+    return [[replace(alike[k], size=alike[k].size * count) for k, count in Counter(moment).items()] for moment in found]
 
 
 def _decided(alive: Alive[fx.Node], offered: Offers) -> Alive[int]:

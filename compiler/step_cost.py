@@ -143,6 +143,10 @@ class StepCost:
         traffic = self._received(terms, cost, moved)
         return Prediction(sum(seconds.values()), sum(size.values()), traffic, parts, cost.gap)
 
+    def peak(self, plan: Plan, cost: PlacedCost, whole: Whole) -> float:
+        """Bytes of the peak alone, of a plan with these parameters kept whole."""
+        return sum(self._bytes(self.terms(plan, whole=whole.count > 0), cost, whole).values())
+
     def at_least(self, plan: Plan, whole: Sequence[Whole], least: PlacedCost) -> tuple[Function, Function]:
         """Seconds, and bytes of the peak, that no step is below, for the totals of its placement (compiler/totals.py): of the plan
         with any of these parameters kept whole, each of which are more than those before.
