@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import highspy
 import numpy as np
@@ -173,6 +174,8 @@ class Known:
     def least(self, envelope: Envelope, limit: float, start: np.ndarray) -> Least:
         """Of placements whose bytes are within the limit. start: where the envelope is looked at first."""
         limited = math.isfinite(limit)
+        if limited and envelope.size(self.low) > limit * (1 + SLACK):
+            return Least(math.inf)  # where copies are more, so are the parameters that ranks hold: that takes no fewer bytes
         if not (envelope.room if limited else envelope.time):
             envelope.touch(start, self.scale, limited)
         found = Least(0.0)
@@ -186,6 +189,14 @@ class Known:
                 break
             envelope.touch(point, self.scale, limited)
         return replace(found, seconds=found.seconds * (1 - SLACK))
+
+    @cached_property
+    def solver(self) -> highspy.Highs:
+        """To be given one program after the other: with each it puts away what it knew of the last."""
+        solver = highspy.Highs()
+        for option, setting in {"output_flag": False, "parallel": "off", "presolve": "off"}.items():
+            solver.setOptionValue(option, setting)
+        return solver
 
 
 def _solve(known: Known, seconds: Sequence[Line], size: Sequence[Line], limit: float) -> tuple[Least, np.ndarray] | None:
@@ -213,9 +224,7 @@ def _solve(known: Known, seconds: Sequence[Line], size: Sequence[Line], limit: f
     model.a_matrix_.start_ = np.arange(0, matrix.size + 1, matrix.shape[1], dtype=np.int32)
     model.a_matrix_.index_ = np.tile(np.arange(matrix.shape[1], dtype=np.int32), len(lines))
     model.a_matrix_.value_ = matrix.ravel()
-    solver = highspy.Highs()
-    for option, setting in {"output_flag": False, "parallel": "off", "presolve": "off"}.items():
-        solver.setOptionValue(option, setting)
+    solver = known.solver
     solver.passModel(model)
     solver.run()
     if solver.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
