@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -183,16 +183,19 @@ def kept_at(calls: Calls, kept: Keeping, offered: Offers, *, fixed: bool = False
 
 
 def sized(calls: Calls, kept: Keeping, offered: Offers) -> Sized:
-    """All values whose bytes may have a price."""
-    fixed = kept_at(calls, kept, offered, fixed=True)
-    large, moments = large_ops(kept.gradients, kept.moments, offered), moments_at(kept.moments.values(), offered)
-    return Sized(kept_at(calls, kept, offered), stream_at(kept.stream, offered), heaviest(offered), fixed, large, moments)
+    """All values whose bytes may have a price, and what has none."""
+    return replace(_with_prices(calls, kept, offered), moments=moments_at(kept.moments.values(), offered))
+
+
+def _with_prices(calls: Calls, kept: Keeping, offered: Offers) -> Sized:
+    fixed, large = kept_at(calls, kept, offered, fixed=True), large_ops(kept.gradients, kept.moments, offered)
+    return Sized(kept_at(calls, kept, offered), stream_at(kept.stream, offered), heaviest(offered), fixed, large)
 
 
 def sized_for(calls: Calls, offered: Offers, policy: Policy, mixed: Rules | None) -> Sized | None:
-    """The same where a policy has a price for them, as `place` takes it. mixed: what else it goes by."""
+    """Those with a price, where a policy has one for them, as `place` takes it. mixed: what else it goes by."""
     policies = (policy, mixed[0]) if mixed is not None else (policy,)
-    return sized(calls, keeping(calls), offered) if any(p.prices_sizes for p in policies) else None
+    return _with_prices(calls, keeping(calls), offered) if any(p.prices_sizes for p in policies) else None
 
 
 def _gradients(calls: Calls, written_over: frozenset[tuple[fx.Node, int]]) -> dict[fx.Node, tuple[bool, ...]]:
