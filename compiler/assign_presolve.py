@@ -85,7 +85,7 @@ class Network:
         matrix = np.zeros((len(value.produced), needs.shape[1]))
         for k, needed in enumerate(needs):
             repeated = (needs[:k] == needed).any(0)
-            matrix += np.where(repeated, 0.0, value.conversion[np.ix_(value.produced, needed)])
+            matrix += np.where(repeated, 0.0, value.conversion[value.produced[:, None], needed])
         self._add_pair(value.node, next(iter(consumers)), matrix)
 
     def _add_pair(self, a: int, b: int, matrix: np.ndarray) -> None:
@@ -128,18 +128,17 @@ class Network:
         for value in self.shared_of[v]:
             if value.node == v:
                 for _, needed in value.uses:
-                    possible &= np.isfinite(value.conversion[np.ix_(value.produced, np.unique(needed))]).any(1)
+                    possible &= np.isfinite(value.conversion[value.produced[:, None], _distinct(needed)]).any(1)
             for node, needed in value.uses:
                 if node == v:
-                    possible &= np.isfinite(value.conversion[np.ix_(np.unique(value.produced), needed)]).any(0)
+                    possible &= np.isfinite(value.conversion[_distinct(value.produced)[:, None], needed]).any(0)
         if not possible.all():
             self._restrict(v, possible)
         if len(self.alive[v]) > 1:
             beats = self._beats(v)
-            mutual = beats & beats.T
-            keep = np.asarray(~(beats & ~mutual).any(0) & ~np.triu(mutual, 1).any(0))
-            if not keep.all():
-                self._restrict(v, keep)
+            if beats.any():
+                mutual = beats & beats.T
+                self._restrict(v, np.asarray(~(beats & ~mutual).any(0) & ~np.triu(mutual, 1).any(0)))
         return len(self.alive[v]) < before
 
     def _beats(self, v: int) -> np.ndarray:
@@ -152,14 +151,14 @@ class Network:
             extra += difference.max(2)
         for value in self.shared_of[v]:
             if value.node == v:
-                asked = np.unique(np.concatenate([needed for _, needed in value.uses]))
-                costs = value.conversion[np.ix_(value.produced, asked)]
+                asked = _distinct(np.concatenate([needed for _, needed in value.uses]))
+                costs = value.conversion[value.produced[:, None], asked]
                 with np.errstate(invalid="ignore"):
                     difference = np.where(np.isfinite(costs)[None], costs[:, None, :] - costs[None, :, :], 0.0)
                 extra += np.maximum(difference, 0.0).sum(2)
             for node, needed in value.uses:
                 if node == v:
-                    costs = value.conversion[np.ix_(np.unique(value.produced), needed)].T
+                    costs = value.conversion[_distinct(value.produced)[:, None], needed].T
                     worst = np.where(np.isfinite(costs)[None], costs[:, None, :], 0.0).max(2)
                     extra += np.where(needed[:, None] == needed[None, :], 0.0, worst)
         beats = (extra <= 0.0) & (self.weight[v][:, None] <= self.weight[v][None, :])
@@ -280,6 +279,11 @@ class Network:
                 produced = value.produced[picked[value.node]]
                 costs[k] += sum(min(value.conversion[produced, t], big) for t in {int(need[picked[u]]) for u, need in value.uses})
         return costs
+
+
+def _distinct(types: np.ndarray) -> np.ndarray:
+    """Type ids, each once, in order: `np.unique` of what are few small numbers."""
+    return np.flatnonzero(np.bincount(types))
 
 
 def _class_count(matrix: np.ndarray) -> int:

@@ -69,10 +69,13 @@ def largest(moments: Iterable[Moment[At]], share: Callable[[tuple[At, int]], flo
 
 def moments_at(moments: Iterable[Moment[fx.Node]], offered: Offers) -> list[Moment[int]]:
     """The same by where an axis decides: those that are alike once."""
-    found: dict[frozenset[tuple[Alive[int], int]], None] = {}
-    for moment in moments:
-        found[frozenset(Counter(_decided(alive, offered) for alive in moment).items())] = None
-    return [[replace(alive, size=alive.size * count) for alive, count in moment] for moment in found]
+    moments = list(moments)
+    each = {id(alive): alive for moment in moments for alive in moment}  # many moments hold the same
+    kinds: dict[Alive[int], int] = {}
+    number = {key: kinds.setdefault(_decided(alive, offered), len(kinds)) for key, alive in each.items()}
+    found = dict.fromkeys(tuple(sorted([number[id(alive)] for alive in moment])) for moment in moments)
+    alike = list(kinds)
+    return [[replace(alike[k], size=alike[k].size * count) for k, count in Counter(moment).items()] for moment in found]
 
 
 def _decided(alive: Alive[fx.Node], offered: Offers) -> Alive[int]:

@@ -145,15 +145,17 @@ class Search:
         plan = candidate.plan
         if not self.fits(candidate):
             return
-        whole = self.steps.whole(plan.stages)
+        whole, cost = self.steps.whole(plan.stages), self.cost(plan)
+        fast, small = (replace(plan, small_copies=copies) for copies in (False, True))
+        ways = (fast, small) if plan.zero and cost.sums else (fast,)  # as `predict` tries them
 
-        def price(k: int) -> Candidate:
-            return self.price(replace(plan, whole=whole[k].names), whole[k])
+        def fits(k: int) -> bool:
+            return any(self.steps.peak(way, cost, whole[k]) <= self.limit for way in ways)
 
         counts = range(len(whole))
-        fitting = bisect_right(counts, 0, key=lambda k: int(not self.fits(price(k)))) - 1
+        fitting = bisect_right(counts, 0, key=lambda k: int(not fits(k))) - 1
         if 0 < fitting < len(counts) - 1:
-            yield price(fitting)
+            yield self.price(replace(plan, whole=whole[fitting].names), whole[fitting])
 
     def without_pins(self) -> Search | None:
         """The same search with nothing pinned, None if nothing is."""
@@ -241,9 +243,12 @@ class Search:
 
     def price(self, plan: Plan, whole: Whole | None = None) -> Candidate:
         """`whole`: the shares of `plan.whole`. The plan's copies are small where it takes that to fit."""
-        cost = self.tensor.cost(plan.mesh.size("tp"), plan.layouts, self.load(plan))
-        plan, predicted = self.predict(plan, cost, whole)
+        plan, predicted = self.predict(plan, self.cost(plan), whole)
         return Candidate(plan, self.batch.samples(plan.mesh), predicted)
+
+    def cost(self, plan: Plan) -> PlacedCost:
+        """Of its placement over tp."""
+        return self.tensor.cost(plan.mesh.size("tp"), plan.layouts, self.load(plan))
 
     def predict(self, plan: Plan, cost: PlacedCost, whole: Whole | None = None) -> tuple[Plan, Prediction]:
         """The plan, at this cost, in the least time; where that does not fit, with small copies, if these take fewer bytes."""

@@ -179,6 +179,6 @@ def _largest(search: Search, candidate: Candidate, count: int = 3) -> Iterator[s
             own = Part(GradientSums(plan.mesh, level_of(plan.zero_of(name)), search.topology), size, 0.0)
             found.append((own.state(1.0), f"{name}, its gradient and its optimizer state"))
         else:
-            found.append((frozen_bytes(plan, size), f"{name}, frozen"))
+            found.append((frozen_bytes(plan.zero, plan.mesh.size("dp_shard"), size), f"{name}, frozen"))
     for size, what in sorted(found, reverse=True)[:count]:
         yield f"{bytes_text(size)}  {' '.join(what.split())}"

@@ -21,8 +21,7 @@ from .plan import DATA_AXES
 from .topology import CollectiveKind, CollectiveTime, Topology, collective_bytes
 
 
-@dataclass(frozen=True)
-class Sum:
+class Sum(NamedTuple):
     """One collective. axis: several are joined by "+", major first."""
 
     kind: Literal["all_reduce", "reduce_scatter"]
@@ -51,6 +50,17 @@ class Way(NamedTuple):
     sums: Sums
     time: CollectiveTime
     left: int
+
+
+class Steps(NamedTuple):
+    """Some sums, one after the other.
+
+    each      its number, it, and the share that it sums of a gradient whole over the data axes
+    beside    whether the first runs beside the backward
+    """
+
+    each: tuple[tuple[int, tuple[Sum, float]], ...]
+    beside: bool
 
 
 def scattered(sums: Sums) -> tuple[str, ...]:
@@ -144,7 +154,37 @@ class GradientSums:
 
     def exposed_rate(self, hidden: float) -> float:
         """As `copies_rate`, where so large a share of the first sum runs beside the backward, if one does."""
-        return self.held * min(way.time.rate - hidden * first for way, first in self._firsts)
+        if hidden not in self._exposed:
+            self._exposed[hidden] = self.held * min(way.time.rate - hidden * first for way, first in self._firsts)
+        return self._exposed[hidden]
+
+    @cached_property
+    def _exposed(self) -> dict[float, float]:
+        return {}
+
+    def steps(self, sums: Sums) -> Steps:
+        """Of one of its sums."""
+        if sums not in self._steps:
+            self._steps[sums] = Steps(tuple(enumerate(shares(self.mesh, sums, self.held))), self.runs_beside(sums))
+        return self._steps[sums]
+
+    @cached_property
+    def own_steps(self) -> Steps:
+        return self.steps(self.own)
+
+    @cached_property
+    def _steps(self) -> dict[Sums, Steps]:
+        return {}
+
+    @cached_property
+    def tp(self) -> int:
+        """Ranks of the tensor axis."""
+        return self.mesh.size("tp")
+
+    @cached_property
+    def shards(self) -> int:
+        """In how many parts ZeRO cuts what tp holds no copies of."""
+        return max(1, self.mesh.size("dp_shard")) if self.level else 1
 
     def runs_beside(self, sums: Sums) -> bool:
         """Whether the first of these sums runs beside the backward: what the graphs scatter (ZeRO-3) they wait for."""

@@ -20,6 +20,7 @@ from ..passes.graph_tools import copy_call, extract, named_results
 from ..passes.types import balanced_sizes
 from .bind import BatchMode
 from .choose import Known, choose, contents, data_ranks
+from .collector import without_collection
 from .emit import Problem
 from .prepare import mark_twins
 from .strategy import Request
@@ -44,6 +45,7 @@ class Guess:
     known: Known | None = None
 
 
+@without_collection()
 def likely_plan(
     model: nn.Module,
     request: Request,

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
-from ..passes.graph_tools import Calls, is_getitem, is_parameter
+from ..passes.graph_tools import Calls, is_getitem, is_parameter, metas
 from ..passes.partition import CHEAP
 from ..passes.rules.base import Axis, OpCall
 from ..passes.types import I, Type
@@ -21,7 +21,7 @@ from .backward_memory import Moment, Use, moments, moments_at
 from .cost import FREE, op_name, size_of
 from .heaviest import heaviest
 from .large_ops import large_ops
-from .needs import NEEDS_RESULT, held_by, needs_value, passes_on
+from .needs import NEEDS_RESULT, held_by, needs_value, passes_on, read_again
 from .offers import Offers
 from .parts import Readers, parts
 from .place import Placement, Policy, Rules
@@ -39,6 +39,7 @@ class Keeping:
     returned   what else is there until the step ends, for the model returns it
     gradients, moments    of the backwards, what is in memory of its own, and what they hold at once (compiler/backward_memory.py)
     stream     what goes from block to block
+    again      bytes of the parameters that the backward reads, by key
     """
 
     uses: Mapping[tuple[fx.Node, int], tuple[Use, ...]]
@@ -48,6 +49,7 @@ class Keeping:
     gradients: Mapping[fx.Node, tuple[bool, ...]]
     moments: Mapping[fx.Node, Moment[fx.Node]]
     stream: Stream
+    again: Mapping[str, int]
 
     def used(self, *, fixed: bool) -> Iterator[tuple[tuple[fx.Node, int], tuple[Use, ...]]]:
         """Of `uses` what is fixed, or what is not."""
@@ -83,7 +85,14 @@ def keeping(calls: Calls) -> Keeping:
     others = frozenset(value for value in returned - (kept.keys() - rebuilt) if value[0] in calls)
     gradients = _gradients(calls, _written_over(calls, returned))
     fixed = frozenset(kept.keys() - _of_inputs(calls))
-    return Keeping(kept, frozenset(rebuilt), fixed, others, gradients, moments(calls, kept, rebuilt, gradients), stream(calls))
+    at_once = moments(calls, kept, rebuilt, gradients)
+    return Keeping(kept, frozenset(rebuilt), fixed, others, gradients, at_once, stream(calls), _read_again(calls))
+
+
+def _read_again(calls: Calls) -> dict[str, int]:
+    placeholders = next(iter(calls)).graph.find_nodes(op="placeholder") if calls else []
+    parameters = (n for n in placeholders if n.meta["key"].startswith("param."))
+    return {n.meta["key"]: size_of(metas(n)[0]) for n in parameters if read_again(n, calls)}
 
 
 def _of_inputs(calls: Calls) -> set[tuple[fx.Node, int]]:
@@ -174,16 +183,19 @@ def kept_at(calls: Calls, kept: Keeping, offered: Offers, *, fixed: bool = False
 
 
 def sized(calls: Calls, kept: Keeping, offered: Offers) -> Sized:
-    """All values whose bytes may have a price."""
-    fixed = kept_at(calls, kept, offered, fixed=True)
-    large, moments = large_ops(kept.gradients, kept.moments, offered), moments_at(kept.moments.values(), offered)
-    return Sized(kept_at(calls, kept, offered), stream_at(kept.stream, offered), heaviest(offered), fixed, large, moments)
+    """All values whose bytes may have a price, and what has none."""
+    return replace(_with_prices(calls, kept, offered), moments=moments_at(kept.moments.values(), offered))
+
+
+def _with_prices(calls: Calls, kept: Keeping, offered: Offers) -> Sized:
+    fixed, large = kept_at(calls, kept, offered, fixed=True), large_ops(kept.gradients, kept.moments, offered)
+    return Sized(kept_at(calls, kept, offered), stream_at(kept.stream, offered), heaviest(offered), fixed, large)
 
 
 def sized_for(calls: Calls, offered: Offers, policy: Policy, mixed: Rules | None) -> Sized | None:
-    """The same where a policy has a price for them, as `place` takes it. mixed: what else it goes by."""
+    """Those with a price, where a policy has one for them, as `place` takes it. mixed: what else it goes by."""
     policies = (policy, mixed[0]) if mixed is not None else (policy,)
-    return sized(calls, keeping(calls), offered) if any(p.prices_sizes for p in policies) else None
+    return _with_prices(calls, keeping(calls), offered) if any(p.prices_sizes for p in policies) else None
 
 
 def _gradients(calls: Calls, written_over: frozenset[tuple[fx.Node, int]]) -> dict[fx.Node, tuple[bool, ...]]:

@@ -56,6 +56,12 @@ def state_memory(parameters: float, zero: int, shards: int, moments: float = 2.0
     return StateMemory(*map(float, _compiled(zero)(parameters, shards, moments)))
 
 
+def state_bytes(parameters: float, zero: int, shards: int) -> float:
+    """The total of `state_memory` for AdamW."""
+    held, gradients, optimizer = _compiled(zero)(parameters, shards, 2.0)
+    return held + gradients + optimizer
+
+
 @dataclass(frozen=True)
 class RankMemory:
     """Bytes of one rank. `peak` is the largest total at any time; `activations` and `temporaries` are what it held then."""

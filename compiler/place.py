@@ -13,7 +13,7 @@ import numpy as np
 from torch import fx
 
 from ..passes.convert import exists, is_free, makes_whole
-from ..passes.graph_tools import Calls, is_getitem, is_parameter, metas, op_calls, where
+from ..passes.graph_tools import Calls, is_parameter, metas, op_calls, where
 from ..passes.prologue import TIME
 from ..passes.rules.base import (
     Axis,
@@ -26,7 +26,7 @@ from . import assign_apart
 from .assign import AssignError, Problem, Solution, Use, relative_gap, solve
 from .assign import Value as AssignValue
 from .assign_apart import Loose, Repeated
-from .needs import gathered_again
+from .needs import read_again
 from .offers import Decision, Offers, Role, Value, canonical, offers
 from .prices import Prices, held, size_of
 from .sized import KeptAt, Place, Sized
@@ -194,6 +194,7 @@ class _Builder:
         self.output = next(n for n in gm.graph.nodes if n.op == "output")
         self.followed: Placement | None = None
         self.known = priced
+        self.tables: dict[tuple[object, ...], np.ndarray] = {}
 
     def bar(self, name: str, left_out: Sequence[tuple[Type, ...]]) -> None:
         decision = self.decisions[self.offers.twins.get(name, name)]
@@ -350,19 +351,29 @@ class _Builder:
         for t in (*produced, *(t for _, types in uses for t in types)):
             ids.setdefault(t, len(ids))
         types = list(ids)
-        of_parameter, (_, prices) = is_parameter(d.node), self._rules(d)
-        conversion = np.full((len(types), len(types)), np.inf)
+        of_parameter = is_parameter(d.node)
+        again = of_parameter and read_again(d.node, self.calls)
+        # Values alike in all of this take as long: over time what is allowed depends on the value.
+        key = tuple(types), meta, of_parameter, again, min(d.group, 1), d.index if self.policy.role == "time" else None
+        if key not in self.tables:
+            self.tables[key] = self._table(types, meta, d, of_parameter, again)
+        asked = tuple(Use(node, tuple(ids[t] for t in needed)) for node, needed in uses)
+        return AssignValue(d.index, tuple(ids[t] for t in produced), self.tables[key] * count, asked), types
+
+    def _table(self, types: Sequence[Type], meta: TensorMeta, d: Decision, of_parameter: bool, again: bool) -> np.ndarray:
+        """What conversions of a value that d makes cost, from each type to each. again: whether what is gathered of it is gathered
+        once more for the backward."""
+        _, prices = self._rules(d)
+        table = np.full((len(types), len(types)), np.inf)
         for i, a in enumerate(types):
             for j, b in enumerate(types):
                 if is_free(a, b, meta.grad):
-                    conversion[i, j] = 0.0
+                    table[i, j] = 0.0
                 elif exists(a, b, meta.grad) and self._allowed(a, b, meta, d):
-                    price = prices.conversion(a, b, meta, self.axis, of_parameter)
-                    if gathered_again(d.node, a, b, self.calls):
-                        price += prices.conversion(a, I, replace(meta, grad=False), self.axis, of_parameter)
-                    conversion[i, j] = price * count
-        asked = tuple(Use(node, tuple(ids[t] for t in needed)) for node, needed in uses)
-        return AssignValue(d.index, tuple(ids[t] for t in produced), conversion, asked), types
+                    table[i, j] = prices.conversion(a, b, meta, self.axis, of_parameter)
+                    if again and makes_whole(a, b):
+                        table[i, j] += prices.conversion(a, I, replace(meta, grad=False), self.axis, of_parameter)
+        return table
 
     def _allowed(self, a: Type, b: Type, meta: TensorMeta, d: Decision) -> bool:
         """Conversions that the axis can make: over time only slices of what is known before the step; over data no other shares."""
@@ -457,11 +468,11 @@ class _Builder:
     def placement(self, solution: Solution) -> Placement:
         first = self.offers.first
         chosen = {d.name: self.options[d.index][solution.choice[d.index]] for d in self.order}
-        choice, placeholders = {}, {}
-        for node in self.gm.graph.nodes:
-            if node.op == "placeholder":
-                placeholders[node.meta["key"]] = chosen[first(node)].outs[0]
-            elif node.op != "output" and not is_getitem(node):
-                choice[node.name] = self.offers.own(chosen[first(node)], node, self.calls[node][0])
+        given = self.gm.graph.find_nodes(op="placeholder")
+        placeholders = {node.meta["key"]: chosen[first(node)].outs[0] for node in given}
+        choice = {}
+        for node, (call, _) in self.calls.items():
+            strategy = chosen[first(node)]
+            choice[node.name] = strategy if strategy.target is None else self.offers.own(strategy, node, call)
         outputs = {k: types[solution.choice[end]] for k, (end, types) in enumerate(self.exit_types.items())}
         return Placement(self.axis, choice, placeholders, outputs, solution.cost, solution.bound)

@@ -18,7 +18,7 @@ from .cost import Seconds, Timing, conversion_bytes, size_of
 from .heaviest import COUNT, block_of
 from .keeping import Keeping, keeping, kept_bytes, sized
 from .large_ops import COUNT as LARGE
-from .needs import gathered_again, read_again
+from .needs import gathered_again
 from .offers import Offers, Uses, Value, offers
 from .place import Placement
 from .prices import held
@@ -88,7 +88,9 @@ def placed_cost(
     kept = kept or keeping(calls)
     compute = launches = 0.0
     parameters = trainable = sums = received_once = 0.0
-    for node, count in _distinct(gm, offered.twins if offered else gm.meta.get("twins", {})):
+    if placement is not None:
+        offered = offered or offers(gm, axis, calls, "tensor")
+    for node, count in _distinct(gm, offered):
         if node in calls:
             timing = _timing(node, calls, placement, seconds)
             compute, launches = compute + timing.work * count, launches + timing.fixed * count
@@ -106,29 +108,29 @@ def placed_cost(
         sums=sums,
         parameters=parameters,
         trainable=trainable,
-        read_again=_read_again(gm, placement, calls, axis),
+        read_again=_read_again(kept, placement, axis),
         received_once=received_once,
         stream=stream_bytes(kept.stream),
     )
-    if placement is None:
+    if placement is None or offered is None:
         activations, fixed = (kept_bytes(calls, kept, None, axis, fixed=which) for which in (False, True))
         return replace(cost, activations=activations, fixed=fixed, temporaries=largest(kept.moments.values(), lambda _: 1.0))
-    offered = offered or offers(gm, axis, calls, "tensor")
     return _with_conversions(cost, seconds, placement, calls, offered, counted or sized(calls, kept, offered))
 
 
-def _read_again(gm: fx.GraphModule, placement: Placement | None, calls: Calls, axis: Axis) -> float:
+def _read_again(kept: Keeping, placement: Placement | None, axis: Axis) -> float:
     """Bytes held of parameters that the backward reads: at the same place of blocks, some may and others not."""
     found = 0.0
-    for node in gm.graph.find_nodes(op="placeholder"):
-        key = node.meta["key"]
-        if key.startswith("param.") and read_again(node, calls):
-            found += size_of(metas(node)[0]) * held(placement.placeholders[key] if placement else I, axis)
+    for key, size in kept.again.items():
+        found += size * held(placement.placeholders[key] if placement else I, axis)
     return found
 
 
-def _distinct(gm: fx.GraphModule, twins: Mapping[str, str]) -> Iterator[tuple[fx.Node, int]]:
+def _distinct(gm: fx.GraphModule, offered: Offers | None) -> Iterator[tuple[fx.Node, int]]:
     """Of the nodes at the same place of identical blocks the first, and how many they are."""
+    if offered is not None:
+        return ((d.node, d.places.total()) for d in offered.order)
+    twins: Mapping[str, str] = gm.meta.get("twins", {})
     counts = Counter(twins.get(node.name, node.name) for node in gm.graph.nodes)
     return ((node, counts[node.name]) for node in gm.graph.nodes if twins.get(node.name, node.name) == node.name)
 

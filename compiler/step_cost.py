@@ -10,12 +10,13 @@ the topology's profile says that compute does not suffer from it.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
-
-import numpy as np
+from functools import cache
+from operator import attrgetter
+from typing import NamedTuple
 
 from ..passes.graph_tools import Calls, metas
 from ..passes.segment import PARTS, largest_part
@@ -26,15 +27,15 @@ from .emit import SEGMENT_BYTES, Problem
 from .gathers import Whole, gather_groups, kept_whole, shared
 from .gradient_sums import GradientSums
 from .keeping import Keeping, kept_where
-from .needs import read_again
 from .placed_cost import PlacedCost
 from .plan import Plan, Prediction, data_size
 from .schedules import BUCKET_BYTES
 from .stages import StageCuts, Stages, StageShare
-from .step_sums import Move, Moved, Part, copies_rate, parts_of
+from .step_sums import Move, Moved, Part, copies_rate, level_of, parts_of
+from .step_terms import Terms
 from .tensor_axis import Load
 from .topology import Topology, collective_bytes
-from .totals import Function, cost_of
+from .totals import Function, by_totals
 
 BACKWARD_SHARE = 2 / 3
 """Of a graph's compute: each product of the forward has two in the backward."""
@@ -85,6 +86,22 @@ def rounded_down(x: float, base: float) -> float:
     return base ** math.floor(math.log(x, base) + 1e-9) if x > 0 else 0.0
 
 
+SECONDS_OF = "launches", "latencies", "gathers", "compute", "traffic", "sums", "trainable"
+"""Of a placement's cost, what the seconds of any step depend on; under ZeRO-3, and in a pipeline, on more."""
+
+BYTES_OF = "sums", "parameters", "trainable", "activations", "fixed", "gathered", "temporaries"
+"""The same of the bytes of the peak."""
+
+
+class PartsLeast(NamedTuple):
+    """Of a stage whose backward is cut into parts, at the least parameters there can be: whether these are several; bytes of the
+    gradients of the largest, and of what is packed."""
+
+    several: bool
+    part: float
+    packed: float
+
+
 class StepCost:
     """Of any plan for one graph, batch and machine."""
 
@@ -102,11 +119,12 @@ class StepCost:
         self.cuts = StageCuts(problem.graph, kept.stream)
         self._kept = kept_where(calls, kept)
         self._sizes = {
-            n.meta["key"].removeprefix("param."): (size, size * meta.grad, size * read_again(n, calls))
+            n.meta["key"].removeprefix("param."): (size, size * meta.grad, size * (n.meta["key"] in kept.again))
             for n, meta, size in zip(nodes, parameters, sizes, strict=True)
         }
         self._stages: dict[int, Stages] = {}
         self._sums: dict[tuple[Mesh, int, bool], GradientSums] = {}
+        self._terms: dict[tuple[object, ...], Terms] = {}
 
     def whole(self, stages: int) -> list[Whole]:
         """What ZeRO-3 may keep whole, of a model in so many stages."""
@@ -119,10 +137,15 @@ class StepCost:
         whole    the shares of `plan.whole`
         """
         whole = whole or self.whole(plan.stages)[0]
-        (seconds, moved), size = self._seconds(plan, cost, whole), self._bytes(plan, cost, whole)
+        terms = self.terms(plan)
+        (seconds, moved), size = self._seconds(terms, cost, whole), self._bytes(terms, cost, whole)
         parts = seconds | {f"{what} bytes": n for what, n in size.items()}
-        traffic = self._received(plan, cost, moved)
+        traffic = self._received(terms, cost, moved)
         return Prediction(sum(seconds.values()), sum(size.values()), traffic, parts, cost.gap)
+
+    def peak(self, plan: Plan, cost: PlacedCost, whole: Whole) -> float:
+        """Bytes of the peak alone, of a plan with these parameters kept whole."""
+        return sum(self._bytes(self.terms(plan, whole=whole.count > 0), cost, whole).values())
 
     def at_least(self, plan: Plan, whole: Sequence[Whole], least: PlacedCost) -> tuple[Function, Function]:
         """Seconds, and bytes of the peak, that no step is below, for the totals of its placement (compiler/totals.py): of the plan
@@ -136,45 +159,67 @@ class StepCost:
         bytes take at least.
         """
         few, many = whole[0], whole[-1]
-        fewer, more = replace(plan, whole=few.names), replace(plan, whole=many.names)
+        fewer, more = (self.terms(plan, whole=each.count > 0) for each in (few, many))
         uneven = max(many.trained - w.trained - (many.held - w.held) for w in whole)
-        gather = self.topology.collective("all_gather", plan.mesh, "dp_shard").rate
-        gathered = uneven * self.stages(plan.stages).heaviest.trained * gather
+        gather = more.times.collective("all_gather", "dp_shard").rate
+        gathered = uneven * more.stages.heaviest.trained * gather
         held = replace(few, left=many.left, largest=many.largest, alone=many.alone)
 
-        def seconds(totals: np.ndarray) -> float:
-            cost = cost_of(totals, least.temporaries)
+        parts = [self._parts_least(fewer, least, held, stage) for stage, _ in fewer.fullest]
+
+        def seconds(cost: PlacedCost) -> float:
             found = sum(self._seconds(more, cost, many, at_least=True)[0].values())
             return found - cost.trainable * gathered
 
-        def size(totals: np.ndarray) -> float:
-            cost = cost_of(totals, least.temporaries)
-            return max(sum(each.values()) for each in self._stage_bytes(fewer, cost, held, least))
+        def size(cost: PlacedCost) -> float:
+            return max(sum(each.values()) for each in self._stage_bytes(fewer, cost, held, parts))
 
-        return seconds, size
+        of_seconds = [*SECONDS_OF, *(("parameters", "read_again") if plan.zero == 3 else ()), *(("stream",) if more.pp > 1 else ())]
+        depends = attrgetter(*of_seconds), attrgetter(*BYTES_OF)
+        return by_totals(seconds, depends[0], least.temporaries), by_totals(size, depends[1], least.temporaries)
 
-    def _seconds(self, plan: Plan, cost: PlacedCost, whole: Whole, *, at_least: bool = False) -> tuple[dict[str, float], Moved]:
+    def terms(self, plan: Plan, *, whole: bool | None = None) -> Terms:
+        """Of a plan. whole: whether ZeRO-3 keeps parameters whole; None: as the plan says."""
+        kept = bool(plan.whole) if whole is None else whole
+        key = plan.mesh, plan.zero, plan.microbatches, plan.schedule, plan.small_copies, kept
+        if key not in self._terms:
+            stages = self.stages(plan.stages)
+            self._terms[key] = Terms(
+                zero=plan.zero,
+                microbatches=plan.microbatches,
+                share=self.batch.share(plan.mesh),
+                stages=stages,
+                fullest=stages.fullest(flying(plan.stages, plan.schedule, plan.microbatches)),
+                bubble=bubble(plan),
+                uneven=self.batch.mode == "global" and self.batch.rows % plan.data_size > 0,
+                sums=self.sums_of(plan, level_of(plan.zero)),
+                whole=self.sums_of(plan, 2) if kept else None,
+                times=self.topology.on(plan.mesh),
+            )
+        return self._terms[key]
+
+    def _seconds(self, terms: Terms, cost: PlacedCost, whole: Whole, *, at_least: bool = False) -> tuple[dict[str, float], Moved]:
         """And what the data axes move. at_least: with copies at the least that they take."""
-        m, share = plan.microbatches, self.batch.share(plan.mesh)
-        heaviest, work = self.stages(plan.stages).heaviest, self.stages(plan.stages).slowest.work
-        runs = bubble(plan) * work
+        m, share = terms.microbatches, terms.share
+        heaviest, work = terms.stages.heaviest, terms.stages.slowest.work
+        runs = terms.bubble * work
         backward = cost.compute * share * work / m * BACKWARD_SHARE
-        parts = self._parts(plan, cost, whole)
-        moved = Moved([*self._inside(plan, cost, whole)])
+        parts = self._parts(terms, cost, whole)
+        moved = Moved([*self._inside(terms, cost, whole)])
         moved.add(parts, heaviest.trained, at_least)
         trained = (self.trained if at_least else cost.trainable) * heaviest.trained  # the more, the more parts
         seconds = {
             "compute": (cost.compute * share + cost.launches * m) * runs,
             "tensor": (cost.traffic * share + (cost.latencies + cost.gathers) * m) * runs,
-            "data": moved.seconds(self.topology, plan.mesh, self._hidden_share(plan, trained), backward),
-            "pipeline": self._pipeline_seconds(plan, cost, share),
+            "data": moved.seconds(terms.times, self._hidden_share(terms, trained), backward),
+            "pipeline": self._pipeline_seconds(terms, cost),
             "optimizer": self._optimizer_seconds(sum(part.updated(at_least) for part in parts) * heaviest.trained),
         }
         return seconds, moved
 
-    def _parts(self, plan: Plan, cost: PlacedCost, whole: Whole) -> list[Part]:
-        copied = cost.sums / copies_rate(plan.mesh, self.topology) if cost.sums else 0.0
-        return parts_of(plan, partial(self.sums_of, plan), cost.trainable, copied, whole)
+    @staticmethod
+    def _parts(terms: Terms, cost: PlacedCost, whole: Whole) -> list[Part]:
+        return parts_of(terms, cost.trainable, cost.sums / terms.copies_rate if cost.sums else 0.0, whole)
 
     def sums_of(self, plan: Plan, level: int) -> GradientSums:
         """level: as `level_of` has it."""
@@ -189,105 +234,103 @@ class StepCost:
             self._stages[count] = self.cuts.stages(count, self._sizes, self._kept)
         return self._stages[count]
 
-    def _fullest(self, plan: Plan) -> list[tuple[StageShare, float]]:
-        """The stages that may need the most bytes, and what each holds at once of the activations of all of the model."""
-        return self.stages(plan.stages).fullest(flying(plan.stages, plan.schedule, plan.microbatches))
-
-    def _bytes(self, plan: Plan, cost: PlacedCost, whole: Whole) -> dict[str, float]:
+    def _bytes(self, terms: Terms, cost: PlacedCost, whole: Whole) -> dict[str, float]:
         """Of the stage that needs the most."""
-        return max(self._stage_bytes(plan, cost, whole), key=lambda found: sum(found.values()))
+        return max(self._stage_bytes(terms, cost, whole), key=lambda found: sum(found.values()))
 
     def _stage_bytes(
-        self, plan: Plan, cost: PlacedCost, whole: Whole, least: PlacedCost | None = None
+        self, terms: Terms, cost: PlacedCost, whole: Whole, least: Sequence[PartsLeast] | None = None
     ) -> Iterator[dict[str, float]]:
-        """Of the stages that may need the most. least: what they need at least, as `at_least` says; with copies cut over tp
-        besides, wherever they may be."""
-        m, share, parts = plan.microbatches, self.batch.share(plan.mesh), self._parts(plan, cost, whole)
-        for stage, held_at_once in self._fullest(plan):
+        """Of the stages that may need the most. least: by stage, where what they need at least is meant, as `at_least` says; with
+        copies cut over tp besides, wherever they may be."""
+        m, share, parts = terms.microbatches, terms.share, self._parts(terms, cost, whole)
+        for (stage, held_at_once), bound in zip(terms.fullest, least or itertools.repeat(None), strict=False):
             trained = cost.trainable * stage.trained
             frozen = max(0.0, cost.parameters * stage.held - trained)
             state = sum(part.state(stage.trained, least is not None) for part in parts)
-            state += frozen_bytes(plan, frozen * (1 - whole.held)) + frozen * whole.held
+            state += frozen_bytes(terms.zero, terms.dp_shard, frozen * (1 - whole.held)) + frozen * whole.held
             activations = cost.activations * share * held_at_once / m + cost.fixed * stage.kept + cost.temporaries * share / m
             # Under ZeRO-3 the backward of a block holds its parameters whole, and their gradients until they are scattered; the
             # first gradient of a parameter that is used twice waits for the second, which is added where it lies.
-            waiting = self.shared * trained if plan.zero else 0.0
-            if plan.zero == 3:
+            waiting = self.shared * trained if terms.zero else 0.0
+            if terms.zero == 3:
                 waiting = max(2 * whole.largest * cost.parameters, waiting + 2 * whole.alone * cost.parameters, 2 * waiting)
             gathered = 2 * cost.gathered + waiting
-            if plan.zero in (1, 2) or plan.whole:
-                gathered += self._part(plan, cost, whole, stage, least) + self._packed(plan, least or cost, whole, stage)
+            if terms.scatters_once:
+                packed = bound.packed if bound else self._packed(terms, cost, whole, stage)
+                gathered += self._part(terms, cost, whole, stage, bound) + packed
             yield {"state": state, "activation": activations, "gathered": gathered}
 
-    def _received(self, plan: Plan, cost: PlacedCost, moved: Moved) -> dict[str, float]:
-        mesh, stages, m, share = plan.mesh, plan.stages, plan.microbatches, self.batch.share(plan.mesh)
+    def _received(self, terms: Terms, cost: PlacedCost, moved: Moved) -> dict[str, float]:
+        mesh, stages, m, share = terms.times.mesh, terms.pp, terms.microbatches, terms.share
         found = {axis: 0.0 for axis in mesh.axes}
         for axis, kind, size, n in moved.moves:
             found[axis] = found.get(axis, 0.0) + n * collective_bytes(kind, size, mesh.size(axis))
         if "tp" in found:
             found["tp"] += (cost.received * share + cost.received_gathers * m) / stages
         if "pp" in found:
-            found["pp"] += 2 * sum(self.stages(stages).widths) / stages * self._border(plan, cost, share) * m
+            found["pp"] += 2 * sum(terms.stages.widths) / stages * self._border(terms, cost) * m
         return found
 
-    def _inside(self, plan: Plan, cost: PlacedCost, whole: Whole) -> Iterator[Move]:
+    @staticmethod
+    def _inside(terms: Terms, cost: PlacedCost, whole: Whole) -> Iterator[Move]:
         """What ZeRO-3 gathers and scatters inside the graphs."""
-        if plan.zero < 3 or not whole.left:
+        if terms.zero < 3 or not whole.left:
             return
-        stage = self.stages(plan.stages).heaviest
+        stage = terms.stages.heaviest
         held, trainable, again = cost.parameters * stage.held, cost.trainable * stage.trained, cost.read_again * stage.again
-        blocks = math.ceil(whole.left / plan.stages)
-        times = plan.microbatches * blocks
+        blocks = math.ceil(whole.left / terms.pp)
+        times = terms.microbatches * blocks
         yield "dp_shard", "all_gather", held * (1 - whole.held) / blocks, times
         yield "dp_shard", "all_gather", again * (1 - whole.again) / blocks, times
         yield "dp_shard", "reduce_scatter", trainable * (1 - whole.trained) / blocks, times
 
-    def _scattered(self, plan: Plan, cost: PlacedCost, whole: Whole, stage: StageShare) -> float:
+    @staticmethod
+    def _scattered(terms: Terms, cost: PlacedCost, whole: Whole, stage: StageShare) -> float:
         """Bytes of a stage's gradients that are scattered once a step, whole over the data axes."""
-        return cost.trainable * stage.trained * (whole.trained if plan.zero == 3 else 1.0)
+        return cost.trainable * stage.trained * (whole.trained if terms.zero == 3 else 1.0)
 
-    def _largest(self, plan: Plan, cost: PlacedCost, whole: Whole, stage: StageShare) -> float:
+    def _largest(self, terms: Terms, cost: PlacedCost, whole: Whole, stage: StageShare) -> float:
         """Of these, the bytes of the largest gradient."""
-        return min(self.largest * cost.trainable, self._scattered(plan, cost, whole, stage))
+        return min(self.largest * cost.trainable, self._scattered(terms, cost, whole, stage))
 
-    def _part(self, plan: Plan, cost: PlacedCost, whole: Whole, stage: StageShare, least: PlacedCost | None = None) -> float:
+    def _part(self, terms: Terms, cost: PlacedCost, whole: Whole, stage: StageShare, least: PartsLeast | None = None) -> float:
         """Bytes of gradients that ZeRO-1 and 2 hold whole at their most, of which shards are to be left: where micro-batches add to
         them all of them, else those of a part of the backward. A parameter larger than a part is one by itself. least: what is
         convex in the totals, and nowhere more."""
-        scattered, trained = self._scattered(plan, cost, whole, stage), cost.trainable * stage.trained
-        if plan.microbatches > 1 or self._is_uneven(plan):
+        scattered, trained = self._scattered(terms, cost, whole, stage), cost.trainable * stage.trained
+        if terms.microbatches > 1 or terms.uneven:
             return scattered
-        largest = self._largest(plan, cost, whole, stage)
-        if least is None or segments_of(least.trainable * stage.trained, SEGMENT_BYTES) > 1:
+        largest = self._largest(terms, cost, whole, stage)
+        if least is None or least.several:
             return max(largest, scattered * largest_part(trained, SEGMENT_BYTES) / (trained or 1.0))
-        return max(largest, scattered / PARTS, self._part(plan, least, whole, stage))
+        return max(largest, scattered / PARTS, least.part)
 
-    def _packed(self, plan: Plan, cost: PlacedCost, whole: Whole, stage: StageShare) -> float:
+    def _parts_least(self, terms: Terms, least: PlacedCost, whole: Whole, stage: StageShare) -> PartsLeast:
+        several = segments_of(least.trainable * stage.trained, SEGMENT_BYTES) > 1
+        return PartsLeast(several, self._part(terms, least, whole, stage), self._packed(terms, least, whole, stage))
+
+    def _packed(self, terms: Terms, cost: PlacedCost, whole: Whole, stage: StageShare) -> float:
         """To be scattered they are packed, a bucket at a time; a parameter larger than a bucket is one by itself."""
-        if not (plan.zero in (1, 2) or plan.whole):
-            return 0.0
-        packed = max(min(self._part(plan, cost, whole, stage), BUCKET_BYTES), self._largest(plan, cost, whole, stage))
-        return packed - packed / plan.mesh.size("dp_shard")  # its shards come after it
+        packed = max(min(self._part(terms, cost, whole, stage), BUCKET_BYTES), self._largest(terms, cost, whole, stage))
+        return packed - packed / terms.dp_shard  # its shards come after it
 
-    def _is_uneven(self, plan: Plan) -> bool:
-        """Whether data ranks run other shapes: then the backward is not cut into parts."""
-        return self.batch.mode == "global" and self.batch.rows % plan.data_size > 0
-
-    def _hidden_share(self, plan: Plan, trained: float) -> float:
+    def _hidden_share(self, terms: Terms, trained: float) -> float:
         """Of the first sums of gradients, what runs beside the last micro-batch's backward while that lasts: all but those of its
         last part. trained: bytes that decide how many parts there are."""
-        parts = 1 if self._is_uneven(plan) else segments_of(trained, SEGMENT_BYTES)
+        parts = 1 if terms.uneven else segments_of(trained, SEGMENT_BYTES)
         return self.topology.overlap.get("data", 0.0) * (parts - 1) / parts
 
-    def _border(self, plan: Plan, cost: PlacedCost, share: float) -> float:
+    @staticmethod
+    def _border(terms: Terms, cost: PlacedCost) -> float:
         """Bytes that a micro-batch's activations have between two blocks, and their gradients."""
-        return cost.stream * share / plan.microbatches
+        return cost.stream * terms.share / terms.microbatches
 
-    def _pipeline_seconds(self, plan: Plan, cost: PlacedCost, share: float) -> float:
-        if plan.stages == 1:
+    def _pipeline_seconds(self, terms: Terms, cost: PlacedCost) -> float:
+        if terms.pp == 1:
             return 0.0
-        size = self._border(plan, cost, share) * self.stages(plan.stages).widest
-        return 2 * (plan.microbatches + plan.stages - 2) * self.topology.collective("send", plan.mesh, "pp").of(size)
+        size = self._border(terms, cost) * terms.stages.widest
+        return 2 * (terms.microbatches + terms.pp - 2) * terms.times.collective("send", "pp").of(size)
 
     def _optimizer_seconds(self, size: float) -> float:
         """Read parameter, gradient and two moments, write three of them (AdamW)."""
@@ -295,9 +338,9 @@ class StepCost:
         return 7 * size / (device.bandwidth * device.memory_efficiency)
 
 
-def frozen_bytes(plan: Plan, size: float) -> float:
+def frozen_bytes(zero: int, dp_shard: int, size: float) -> float:
     """Bytes that a rank holds of so many bytes of parameters without gradients, whole over the data axes."""
-    return size / (max(1, plan.mesh.size("dp_shard")) if plan.zero == 3 else 1)
+    return size / (dp_shard if zero == 3 else 1)
 
 
 def bubble(plan: Plan) -> float:

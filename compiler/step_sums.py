@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ..runtime.program import Mesh
 from .gathers import Whole
-from .gradient_sums import GradientSums, Sum, scattered, shares
-from .memory import state_memory
-from .plan import Plan
-from .topology import CollectiveKind, Topology
+from .gradient_sums import GradientSums, Sum, scattered
+from .memory import state_bytes
+from .step_terms import Terms
+from .topology import CollectiveKind, Collectives, Topology
 
 Move = tuple[str, CollectiveKind, float, int]
 """(axis, kind, bytes, times a step)"""
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Of a model's gradients those at one level of ZeRO: bytes whole over the data axes. copied: those that tp holds copies of."""
 
     sums: GradientSums
@@ -33,31 +33,27 @@ class Part:
         cut = self.sums.level > 0 and (
             at_least or any("tp" in axis.split("+") for axis in scattered(self.sums.copies(self.copied)))
         )
-        return self.sums.mesh.size("tp") if cut else 1
+        return self.sums.tp if cut else 1
 
     def state(self, share: float, at_least: bool = False) -> float:
         """Bytes that a rank holds all the time of a share of these, with parameters and optimizer: of the gradients, the shards."""
-        mesh, level = self.sums.mesh, self.sums.level
-        data, more = max(1, mesh.size("dp_shard")) if level else 1, self.shards(at_least)
-        own = state_memory(self.own * share, level, data).total
+        level, data, more = self.sums.level, self.sums.shards, self.shards(at_least)
+        own = state_bytes(self.own * share, level, data)
         if level == 3 and more > 1:  # the graphs take what dp_shard leaves
-            return own + state_memory(self.copied * share / data, 2, more).total
-        return own + state_memory(self.copied * share, level, data * more).total
+            return own + state_bytes(self.copied * share / data, 2, more)
+        return own + state_bytes(self.copied * share, level, data * more)
 
     def updated(self, at_least: bool = False) -> float:
         """Bytes that an optimizer updates on a rank."""
-        data = self.sums.mesh.size("dp_shard") if self.sums.level else 1
-        return (self.own + self.copied / self.shards(at_least)) / max(1, data)
+        return (self.own + self.copied / self.shards(at_least)) / self.sums.shards
 
 
-def parts_of(plan: Plan, sums: Callable[[int], GradientSums], trainable: float, copied: float, whole: Whole) -> list[Part]:
-    """Of so many bytes of parameters with gradients.
-
-    sums    by level        whole    of what ZeRO-3 keeps whole, which is at level 2
-    """
-    level = level_of(plan.zero)
-    each = [(level, 1.0)] if not plan.whole else [(level, 1 - whole.trained), (2, whole.trained)]
-    return [Part(sums(k), (trainable - copied) * share, copied * share) for k, share in each]
+def parts_of(terms: Terms, trainable: float, copied: float, whole: Whole) -> list[Part]:
+    """Of so many bytes of parameters with gradients. whole: the shares of what ZeRO-3 keeps whole."""
+    if terms.whole is None:
+        return [Part(terms.sums, trainable - copied, copied)]
+    each = (terms.sums, 1 - whole.trained), (terms.whole, whole.trained)
+    return [Part(sums, (trainable - copied) * share, copied * share) for sums, share in each]
 
 
 def level_of(zero: int) -> int:
@@ -88,31 +84,32 @@ class Moved:
         once: dict[tuple[int, Sum], float] = {}
         early: dict[Sum, float] = {}
         for part in found:
-            ways = [(part.sums.own, part.own)]
+            ways = [(part.sums.own_steps, part.own)]
             if at_least:
                 self.copies.append((part, share))
             elif part.copied:
-                ways.append((part.sums.copies(part.copied), part.copied))
-            for sums, size in ways:
-                for k, (step, left) in enumerate(shares(part.sums.mesh, sums, part.sums.held)):
+                ways.append((part.sums.steps(part.sums.copies(part.copied)), part.copied))
+            for steps, size in ways:
+                for k, (step, left) in steps.each:
                     once[k, step] = once.get((k, step), 0.0) + size * left * share
-                if part.sums.runs_beside(sums):
-                    early[sums[0]] = early.get(sums[0], 0.0) + size * part.sums.held * share
+                if steps.beside:
+                    _, (first, left) = steps.each[0]
+                    early[first] = early.get(first, 0.0) + size * left * share
         for (_, step), size in once.items():
             self.moves.extend((step.axis, kind, size, 1) for kind in step.kinds)
         self.early.extend((step.axis, step.kind, size, 1) for step, size in early.items())
 
-    def seconds(self, topology: Topology, mesh: Mesh, hidden: float, backward: float) -> float:
+    def seconds(self, times: Collectives, hidden: float, backward: float) -> float:
         """Those that are left where a share of the first sums runs beside the backward, as far as its seconds reach.
 
         Of copies that count at least either as much is hidden as the backward lasts, of sums that take the least, or all of the
         first sums, of those of which that leaves the least: whichever leaves more, no choice leaves less.
         """
-        own, early = (sum(move[3] * _seconds(move, topology, mesh) for move in moves) for moves in (self.moves, self.early))
+        own, early = (sum(move[3] * _seconds(move, times) for move in moves) for moves in (self.moves, self.early))
         whole, rest = (sum(part.at_least(h) * share for part, share in self.copies) for h in (0.0, hidden))
         return own + max(whole - hidden * backward, rest - hidden * early)
 
 
-def _seconds(move: Move, topology: Topology, mesh: Mesh) -> float:
+def _seconds(move: Move, times: Collectives) -> float:
     axis, kind, size, _ = move
-    return topology.collective(kind, mesh, axis).of(size)
+    return times.collective(kind, axis).of(size)

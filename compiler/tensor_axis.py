@@ -199,6 +199,7 @@ class TensorAxis:
         self._priced: dict[tuple[int, Load, float], Priced] = {}
         self._sized: dict[tuple[int, tuple[int, ...]], Sized] = {}
         self._explored: dict[tuple[int, float, bool], Explored] = {}
+        self._told: dict[tuple[int, float, bool], list[tuple[Layouts, Load, PlacedCost]]] = {}  # and is not yet explored
         self._least: dict[int, PlacedCost] = {}
 
     def cost(self, size: int, layouts: Layouts, load: Load) -> PlacedCost:
@@ -212,10 +213,7 @@ class TensorAxis:
             seconds = self._seconds_of(size, key[2])
             cost = self._costs[key] = placed_cost(self.gm, seconds, placement, self.calls, self.kept, offered, counted)
             if placement is not None and layouts.any and layouts.mixed is None:
-                explored = self.explored(size, load)
-                explored.known.learn(totals_prices(layouts, key[2]), self.apart(size, layouts, load))
-                explored.costs.append(cost)
-                explored.layouts.append(layouts)
+                self._told.setdefault((size, load.size, load.few), []).append((layouts, load, cost))
         return self._costs[key]
 
     def explored(self, size: int, load: Load) -> Explored:
@@ -223,7 +221,12 @@ class TensorAxis:
         key = size, load.size, load.few
         if key not in self._explored:
             self._explored[key] = Explored(self._known(size), [], [])
-        return self._explored[key]
+        explored = self._explored[key]
+        for layouts, of, cost in self._told.pop(key, ()):
+            explored.known.learn(totals_prices(layouts, load_for(layouts, of)), self.apart(size, layouts, of))
+            explored.costs.append(cost)
+            explored.layouts.append(layouts)
+        return explored
 
     def _known(self, size: int) -> Known:
         whole, least = self.cost(1, Layouts(), Load()), self.least(size)

@@ -157,13 +157,16 @@ class Topology:
 
     def collective(self, kind: CollectiveKind, mesh: Mesh, axis: str) -> CollectiveTime:
         """Of a collective over an axis; sizes as of `collective_seconds`."""
-        key = kind, mesh, axis
-        if key not in self._times:
-            self._times[key] = collective_time(kind, self.span(mesh, axis))
-        return self._times[key]
+        return self.on(mesh).collective(kind, axis)
+
+    def on(self, mesh: Mesh) -> Collectives:
+        """What collectives take over the axes of a mesh."""
+        if mesh not in self._meshes:
+            self._meshes[mesh] = Collectives(self, mesh)
+        return self._meshes[mesh]
 
     @cached_property
-    def _times(self) -> dict[tuple[CollectiveKind, Mesh, str], CollectiveTime]:
+    def _meshes(self) -> dict[Mesh, Collectives]:
         return {}
 
     def _span(self, mesh: Mesh, axis: str) -> Span:
@@ -211,6 +214,25 @@ class CollectiveTime(NamedTuple):
 
     def of(self, size: float) -> float:
         return self.latency + self.rate * size
+
+
+@dataclass(frozen=True)
+class Collectives:
+    """Times of collectives over the axes of one mesh, each found once."""
+
+    topology: Topology
+    mesh: Mesh
+
+    def collective(self, kind: CollectiveKind, axis: str) -> CollectiveTime:
+        """As `Topology.collective` has it."""
+        key = kind, axis
+        if key not in self._times:
+            self._times[key] = collective_time(kind, self.topology.span(self.mesh, axis))
+        return self._times[key]
+
+    @cached_property
+    def _times(self) -> dict[tuple[CollectiveKind, str], CollectiveTime]:
+        return {}
 
 
 def collective_seconds(kind: CollectiveKind, size: float, span: Span) -> float:

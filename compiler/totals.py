@@ -9,8 +9,9 @@ least that a plan can take within them is a linear program; and what holds of on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import highspy
 import numpy as np
@@ -49,10 +50,10 @@ def totals_of(cost: PlacedCost) -> np.ndarray:
 
 def cost_of(totals: np.ndarray, temporaries: float) -> PlacedCost:
     """Of a placement with these totals, as far as they tell. temporaries: at least."""
-    rest = dict(zip(_SINGLE[1:], map(float, totals[1 : len(_SINGLE)]), strict=True))
-    gathered, large = float(max(totals[HEAVIEST], totals[SECOND])), tuple(map(float, totals[LARGE]))
-    cost = PlacedCost(launches=float(totals[RUNS]), temporaries=max(temporaries, *large), large=large, gathered=gathered)
-    return replace(cost, **rest)
+    launches, *values = totals.tolist()
+    rest, large = dict(zip(_SINGLE[1:], values, strict=False)), tuple(values[len(_SINGLE) - 1 :])
+    gathered, temporaries = max(rest["heaviest"], rest["second"]), max(temporaries, *large)
+    return PlacedCost(launches=launches, temporaries=temporaries, large=large, gathered=gathered, **rest)
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,21 @@ class Line:
 
 Function = Callable[[np.ndarray], float]
 """Of totals, and convex in these."""
+
+
+def by_totals(of: Callable[[PlacedCost], float], depends: Callable[[PlacedCost], Hashable], temporaries: float) -> Function:
+    """A function of costs, of those with such totals. Of costs that are alike in what it depends on it is asked once: most totals
+    are the ones that it does not grow with, as where another one is larger."""
+    found: dict[Hashable, float] = {}
+
+    def function(totals: np.ndarray) -> float:
+        cost = cost_of(totals, temporaries)
+        key = depends(cost)
+        if key not in found:
+            found[key] = of(cost)
+        return found[key]
+
+    return function
 
 
 def tangent(of: Function, totals: np.ndarray, scale: np.ndarray, depends: Sequence[int] = ALL) -> Line:
@@ -158,6 +174,8 @@ class Known:
     def least(self, envelope: Envelope, limit: float, start: np.ndarray) -> Least:
         """Of placements whose bytes are within the limit. start: where the envelope is looked at first."""
         limited = math.isfinite(limit)
+        if limited and envelope.size(self.low) > limit * (1 + SLACK):
+            return Least(math.inf)  # where copies are more, so are the parameters that ranks hold: that takes no fewer bytes
         if not (envelope.room if limited else envelope.time):
             envelope.touch(start, self.scale, limited)
         found = Least(0.0)
@@ -172,6 +190,14 @@ class Known:
             envelope.touch(point, self.scale, limited)
         return replace(found, seconds=found.seconds * (1 - SLACK))
 
+    @cached_property
+    def solver(self) -> highspy.Highs:
+        """To be given one program after the other: with each it puts away what it knew of the last."""
+        solver = highspy.Highs()
+        for option, setting in {"output_flag": False, "parallel": "off", "presolve": "off"}.items():
+            solver.setOptionValue(option, setting)
+        return solver
+
 
 def _solve(known: Known, seconds: Sequence[Line], size: Sequence[Line], limit: float) -> tuple[Least, np.ndarray] | None:
     """The least that the highest of the lines of seconds can be, and where. None: nowhere are all lines of bytes within the limit.
@@ -179,35 +205,26 @@ def _solve(known: Known, seconds: Sequence[Line], size: Sequence[Line], limit: f
     Columns are the totals, each over its scale, and the seconds.
     """
     scale = known.scale
-    unit = max(max(abs(line.constant), float(np.abs(line.slopes * scale).max())) for line in seconds) or 1.0
-    rows, lower, upper = [], [], []
-
-    def enter(line: Line, last: float, least: float, most: float, by: float) -> None:
-        row = np.append(line.slopes * scale, last * by) / by
-        rows.append(row)
-        lower.append((least - line.constant) / by)
-        upper.append((most - line.constant) / by)
-
-    for line in known.lines:
-        by = float(np.abs(line.slopes * scale).max()) or 1.0
-        enter(line, 0.0, 0.0, np.inf, by)
-    for line in seconds:
-        enter(line, -1.0, -np.inf, 0.0, unit)
-    for line in size:
-        enter(line, 0.0, -np.inf, limit, max(limit, 1.0))
-    matrix = np.array(rows)
+    lines = [*known.lines, *seconds, *size]
+    slopes, constants = np.array([line.slopes for line in lines]) * scale, np.array([line.constant for line in lines])
+    first, last = len(known.lines), len(known.lines) + len(seconds)  # lines of seconds
+    by = np.abs(slopes).max(1)
+    unit = max(float(np.maximum(by, np.abs(constants))[first:last].max()), 0.0) or 1.0
+    by[by == 0.0] = 1.0
+    by[first:last], by[last:] = unit, max(limit, 1.0)
+    of_seconds, least, most = np.zeros((len(lines), 1)), np.zeros(len(lines)), np.full(len(lines), np.inf)
+    of_seconds[first:last], least[first:], most[first:last], most[last:] = -1.0 * unit, -np.inf, 0.0, limit
+    matrix = np.hstack([slopes, of_seconds]) / by[:, None]
     model = highspy.HighsLp()
-    model.num_col_, model.num_row_ = len(scale) + 1, len(rows)
+    model.num_col_, model.num_row_ = len(scale) + 1, len(lines)
     model.col_cost_ = np.append(np.zeros(len(scale)), 1.0)
     model.col_lower_, model.col_upper_ = np.append(known.low / scale, -np.inf), np.append(known.high / scale, np.inf)
-    model.row_lower_, model.row_upper_ = np.array(lower), np.array(upper)
+    model.row_lower_, model.row_upper_ = (least - constants) / by, (most - constants) / by
     model.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
     model.a_matrix_.start_ = np.arange(0, matrix.size + 1, matrix.shape[1], dtype=np.int32)
-    model.a_matrix_.index_ = np.tile(np.arange(matrix.shape[1], dtype=np.int32), len(rows))
+    model.a_matrix_.index_ = np.tile(np.arange(matrix.shape[1], dtype=np.int32), len(lines))
     model.a_matrix_.value_ = matrix.ravel()
-    solver = highspy.Highs()
-    for option, setting in {"output_flag": False, "parallel": "off", "presolve": "off"}.items():
-        solver.setOptionValue(option, setting)
+    solver = known.solver
     solver.passModel(model)
     solver.run()
     if solver.getModelStatus() == highspy.HighsModelStatus.kInfeasible:

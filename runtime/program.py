@@ -21,6 +21,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,9 +61,14 @@ class Mesh:
 
     def size(self, axis: str) -> int:
         """Ranks on an axis, or on several joined by "+"; 1 of what the mesh lacks."""
-        if axis in self.axes:
-            return self.sizes[self.axes.index(axis)]
-        return math.prod(map(self.size, axis.split("+"))) if "+" in axis else 1
+        found = self._sizes.get(axis)
+        if found is None:
+            return math.prod(map(self.size, axis.split("+"))) if "+" in axis else 1
+        return found
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        return dict(zip(self.axes, self.sizes, strict=True))
 
     def index(self, coordinates: Mapping[str, int], axis: str) -> int:
         """Where a rank stands on an axis, or on several joined by "+", major first."""

@@ -91,7 +91,7 @@ def seconds(parts: list[Part], at_least: bool, hidden: float, backward: float) -
     moved.add(parts, 1.0, at_least)
     sums = parts[0].sums
     assert sums.topology is not None
-    return moved.seconds(sums.topology, sums.mesh, hidden, backward)
+    return moved.seconds(sums.topology.on(sums.mesh), hidden, backward)
 
 
 def test_gathers_of_parameters_do_not_run_beside_the_backward() -> None:
