@@ -154,9 +154,17 @@ def least(
     return assign_apart.least(_Builder(gm, axis, rules, calls, offered, sized, priced).repeated(), alike)
 
 
-def price(gm: fx.GraphModule, axis: Axis, policy: Policy, prices: Prices, calls: Calls, offered: Offers) -> Priced:
-    """What `place` finds out first, for calls that differ in the prices of bytes alone."""
-    return _Builder(gm, axis, (policy, prices), calls, offered, Sized()).priced()
+def price(
+    gm: fx.GraphModule,
+    axis: Axis,
+    policy: Policy,
+    prices: Prices,
+    calls: Calls,
+    offered: Offers,
+    like: Priced | None = None,
+) -> Priced:
+    """What `place` finds out first, for calls that differ in the prices of bytes alone. like: at prices of the same conversions."""
+    return _Builder(gm, axis, (policy, prices), calls, offered, Sized()).priced(like)
 
 
 def _kinds(types: Sequence[Type]) -> tuple[object, ...]:
@@ -255,12 +263,15 @@ class _Builder:
     def _rules(self, d: Decision) -> Rules:
         return self.rules[min(d.group, 1)]
 
-    def priced(self) -> Priced:
+    def priced(self, like: Priced | None = None) -> Priced:
         costs, loose = [], list[Loose]()
         for d in self.order:
             found = self._option_costs(d)
             costs.append(found[0][0] if len(found) == 1 else np.zeros(len(self.options[d.index])))
             loose += [Loose("run", d.index, *each) for each in found if len(found) > 1]
+        if like is not None:
+            costs += [np.zeros(len(types)) for types in like.exit_types.values()]
+            return replace(like, costs=costs, loose=loose)
         self.exit_types: dict[int, list[Type]] = {}
         for k, value in enumerate(self.offers.exits):
             self.exit_types[len(costs)] = types = self._output_types(k, value)

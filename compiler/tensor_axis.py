@@ -197,6 +197,7 @@ class TensorAxis:
         self._costs: dict[tuple[int, Layouts, Load], PlacedCost] = {}
         self._offered: dict[tuple[int, bool, tuple[int, ...]], Offers] = {}
         self._priced: dict[tuple[int, Load, float], Priced] = {}
+        self._converted: dict[tuple[int, Load], Priced] = {}
         self._sized: dict[tuple[int, tuple[int, ...]], Sized] = {}
         self._explored: dict[tuple[int, float, bool], Explored] = {}
         self._least: dict[int, PlacedCost] = {}
@@ -270,7 +271,12 @@ class TensorAxis:
         if key not in self._priced:
             bare = Layouts(byte_price=0.0, compute_price=layouts.compute_price)
             policy, seconds = policy_of(bare, self.loss, {}), prices_of(bare, self._seconds_of(size, load))
-            self._priced[key] = price(self.gm, Axis("tp", size), policy, seconds, self.calls, self._offers(size, load.few))
+            same = size, replace(load, sums=0.0)  # neither sums nor compute count in conversions
+            found = price(
+                self.gm, Axis("tp", size), policy, seconds, self.calls, self._offers(size, load.few), self._converted.get(same)
+            )
+            self._converted.setdefault(same, found)
+            self._priced[key] = found
         return self._priced[key]
 
     def _offers(self, size: int, few: bool = False, blocks: tuple[int, ...] = ()) -> Offers:
