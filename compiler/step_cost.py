@@ -143,12 +143,12 @@ class StepCost:
         held = replace(few, left=many.left, largest=many.largest, alone=many.alone)
 
         def seconds(totals: np.ndarray) -> float:
-            cost = cost_of(totals, least.temporaries)
+            cost = cost_of(totals, least)
             found = sum(self._seconds(more, cost, many, at_least=True)[0].values())
             return found - cost.trainable * gathered
 
         def size(totals: np.ndarray) -> float:
-            cost = cost_of(totals, least.temporaries)
+            cost = cost_of(totals, least)
             return max(sum(each.values()) for each in self._stage_bytes(fewer, cost, held, least))
 
         return seconds, size

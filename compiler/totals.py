@@ -47,12 +47,12 @@ def totals_of(cost: PlacedCost) -> np.ndarray:
     return np.array([cost.launches + cost.latencies + cost.gathers, *rest, *cost.large])
 
 
-def cost_of(totals: np.ndarray, temporaries: float) -> PlacedCost:
-    """Of a placement with these totals, as far as they tell. temporaries: at least."""
+def cost_of(totals: np.ndarray, least: PlacedCost) -> PlacedCost:
+    """Of a placement with these totals, as far as they tell. least: the temporaries, and what is gathered, at least."""
     rest = dict(zip(_SINGLE[1:], map(float, totals[1 : len(_SINGLE)]), strict=True))
-    gathered, large = float(max(totals[HEAVIEST], totals[SECOND])), tuple(map(float, totals[LARGE]))
-    cost = PlacedCost(launches=float(totals[RUNS]), temporaries=max(temporaries, *large), large=large, gathered=gathered)
-    return replace(cost, **rest)
+    gathered, large = max(least.gathered, *map(float, totals[[HEAVIEST, SECOND]])), tuple(map(float, totals[LARGE]))
+    temporaries = max(least.temporaries, *large)
+    return replace(PlacedCost(launches=float(totals[RUNS]), temporaries=temporaries, large=large, gathered=gathered), **rest)
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,12 @@ class Envelope:
 class Least:
     """seconds    that no placement is below; inf where none can be
     prices     of totals: a placement that is the cheapest at these tells the most of it
+    of_bytes   of these, as far as they are of bytes
     """
 
     seconds: float
     prices: np.ndarray | None = None
+    of_bytes: np.ndarray | None = None
 
 
 @dataclass
@@ -217,7 +219,8 @@ def _solve(known: Known, seconds: Sequence[Line], size: Sequence[Line], limit: f
     solution = solver.getSolution()
     point, duals = np.asarray(solution.col_value), np.asarray(solution.row_dual)
     of_seconds, of_bytes = (np.abs(d) for d in np.split(duals[len(known.lines) :], [len(seconds)]))
-    prices = of_seconds @ np.array([line.slopes for line in seconds])
+    room = np.zeros(len(scale))
     if size:
-        prices += of_bytes * unit / max(limit, 1.0) @ np.array([line.slopes for line in size])
-    return Least(float(point[-1]) * unit, prices), point[:-1] * scale
+        room = of_bytes * unit / max(limit, 1.0) @ np.array([line.slopes for line in size])
+    prices = of_seconds @ np.array([line.slopes for line in seconds]) + room
+    return Least(float(point[-1]) * unit, prices, room), point[:-1] * scale

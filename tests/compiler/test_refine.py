@@ -21,6 +21,7 @@ from benchmarks.plan_limits import vit_large
 from shardwright import Strategy
 from shardwright.compiler import refine
 from shardwright.compiler.candidates import Candidate, Search
+from shardwright.compiler.families import Family
 from shardwright.compiler.layouts import Layouts, Mixed
 from shardwright.compiler.plan import Plan, Prediction
 from shardwright.compiler.strategy import resolve
@@ -114,6 +115,48 @@ def test_a_step_takes_no_less_than_its_totals_say(model: str, topology: Topology
             assert seconds == pytest.approx(found.step_seconds, rel=1e-3 if cost.sums else 1e-9)
             assert seconds <= found.step_seconds * (1 + 1e-9)
             assert size <= found.peak_bytes * (1 + 1e-9)
+            gathering = search.steps.at_least(plan, whole[k : k + 1], replace(least, gathered=cost.gathered))
+            assert [of(totals_of(cost)) for of in gathering] == pytest.approx([seconds, size], rel=1e-9)
+            more = replace(cost, gathered=cost.gathered + 1e6)
+            _, gathering = search.steps.at_least(plan, whole[k : k + 1], replace(least, gathered=more.gathered))
+            grown = search.steps.predict(replace(plan, whole=whole[k].names), more, whole[k])
+            assert size < gathering(totals_of(more)) <= grown.peak_bytes * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("name", ["gpt, slow", "vit, ZeRO over 2", "gpt2, ZeRO-3", "adapters"])
+def test_what_blocks_gather_divides_a_family(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whatever was placed, with blocks in two layouts too, no plan that fits takes less than the family does whose blocks gather
+    as many bytes."""
+    model, topology, strategy, ranks, mode = CASES[name]
+    found: list[Family] = []
+    divided = Family.gathering
+
+    def gathering(family: Family, gathered: int, below: int | None) -> Family:
+        found.append(divided(family, gathered, below))
+        return found[-1]
+
+    monkeypatch.setattr(refine, "FAR", 0.0)
+    monkeypatch.setattr(refine, "VAIN", 1)
+    monkeypatch.setattr(refine, "ASKED", 40)
+    monkeypatch.setattr(Family, "gathering", gathering)
+    checked = 0
+    free = searched(search_of(model, topology, strategy, math.inf, ranks, mode))[0]
+    for share in (0.8, 0.5):
+        search = search_of(model, topology, strategy, share * free.predicted.peak_bytes, ranks, mode)
+        made = list(search.candidates())
+        assert search.bound <= min((c.per_sample for c in made if search.fits(c)), default=math.inf)
+        for family in found:
+            tp, (whole, *_) = family.plan.mesh.size("tp"), family.whole
+            layouts = {c.plan.layouts for c in made if c.plan.layouts.mixed and c.plan.mesh.size("tp") == tp}
+            layouts |= {Layouts(byte_price=held, kept_price=kept) for held, kept in PRICES}
+            costs = [search.tensor.cost(tp, each, family.load) for each in layouts]
+            for cost in (*costs, *family.explored.costs):
+                _, predicted = search.predict(replace(family.plan, whole=whole.names), cost, whole)
+                if predicted.peak_bytes <= search.limit and family.gathered <= cost.gathered < (family.below or math.inf):
+                    checked += 1
+                    assert predicted.step_seconds >= family.least * (1 - 1e-9)
+        found.clear()
+    assert checked > 0
 
 
 def test_between_two_layouts_some_blocks_lie_in_each() -> None:
