@@ -109,7 +109,7 @@ class Refinement:
         the largest. None where no threshold is left."""
         steps = self.search.tensor.gather_thresholds(family.plan.mesh.size("tp"))
         between = [step for step in steps if family.gathered < step and (family.below is None or step < family.below)]
-        if not between:
+        if not between or not (family.gathered or family.below or self._is_slow(family.gathering(0, between[0]))):
             return ()
 
         def more(step: int) -> Family:
@@ -120,6 +120,13 @@ class Refinement:
         slow = bisect_left(between, True, key=lambda step: more(step).per_sample >= self.best * (1 - CLOSE))
         step = between[min(slow, len(between) - 1)]
         return family.gathering(family.gathered, step), more(step)
+
+    def _is_slow(self, family: Family) -> bool:
+        """Whether a family's plans are whose blocks gather the least: else there is nothing to divide the family by."""
+        family.estimate()
+        while self._may_learn(family) and (layouts := few_gathered(family)) is not None:
+            self._learn(family, layouts)
+        return not self._is_far(family)
 
     def _learn(self, family: Family, layouts: Layouts) -> None:
         before, below = family.least, family.below
