@@ -97,7 +97,7 @@ class Refinement:
                 self._wait(family)
             else:
                 if family.below is None and not family.gathered:
-                    yield from self._seen(mixtures(family, self.best * (1 - CLOSE) * family.samples))
+                    yield from self._seen(mixtures(family, self.best * (1 - CLOSE) * family.samples, self._is_far(family)))
                 parts = self._by_gathers(family) if self._may_split(family) else ()
                 for part in parts:
                     self._wait(part)

@@ -21,8 +21,11 @@ from benchmarks.plan_limits import vit_large
 from shardwright import Strategy
 from shardwright.compiler import refine
 from shardwright.compiler.candidates import Candidate, Search
+from shardwright.compiler.dual import between
 from shardwright.compiler.families import Family
+from shardwright.compiler.gathers import Whole
 from shardwright.compiler.layouts import Layouts, Mixed
+from shardwright.compiler.mixing import DEARER, mixtures
 from shardwright.compiler.plan import Plan, Prediction
 from shardwright.compiler.strategy import resolve
 from shardwright.compiler.topology import Level, Topology
@@ -183,6 +186,41 @@ def test_between_two_layouts_some_blocks_lie_in_each() -> None:
     assert [k for k in range(8) if blocks[k] != blocks[7]] == list(mixed.blocks)
 
 
+def test_bytes_are_dearer_where_no_mixture_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked thoroughly, blocks in the layouts that fit pay more for a byte than these did, where none is faster at their prices."""
+    found = case("gpt", layers=8)
+    request = resolve((4,), Strategy(tp=4, layouts="any"))
+
+    def search(limit: float) -> Search:
+        return Search(problem_of(found, [found.batch]), request, machine(1e9), found.batch, "global", None, limit)
+
+    families: list[Family] = []
+    monkeypatch.setattr(refine, "mixtures", lambda family, *_: families.append(family) or ())
+    tight = search(0.7 * searched(search(math.inf))[0].predicted.peak_bytes)
+    list(tight.candidates())
+    family, ends = next((f, ends) for f in families if (ends := between(f.look())) is not None)
+    over, within = (family.explored.layouts[k] for k in (ends.over, ends.within))
+    dearer = within.dearer(DEARER)
+    assert dearer.byte_price == DEARER * within.byte_price and dearer.kept_price == DEARER * within.kept_price
+    assert (dearer.compute_price, dearer.sums_price) == (within.compute_price, within.sums_price)
+    priced: list[Layouts] = []
+    price = Search.price
+
+    def noted(self: Search, plan: Plan, whole: Whole | None = None) -> Candidate:
+        priced.append(plan.layouts)
+        return price(self, plan, whole)
+
+    monkeypatch.setattr(Search, "price", noted)
+    for thoroughly in (False, True):
+        priced.clear()
+        least = ends.seconds * (1 + 1e-9)
+        made = list(mixtures(family, least, thoroughly))
+        assert all(not tight.fits(c) or c.predicted.step_seconds < least for c in made)
+        others = {(layouts.mixed.layouts if layouts.mixed else None, replace(layouts, mixed=None)) for layouts in priced}
+        assert ((dearer, over) in others) == thoroughly
+        assert (within, over) in others
+
+
 @pytest.mark.parametrize("topology", [machine(1e9), NEAR], ids=["slow", "near"])
 @pytest.mark.parametrize("share", [0.8, 0.7])
 def test_no_mixture_that_fits_takes_less_than_is_proven(share: float, topology: Topology) -> None:
@@ -261,7 +299,11 @@ def large_llama() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return transformers.LlamaForCausalLM(config), tokens
 
 
-@pytest.mark.parametrize(("make", "devices", "share"), [(large_llama, 64, 0.45), (vit_large, 8, 0.35)], ids=["llama", "vit"])
+@pytest.mark.parametrize(
+    ("make", "devices", "share"),
+    [(large_llama, 64, 0.45), (vit_large, 8, 0.35), (vit_large, 8, 0.45)],
+    ids=["llama", "vit", "vit, gathers"],
+)
 @pytest.mark.filterwarnings("ignore:outputs that are not tensors")
 def test_of_a_large_model_the_gap_is_below_a_hundredth(make: Callable[[], Any], devices: int, share: float) -> None:
     """Where the fastest plan does not fit, by far."""
