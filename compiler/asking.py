@@ -37,6 +37,9 @@ GRID = 2**0.125
 ALL = 1e-9
 """Of equally fast layouts those that hold fewer parameters are taken: all parameters cost at least this share of a step."""
 
+AROUND = (1.0, 2**0.5, 2**-0.5, 2**0.25, 2**-0.25, 2**0.125, 2**-0.125)
+"""So many times the price of a byte at which the prices asked so far tell the most of few gathers: others may tell more."""
+
 STEEPER = (1.0, 1.2, 2.0, 8.0, 64.0)
 """Where the layouts found at a price do not fit, for what has no price takes bytes too, so many times the price is asked."""
 
@@ -48,6 +51,20 @@ def next_plan(family: Family, thoroughly: bool) -> Plan | None:
     """The plan whose layouts are to be found next; None where all are known. thoroughly: at prices that leave out bytes too."""
     plans = itertools.starmap(partial(_priced, family), _tries(family, thoroughly))
     return next((plan for plan in plans if not family.asked.knows(plan.layouts)), None)
+
+
+def few_gathered(family: Family) -> Layouts | None:
+    """At which prices it is to be found next what the family's plans cost at least, whose blocks gather few bytes; None where all
+    that may tell is known. What blocks gather has a price by how many they gather at least, or none, for they gather few."""
+    if family.prices is None or family.of_bytes is None:
+        return None
+    for times, gathered in itertools.product(AROUND, (1.0, 0.0)):
+        slopes = family.prices + (times - 1) * family.of_bytes
+        slopes[[HEAVIEST, SECOND]] *= gathered
+        layouts = _priced(family, slopes, exact=True).layouts
+        if not family.asked.knows(layouts):
+            return layouts
+    return None
 
 
 def smaller_plans(family: Family) -> Iterator[Plan]:

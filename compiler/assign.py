@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import highspy
@@ -275,6 +275,12 @@ class Program:
             for node, coefficient, kinds in ((v, 1.0, classes), *((n, -share, np.arange(len(classes))) for n, share in parts)):
                 taken = self._x(node)[kinds[self.network.alive[node]] == t]
                 self._enter(np.repeat(row, len(taken)), taken, coefficient)
+
+    def cap(self, weights: Mapping[int, np.ndarray], most: float) -> None:
+        """(capped) of compiler/assign_apart.py: the strategies of these nodes weigh no more than `most` together."""
+        row = self._new_rows(1, -INFINITY, most)
+        for v, of in weights.items():
+            self._enter(np.repeat(row, len(self.network.alive[v])), self._x(v), of[self.network.alive[v]])
 
     def _budget(self) -> None:
         """(budget), less what the eliminated nodes weigh whatever they choose; in units of the budget."""

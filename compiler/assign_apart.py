@@ -18,7 +18,8 @@ since no node is in two parts. The least cost of such x and y is a linear progra
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -42,11 +43,20 @@ class Loose:
 
 
 @dataclass(frozen=True)
+class Cap:
+    """What is at most `most`, whatever the strategies: of some nodes, the sum of their strategies' weights."""
+
+    weights: Mapping[int, np.ndarray]
+    most: float
+
+
+@dataclass(frozen=True)
 class Repeated:
     """counts    by node of the problem: for how many nodes it stands
     parts     by value: of which of them it is
     places    by value: where it is made, and where it is taken. What is said of one place is of different nodes there
     loose     costs of some nodes of a place
+    caps      what the mean of the nodes of places keeps to
     """
 
     problem: Problem
@@ -54,6 +64,7 @@ class Repeated:
     parts: Sequence[Part]
     places: Sequence[tuple[Hashable, ...]]
     loose: Sequence[Loose] = ()
+    caps: Sequence[Cap] = ()
 
 
 @dataclass(frozen=True)
@@ -70,20 +81,27 @@ class Coupling:
 
 
 def least(repeated: Repeated, alike: float) -> float:
-    """alike: what no choice costs less than in which the nodes of a place take the same."""
+    """alike: what no choice costs less than in which the nodes of a place take the same; inf where that is not known."""
     apart = _Apart(repeated)
-    if not apart.couplings:
+    if not apart.couplings and math.isfinite(alike):
         return alike
-    free = {c.node: [] for c in apart.couplings.values()}
+    free: dict[int, list[np.ndarray]] = {c.node: [] for c in apart.couplings.values()}
     for c in apart.couplings.values():
         free[c.node].append(c.classes)
         free |= {node: [np.arange(len(apart.costs[node]))] for node, _ in c.parts}
+    for cap in repeated.caps:
+        for node, weights in cap.weights.items():
+            free.setdefault(node, []).append(weights)
     network = Network(Problem(tuple(apart.costs), tuple(apart.values)), free)
     try:
         network.reduce()
+        if not network.remaining():
+            return min(alike, network.constant)
         program = Program(network)
         for c in apart.couplings.values():
             program.couple(c.node, c.classes, [(node, n / c.count) for node, n in c.parts])
+        for cap in repeated.caps:
+            program.cap(cap.weights, cap.most)
         _, bound = run_highs(program.model())
     except Infeasible:  # by rounding: the nodes of a place may take the same
         return network.constant

@@ -56,9 +56,11 @@ class Asked:
 class Family:
     """plan       one of its plans, with layouts at no price, and no parameter whole
     few, many  how many parameters ZeRO-3 keeps whole, at least and at most (`StepCost.whole`)
+    gathered   bytes that the block that gathers the most over tp gathers at least
+    below      and that no block gathers as many as, if there are such
     least      seconds of a step that no plan is below
-    prices     of totals, at which this is found
-    known      how many placements this was found from; None before the fastest layouts were found
+    prices     of totals, at which this is found; of_bytes: as far as bytes have them
+    known      how many lines this was found from; None before the fastest layouts were found
     points     of these placements: seconds and bytes, if a plan had them with the fewest parameters whole; see `look`
     asked      what layouts were asked for, with any number of parameters whole
     """
@@ -69,7 +71,10 @@ class Family:
     few: int
     many: int
     least: float
+    gathered: int = 0
+    below: int | None = None
     prices: np.ndarray | None = None
+    of_bytes: np.ndarray | None = None
     known: int | None = None
     points: list[Point] = field(default_factory=list)
     asked: Asked = field(default_factory=Asked)
@@ -90,20 +95,31 @@ class Family:
     def whole(self) -> Sequence[Whole]:
         return self.search.steps.whole(self.plan.stages)[self.few : self.many + 1]
 
+    @property
+    def told(self) -> int:
+        """How many lines there are by now."""
+        return len(self.explored.within(self.below).lines)
+
     def part(self, few: int, many: int) -> Family:
         """The plans with so many parameters whole."""
         return replace(self, few=few, many=many, known=0, points=[])
 
+    def gathering(self, gathered: int, below: int | None) -> Family:
+        """The plans whose block that gathers the most gathers so many bytes."""
+        found = replace(self, gathered=gathered, below=below, known=0, asked=Asked())
+        found.envelope = replace(found.envelope, time=[*self.envelope.time], room=[*self.envelope.room])  # no less than these
+        return found
+
     def estimate(self) -> None:
         """Find `least` from all that is known by now."""
         least = self.least_within(self.search.limit)
-        self.least, self.prices = max(self.least, least.seconds), least.prices
-        self.known = len(self.explored.costs)
+        self.least, self.prices, self.of_bytes = max(self.least, least.seconds), least.prices, least.of_bytes
+        self.known = self.told
 
     def least_within(self, limit: float) -> Least:
         """Of its plans that take no more bytes."""
         explored = self.explored
-        return explored.known.least(self.envelope, limit, totals_of(explored.costs[-1]))
+        return explored.within(self.below).least(self.envelope, limit, totals_of(explored.costs[-1]))
 
     def look(self) -> list[Point]:
         """Its `points`, those included that were found since."""
@@ -132,7 +148,8 @@ class Family:
     @cached_property
     def envelope(self) -> Envelope:
         """Of what its plans take at least."""
-        functions = self.search.steps.at_least(self.plan, self.whole, self.search.tensor.least(self.plan.mesh.size("tp")))
+        least = replace(self.search.tensor.least(self.plan.mesh.size("tp")), gathered=float(self.gathered))
+        functions = self.search.steps.at_least(self.plan, self.whole, least)
         return Envelope(*functions, (OF_SECONDS, OF_BYTES))
 
 

@@ -6,7 +6,7 @@ Where each value lies follows from this, by a search that is exact (compiler/pla
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .groups import Groups, together
@@ -52,6 +52,12 @@ class Layouts:
     def groups(self) -> Groups:
         """The blocks whose layouts are found together."""
         return together(self.mixed_blocks)
+
+    def dearer(self, times: float) -> Layouts:
+        """Where bytes cost so many times as much."""
+        single = {name: times * getattr(self, name) for name in ("kept_price", "stream_price", "fixed_price")}
+        several = {name: tuple(times * price for price in getattr(self, name)) for name in ("gather_prices", "large_prices")}
+        return replace(self, byte_price=times * (self.byte_price or 0.0), **single, **several)
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Layouts:

@@ -21,11 +21,17 @@ if TYPE_CHECKING:
     from .candidates import Candidate
 
 
-def mixtures(family: Family, least: float) -> Iterator[Candidate]:
+DEARER = 1.2
+"""At prices at which two layouts cost about the same, no block may take the other's, for values change their types at its borders.
+Blocks do where bytes cost so many times as much."""
+
+
+def mixtures(family: Family, least: float, thoroughly: bool) -> Iterator[Candidate]:
     """Of the two of the family's layouts between which the fastest plan should lie that fits, by what is known of them. What is
     outside of blocks lies in one or the other.
 
-    least    seconds: plans that fit and take as many are left out, for they pay for two layouts with nothing
+    least         seconds: plans that fit and take as many are left out, for they pay for two layouts with nothing
+    thoroughly    where there is none, bytes are dearer in the blocks of the layouts that fit
     """
     found = between(family.look())
     steps = evenly(family.search.runs, family.plan.stages)
@@ -36,7 +42,14 @@ def mixtures(family: Family, least: float) -> Iterator[Candidate]:
         _divided(family, over, within, steps, found.share, smaller=True),
         _divided(family, within, over, steps, 1 - found.share, smaller=False),
     )
-    yield from (c for c in made if not family.search.fits(c) or c.predicted.step_seconds < least)
+    faster = False
+    for c in made:
+        if not family.search.fits(c) or c.predicted.step_seconds < least:
+            faster = faster or family.search.fits(c)
+            yield c
+    if thoroughly and not faster:
+        made = _divided(family, over, within.dearer(DEARER), steps, found.share, smaller=True)
+        yield from (c for c in made if not family.search.fits(c) or c.predicted.step_seconds < least)
 
 
 def _divided(

@@ -5,8 +5,9 @@ Costs count all nodes at the same position of identical blocks, which are one de
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -26,6 +27,7 @@ from . import assign_apart
 from .assign import AssignError, Problem, Solution, Use, relative_gap, solve
 from .assign import Value as AssignValue
 from .assign_apart import Loose, Repeated
+from .few_gathers import Gathered, capped
 from .needs import read_again
 from .offers import Decision, Offers, Role, Value, canonical, offers
 from .prices import Prices, held, size_of
@@ -145,23 +147,47 @@ def place(
 
 
 def least(
-    gm: fx.GraphModule, axis: Axis, rules: Rules, calls: Calls, sized: Sized, offered: Offers, priced: Priced, alike: float
+    gm: fx.GraphModule,
+    axis: Axis,
+    rules: Rules,
+    calls: Calls,
+    sized: Sized,
+    offered: Offers,
+    priced: Priced,
+    alike: float = math.inf,
+    below: int | None = None,
 ) -> float:
     """What no placement costs less than, those included that place each of like blocks by itself. All is as `place` takes it.
 
     alike    what none costs less than in which they lie alike
+    below    bytes: of placements whose blocks each gather fewer; None of all
     """
-    return assign_apart.least(_Builder(gm, axis, rules, calls, offered, sized, priced).repeated(), alike)
+    builder = _Builder(gm, axis, rules, calls, offered, sized, priced)
+    found = builder.repeated()
+    return assign_apart.least(found if below is None else capped(found, [*builder.gathers()], below), alike)
 
 
-def price(gm: fx.GraphModule, axis: Axis, policy: Policy, prices: Prices, calls: Calls, offered: Offers) -> Priced:
-    """What `place` finds out first, for calls that differ in the prices of bytes alone."""
-    return _Builder(gm, axis, (policy, prices), calls, offered, Sized()).priced()
+def price(
+    gm: fx.GraphModule,
+    axis: Axis,
+    policy: Policy,
+    prices: Prices,
+    calls: Calls,
+    offered: Offers,
+    like: Priced | None = None,
+) -> Priced:
+    """What `place` finds out first, for calls that differ in the prices of bytes alone. like: at prices of the same conversions."""
+    return _Builder(gm, axis, (policy, prices), calls, offered, Sized()).priced(like)
 
 
 def _kinds(types: Sequence[Type]) -> tuple[object, ...]:
     """Which dims are cut, wherever the cuts are."""
     return tuple(t.dim if isinstance(t, Varying) else t for t in types)
+
+
+def _makes_whole(types: Sequence[Type]) -> np.ndarray:
+    """Which conversions from each of these to each do."""
+    return np.array([[makes_whole(a, b) for b in types] for a in types])
 
 
 def _alike(one: Strategy, other: Strategy | None) -> bool:
@@ -256,12 +282,15 @@ class _Builder:
     def _rules(self, d: Decision) -> Rules:
         return self.rules[min(d.group, 1)]
 
-    def priced(self) -> Priced:
+    def priced(self, like: Priced | None = None) -> Priced:
         costs, loose = [], list[Loose]()
         for d in self.order:
             found = self._option_costs(d)
             costs.append(found[0][0] if len(found) == 1 else np.zeros(len(self.options[d.index])))
             loose += [Loose("run", d.index, *each) for each in found if len(found) > 1]
+        if like is not None:
+            costs += [np.zeros(len(types)) for types in like.exit_types.values()]
+            return replace(like, costs=costs, loose=loose)
         self.exit_types: dict[int, list[Type]] = {}
         for k, value in enumerate(self.offers.exits):
             self.exit_types[len(costs)] = types = self._output_types(k, value)
@@ -281,18 +310,34 @@ class _Builder:
                 costs[d.index] = costs[d.index] + price * np.array(self._shares((d.index, 0)))
 
     def _price_gathered(self, base: Priced, values: list[AssignValue], apart: bool) -> None:
-        heaviest = self.sized.heaviest
-        blocks: dict[int, int] = {}
-        for (value, _), heavy in heaviest.items():
-            blocks[heavy.number] = max(blocks.get(heavy.number, 1), self.decisions[value[0]].places.total())
+        """apart: the mean over like blocks."""
+        heaviest, blocks = self.sized.heaviest, self._blocks()
         for i, (key, part) in enumerate(self.offers.uses.items()):
             prices = self._rules(self.decisions[key[0][0]])[0].gather_prices
             if any(prices) and key in heaviest:
                 heavy = heaviest[key]
-                gathered = np.array([[makes_whole(a, b) for b in base.types[i]] for a in base.types[i]])
                 price = prices[heavy.number] * heavy.share * size_of(self.meta[key[0]])
-                price *= part.makers / blocks[heavy.number] if apart else 1.0
-                values[i] = replace(values[i], conversion=values[i].conversion + np.where(gathered, price, 0.0))
+                price *= min(1.0, part.makers / blocks[heavy.block]) if apart else 1.0
+                whole = _makes_whole(base.types[i])
+                values[i] = replace(values[i], conversion=values[i].conversion + np.where(whole, price, 0.0))
+
+    def _blocks(self) -> Counter[object]:
+        """Of the first block of a group, how many like it are in the group; 1 outside of blocks."""
+        found = Counter[object]({None: 1})
+        for d in self.order:
+            block = d.node.meta.get("block")
+            if d.call is not None and block is not None:
+                found[block] = max(found[block], d.places.total())
+        return found
+
+    def gathers(self) -> Iterator[Gathered]:
+        """What each of the heaviest blocks may gather."""
+        base, blocks = self.known or self.priced(), self._blocks()
+        for i, (key, part) in enumerate(self.offers.uses.items()):
+            heavy, count = self.sized.heaviest.get(key), self.decisions[key[0][0]].places.total()
+            if heavy is not None and part.makers == count <= blocks[heavy.block]:
+                share = count / blocks[heavy.block]
+                yield Gathered(i, heavy.number, share, size_of(self.meta[key[0]]), _makes_whole(base.types[i]))
 
     def _price_large(self, costs: list[np.ndarray]) -> None:
         """Of like blocks placed each by itself the mean: the one that holds the most holds no less."""

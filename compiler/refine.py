@@ -4,7 +4,8 @@ A family (compiler/families.py) is plans alike but for their layouts over tp, an
 its plans take at least follows from what is known of all placements over as many ranks (compiler/totals.py). From the family that
 may have the fastest plan on, each is opened: it is split until it has one such number, and asked for layouts at the prices that may
 tell the most (compiler/asking.py). What is found says more of all placements. Where the fastest plan would lie between two layouts,
-these are mixed (compiler/mixing.py). The search ends where no family may have a plan faster than the best one found.
+these are mixed (compiler/mixing.py). Where plans may still be faster by far, a family is split by the bytes that the block gathers
+that gathers the most (compiler/few_gathers.py). The search ends where no family may have a plan faster than the best one found.
 
 What families take at least holds of plans that place each block for itself: lines are of all these (compiler/assign_apart.py).
 """
@@ -14,11 +15,12 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from .asking import next_plan, smaller_plans
+from .asking import few_gathered, next_plan, smaller_plans
 from .families import Family, smallest
 from .layouts import Layouts
 from .mixing import mixtures
@@ -42,6 +44,9 @@ SMALLEST = 3
 VAIN = 8
 """So many prices are asked in vain, one after the other, before a family is left as it is."""
 
+VAIN_FEW = 4
+"""The same of prices at which blocks gather few bytes."""
+
 
 @dataclass
 class Refinement:
@@ -52,6 +57,7 @@ class Refinement:
     search: Search
     best: float
     bound: float = math.inf
+    _learned: int = 0
     _waiting: list[tuple[float, int, Family]] = field(default_factory=list)
     _opened: list[Family] = field(default_factory=list)
     _order: Iterator[int] = field(default_factory=itertools.count)
@@ -76,19 +82,60 @@ class Refinement:
                 c = self.search.price(family.plan)
                 yield from self._seen(self.search.completed(c))
                 yield from self._open(c, family.least)
-            elif family.known < len(family.explored.costs):
+            elif family.known < family.told:
                 family.estimate()
                 self._wait(family)
             elif family.few < family.many:
                 middle = (family.few + family.many) // 2
                 self._wait(family.part(family.few, middle))
                 self._wait(family.part(middle + 1, family.many))
-            elif self._may_ask(family, most) and (plan := next_plan(family, self._is_far(family))) is not None:
+            elif self._may_learn(family) and (layouts := few_gathered(family)) is not None:
+                self._learn(family, layouts)
+                self._wait(family)
+            elif family.below is None and self._may_ask(family, most) and (plan := next_plan(family, self._is_far(family))):
                 yield from self._ask(family, plan)
                 self._wait(family)
             else:
-                yield from self._seen(mixtures(family, self.best * (1 - CLOSE) * family.samples))
-                self.bound = min(self.bound, family.per_sample)
+                if family.below is None and not family.gathered:
+                    yield from self._seen(mixtures(family, self.best * (1 - CLOSE) * family.samples, self._is_far(family)))
+                parts = self._by_gathers(family) if self._may_split(family) else ()
+                for part in parts:
+                    self._wait(part)
+                if not parts:
+                    self.bound = min(self.bound, family.per_sample)
+
+    def _by_gathers(self, family: Family) -> Sequence[Family]:
+        """Its plans whose blocks all gather fewer bytes than a threshold, and the others: the least at which these are too slow, or
+        the largest. None where no threshold is left."""
+        steps = self.search.tensor.gather_thresholds(family.plan.mesh.size("tp"))
+        between = [step for step in steps if family.gathered < step and (family.below is None or step < family.below)]
+        if not between or not (family.gathered or family.below or self._is_slow(family.gathering(0, between[0]))):
+            return ()
+
+        def more(step: int) -> Family:
+            found = family.gathering(step, family.below)
+            found.estimate()
+            return found
+
+        slow = bisect_left(between, True, key=lambda step: more(step).per_sample >= self.best * (1 - CLOSE))
+        step = between[min(slow, len(between) - 1)]
+        return family.gathering(family.gathered, step), more(step)
+
+    def _is_slow(self, family: Family) -> bool:
+        """Whether a family's plans are whose blocks gather the least: else there is nothing to divide the family by."""
+        family.estimate()
+        while self._may_learn(family) and (layouts := few_gathered(family)) is not None:
+            self._learn(family, layouts)
+        return not self._is_far(family)
+
+    def _learn(self, family: Family, layouts: Layouts) -> None:
+        before, below = family.least, family.below
+        assert below is not None
+        family.asked.note(layouts)
+        self._learned += 1
+        self.search.tensor.learn_fewer(family.plan.mesh.size("tp"), layouts, family.load, below)
+        family.estimate()
+        family.asked.vain = 0 if family.least > before * (1 + CLOSE) else family.asked.vain + 1
 
     def _open(self, fastest: Candidate, least: float = 0.0) -> Iterator[Candidate]:
         """The families of a level of ZeRO, a mesh and a number of micro-batches, whose fastest layouts were found; and of twice the
@@ -123,6 +170,12 @@ class Refinement:
 
     def _may_ask(self, family: Family, most: int) -> bool:
         return self.search.tensor.placed < most and family.asked.vain < VAIN
+
+    def _may_learn(self, family: Family) -> bool:
+        return family.below is not None and self._may_split(family) and family.asked.vain < VAIN_FEW
+
+    def _may_split(self, family: Family) -> bool:
+        return self._learned < ASKED and self._is_far(family)
 
     def _is_far(self, family: Family) -> bool:
         return family.per_sample < self.best * (1 - FAR)

@@ -164,7 +164,6 @@ class StepCost:
         gather = more.times.collective("all_gather", "dp_shard").rate
         gathered = uneven * more.stages.heaviest.trained * gather
         held = replace(few, left=many.left, largest=many.largest, alone=many.alone)
-
         parts = [self._parts_least(fewer, least, held, stage) for stage, _ in fewer.fullest]
 
         def seconds(cost: PlacedCost) -> float:
@@ -176,7 +175,7 @@ class StepCost:
 
         of_seconds = [*SECONDS_OF, *(("parameters", "read_again") if plan.zero == 3 else ()), *(("stream",) if more.pp > 1 else ())]
         depends = attrgetter(*of_seconds), attrgetter(*BYTES_OF)
-        return by_totals(seconds, depends[0], least.temporaries), by_totals(size, depends[1], least.temporaries)
+        return by_totals(seconds, depends[0], least), by_totals(size, depends[1], least)
 
     def terms(self, plan: Plan, *, whole: bool | None = None) -> Terms:
         """Of a plan. whole: whether ZeRO-3 keeps parameters whole; None: as the plan says."""

@@ -9,8 +9,9 @@ that is kept for the backward, and at higher prices layouts take fewer (compiler
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
@@ -22,6 +23,7 @@ from ..passes.types import Type
 from ..runtime.program import Mesh
 from .backward_memory import least_bytes
 from .cost import Seconds, power_of_two
+from .few_gathers import thresholds
 from .groups import together
 from .keeping import Keeping, sized, sized_for
 from .large_ops import least_of
@@ -29,7 +31,7 @@ from .layouts import Layouts
 from .offers import Offers, offers
 from .place import Barred, Placement, Policy, Priced, Rules, least, place, price
 from .placed_cost import PlacedCost, placed_cost
-from .prices import Prices, megatron_prices
+from .prices import Prices, megatron_prices, size_of
 from .samples import Samples, without_cuts
 from .sized import Sized, of_each
 from .step_sums import copies_rate
@@ -50,6 +52,7 @@ from .totals import (
     TRAFFIC,
     TRAINABLE,
     Known,
+    Line,
     relations,
     totals_of,
 )
@@ -165,11 +168,23 @@ def mixed_rules(layouts: Layouts, loss: str | None, seconds: Seconds | None) -> 
 
 @dataclass
 class Explored:
-    """Placements over so many ranks that were found in any layouts, for values of about one size, and what is known of all."""
+    """Placements over so many ranks that were found in any layouts, for values of about one size, and what is known of all.
+
+    fewer    lines of those whose blocks each gather fewer than so many bytes
+    """
 
     known: Known
     costs: list[PlacedCost]
     layouts: list[Layouts]
+    fewer: list[tuple[int, Line]] = field(default_factory=list)
+
+    def within(self, below: int | None) -> Known:
+        """What is known of those whose blocks each gather fewer than so many bytes; of all for None."""
+        if below is None:
+            return self.known
+        high = self.known.high.copy()
+        high[[HEAVIEST, SECOND]] = np.minimum(high[[HEAVIEST, SECOND]], below)
+        return replace(self.known, high=high, lines=[*self.known.lines, *(line for least, line in self.fewer if least >= below)])
 
 
 class TensorAxis:
@@ -197,10 +212,12 @@ class TensorAxis:
         self._costs: dict[tuple[int, Layouts, Load], PlacedCost] = {}
         self._offered: dict[tuple[int, bool, tuple[int, ...]], Offers] = {}
         self._priced: dict[tuple[int, Load, float], Priced] = {}
+        self._converted: dict[tuple[int, Load], Priced] = {}
         self._sized: dict[tuple[int, tuple[int, ...]], Sized] = {}
         self._explored: dict[tuple[int, float, bool], Explored] = {}
         self._told: dict[tuple[int, float, bool], list[tuple[Layouts, Load, PlacedCost]]] = {}  # and is not yet explored
         self._least: dict[int, PlacedCost] = {}
+        self._thresholds: dict[int, list[int]] = {}
 
     def cost(self, size: int, layouts: Layouts, load: Load) -> PlacedCost:
         """Depends on other axes of the mesh only through where tp lies."""
@@ -254,14 +271,29 @@ class TensorAxis:
             )
         return self._placements.get(key)
 
-    def apart(self, size: int, layouts: Layouts, load: Load) -> float:
-        """What no placement costs less than at these prices, however each of like blocks lies."""
-        placement, load = self.placement(size, layouts, load), load_for(layouts, load)
-        assert placement is not None and layouts.any and layouts.mixed is None
+    def learn_fewer(self, size: int, layouts: Layouts, load: Load, below: int) -> None:
+        """Find what placements cost at least at these prices whose blocks each gather fewer than so many bytes."""
+        cost = self.apart(size, layouts, load, below)
+        self.explored(size, load).fewer.append((below, Line(totals_prices(layouts, load_for(layouts, load)), -cost)))
+
+    def apart(self, size: int, layouts: Layouts, load: Load, below: int | None = None) -> float:
+        """What no placement costs less than at these prices, however each of like blocks lies. below: as `learn_fewer` has it."""
+        placement = self.placement(size, layouts, load) if below is None else None
+        load = load_for(layouts, load)
+        assert layouts.any and layouts.mixed is None
         offered, priced = self._offers(size, load.few), self._priced_of(size, load, layouts)
         found = rules(layouts, self.loss, {}, self._seconds_of(size, load))
-        counted = self._sized_of(size, ())
-        return least(self.gm, Axis("tp", size), found, self.calls, counted, offered, priced, placement.bound)
+        alike = placement.bound if placement is not None else math.inf
+        return least(self.gm, Axis("tp", size), found, self.calls, self._sized_of(size, ()), offered, priced, alike, below)
+
+    def gather_thresholds(self, size: int) -> list[int]:
+        """Bytes that the block that gathers the most may be said to gather fewer than, or not (compiler/few_gathers.py)."""
+        if size not in self._thresholds:
+            runs: dict[int, list[int]] = {}
+            for (value, _), heavy in self._sized_of(size, ()).heaviest.items():
+                runs.setdefault(heavy.number, []).append(size_of(self._offers(size).meta[value]))
+            self._thresholds[size] = sorted({bytes_ for sizes in runs.values() for bytes_ in thresholds(sizes)})
+        return self._thresholds[size]
 
     @property
     def placed(self) -> int:
@@ -273,7 +305,12 @@ class TensorAxis:
         if key not in self._priced:
             bare = Layouts(byte_price=0.0, compute_price=layouts.compute_price)
             policy, seconds = policy_of(bare, self.loss, {}), prices_of(bare, self._seconds_of(size, load))
-            self._priced[key] = price(self.gm, Axis("tp", size), policy, seconds, self.calls, self._offers(size, load.few))
+            same = size, replace(load, sums=0.0)  # neither sums nor compute count in conversions
+            found = price(
+                self.gm, Axis("tp", size), policy, seconds, self.calls, self._offers(size, load.few), self._converted.get(same)
+            )
+            self._converted.setdefault(same, found)
+            self._priced[key] = found
         return self._priced[key]
 
     def _offers(self, size: int, few: bool = False, blocks: tuple[int, ...] = ()) -> Offers:

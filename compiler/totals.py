@@ -48,11 +48,11 @@ def totals_of(cost: PlacedCost) -> np.ndarray:
     return np.array([cost.launches + cost.latencies + cost.gathers, *rest, *cost.large])
 
 
-def cost_of(totals: np.ndarray, temporaries: float) -> PlacedCost:
-    """Of a placement with these totals, as far as they tell. temporaries: at least."""
+def cost_of(totals: np.ndarray, least: PlacedCost) -> PlacedCost:
+    """Of a placement with these totals, as far as they tell. least: the temporaries, and what is gathered, at least."""
     launches, *values = totals.tolist()
     rest, large = dict(zip(_SINGLE[1:], values, strict=False)), tuple(values[len(_SINGLE) - 1 :])
-    gathered, temporaries = max(rest["heaviest"], rest["second"]), max(temporaries, *large)
+    gathered, temporaries = max(least.gathered, rest["heaviest"], rest["second"]), max(least.temporaries, *large)
     return PlacedCost(launches=launches, temporaries=temporaries, large=large, gathered=gathered, **rest)
 
 
@@ -71,13 +71,13 @@ Function = Callable[[np.ndarray], float]
 """Of totals, and convex in these."""
 
 
-def by_totals(of: Callable[[PlacedCost], float], depends: Callable[[PlacedCost], Hashable], temporaries: float) -> Function:
-    """A function of costs, of those with such totals. Of costs that are alike in what it depends on it is asked once: most totals
-    are the ones that it does not grow with, as where another one is larger."""
+def by_totals(of: Callable[[PlacedCost], float], depends: Callable[[PlacedCost], Hashable], least: PlacedCost) -> Function:
+    """A function of costs, of those with such totals; least: as `cost_of` takes it. Of costs alike in what it depends on it
+    is asked once: most totals are the ones that it does not grow with, as where another one is larger."""
     found: dict[Hashable, float] = {}
 
     def function(totals: np.ndarray) -> float:
-        cost = cost_of(totals, temporaries)
+        cost = cost_of(totals, least)
         key = depends(cost)
         if key not in found:
             found[key] = of(cost)
@@ -147,10 +147,12 @@ class Envelope:
 class Least:
     """seconds    that no placement is below; inf where none can be
     prices     of totals: a placement that is the cheapest at these tells the most of it
+    of_bytes   of these, as far as they are of bytes
     """
 
     seconds: float
     prices: np.ndarray | None = None
+    of_bytes: np.ndarray | None = None
 
 
 @dataclass
@@ -234,7 +236,8 @@ def _solve(known: Known, seconds: Sequence[Line], size: Sequence[Line], limit: f
     solution = solver.getSolution()
     point, duals = np.asarray(solution.col_value), np.asarray(solution.row_dual)
     of_seconds, of_bytes = (np.abs(d) for d in np.split(duals[len(known.lines) :], [len(seconds)]))
-    prices = of_seconds @ np.array([line.slopes for line in seconds])
+    room = np.zeros(len(scale))
     if size:
-        prices += of_bytes * unit / max(limit, 1.0) @ np.array([line.slopes for line in size])
-    return Least(float(point[-1]) * unit, prices), point[:-1] * scale
+        room = of_bytes * unit / max(limit, 1.0) @ np.array([line.slopes for line in size])
+    prices = of_seconds @ np.array([line.slopes for line in seconds]) + room
+    return Least(float(point[-1]) * unit, prices, room), point[:-1] * scale

@@ -21,7 +21,11 @@ from benchmarks.plan_limits import vit_large
 from shardwright import Strategy
 from shardwright.compiler import refine
 from shardwright.compiler.candidates import Candidate, Search
+from shardwright.compiler.dual import between
+from shardwright.compiler.families import Family
+from shardwright.compiler.gathers import Whole
 from shardwright.compiler.layouts import Layouts, Mixed
+from shardwright.compiler.mixing import DEARER, mixtures
 from shardwright.compiler.plan import Plan, Prediction
 from shardwright.compiler.strategy import resolve
 from shardwright.compiler.topology import Level, Topology
@@ -114,6 +118,48 @@ def test_a_step_takes_no_less_than_its_totals_say(model: str, topology: Topology
             assert seconds == pytest.approx(found.step_seconds, rel=1e-3 if cost.sums else 1e-9)
             assert seconds <= found.step_seconds * (1 + 1e-9)
             assert size <= found.peak_bytes * (1 + 1e-9)
+            gathering = search.steps.at_least(plan, whole[k : k + 1], replace(least, gathered=cost.gathered))
+            assert [of(totals_of(cost)) for of in gathering] == pytest.approx([seconds, size], rel=1e-9)
+            more = replace(cost, gathered=cost.gathered + 1e6)
+            _, gathering = search.steps.at_least(plan, whole[k : k + 1], replace(least, gathered=more.gathered))
+            grown = search.steps.predict(replace(plan, whole=whole[k].names), more, whole[k])
+            assert size < gathering(totals_of(more)) <= grown.peak_bytes * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("name", ["gpt, slow", "vit, ZeRO over 2", "gpt2, ZeRO-3", "adapters"])
+def test_what_blocks_gather_divides_a_family(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whatever was placed, with blocks in two layouts too, no plan that fits takes less than the family does whose blocks gather
+    as many bytes."""
+    model, topology, strategy, ranks, mode = CASES[name]
+    found: list[Family] = []
+    divided = Family.gathering
+
+    def gathering(family: Family, gathered: int, below: int | None) -> Family:
+        found.append(divided(family, gathered, below))
+        return found[-1]
+
+    monkeypatch.setattr(refine, "FAR", 0.0)
+    monkeypatch.setattr(refine, "VAIN", 1)
+    monkeypatch.setattr(refine, "ASKED", 40)
+    monkeypatch.setattr(Family, "gathering", gathering)
+    checked = 0
+    free = searched(search_of(model, topology, strategy, math.inf, ranks, mode))[0]
+    for share in (0.8, 0.5):
+        search = search_of(model, topology, strategy, share * free.predicted.peak_bytes, ranks, mode)
+        made = list(search.candidates())
+        assert search.bound <= min((c.per_sample for c in made if search.fits(c)), default=math.inf)
+        for family in found:
+            tp, (whole, *_) = family.plan.mesh.size("tp"), family.whole
+            layouts = {c.plan.layouts for c in made if c.plan.layouts.mixed and c.plan.mesh.size("tp") == tp}
+            layouts |= {Layouts(byte_price=held, kept_price=kept) for held, kept in PRICES}
+            costs = [search.tensor.cost(tp, each, family.load) for each in layouts]
+            for cost in (*costs, *family.explored.costs):
+                _, predicted = search.predict(replace(family.plan, whole=whole.names), cost, whole)
+                if predicted.peak_bytes <= search.limit and family.gathered <= cost.gathered < (family.below or math.inf):
+                    checked += 1
+                    assert predicted.step_seconds >= family.least * (1 - 1e-9)
+        found.clear()
+    assert checked > 0
 
 
 def test_between_two_layouts_some_blocks_lie_in_each() -> None:
@@ -138,6 +184,41 @@ def test_between_two_layouts_some_blocks_lie_in_each() -> None:
     assert Plan.from_json(plan.to_json()) == plan
     blocks = [[t for name, t in plan.layout.items() if f".{k}." in name] for k in range(8)]
     assert [k for k in range(8) if blocks[k] != blocks[7]] == list(mixed.blocks)
+
+
+def test_bytes_are_dearer_where_no_mixture_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked thoroughly, blocks in the layouts that fit pay more for a byte than these did, where none is faster at their prices."""
+    found = case("gpt", layers=8)
+    request = resolve((4,), Strategy(tp=4, layouts="any"))
+
+    def search(limit: float) -> Search:
+        return Search(problem_of(found, [found.batch]), request, machine(1e9), found.batch, "global", None, limit)
+
+    families: list[Family] = []
+    monkeypatch.setattr(refine, "mixtures", lambda family, *_: families.append(family) or ())
+    tight = search(0.7 * searched(search(math.inf))[0].predicted.peak_bytes)
+    list(tight.candidates())
+    family, ends = next((f, ends) for f in families if (ends := between(f.look())) is not None)
+    over, within = (family.explored.layouts[k] for k in (ends.over, ends.within))
+    dearer = within.dearer(DEARER)
+    assert dearer.byte_price == DEARER * within.byte_price and dearer.kept_price == DEARER * within.kept_price
+    assert (dearer.compute_price, dearer.sums_price) == (within.compute_price, within.sums_price)
+    priced: list[Layouts] = []
+    price = Search.price
+
+    def noted(self: Search, plan: Plan, whole: Whole | None = None) -> Candidate:
+        priced.append(plan.layouts)
+        return price(self, plan, whole)
+
+    monkeypatch.setattr(Search, "price", noted)
+    for thoroughly in (False, True):
+        priced.clear()
+        least = ends.seconds * (1 + 1e-9)
+        made = list(mixtures(family, least, thoroughly))
+        assert all(not tight.fits(c) or c.predicted.step_seconds < least for c in made)
+        others = {(layouts.mixed.layouts if layouts.mixed else None, replace(layouts, mixed=None)) for layouts in priced}
+        assert ((dearer, over) in others) == thoroughly
+        assert (within, over) in others
 
 
 @pytest.mark.parametrize("topology", [machine(1e9), NEAR], ids=["slow", "near"])
@@ -218,7 +299,11 @@ def large_llama() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return transformers.LlamaForCausalLM(config), tokens
 
 
-@pytest.mark.parametrize(("make", "devices", "share"), [(large_llama, 64, 0.45), (vit_large, 8, 0.35)], ids=["llama", "vit"])
+@pytest.mark.parametrize(
+    ("make", "devices", "share"),
+    [(large_llama, 64, 0.45), (vit_large, 8, 0.35), (vit_large, 8, 0.45)],
+    ids=["llama", "vit", "vit, gathers"],
+)
 @pytest.mark.filterwarnings("ignore:outputs that are not tensors")
 def test_of_a_large_model_the_gap_is_below_a_hundredth(make: Callable[[], Any], devices: int, share: float) -> None:
     """Where the fastest plan does not fit, by far."""

@@ -86,7 +86,7 @@ def test_tangents_are_of_the_larger_of_two() -> None:
 @pytest.mark.parametrize("model", ["gpt", "gpt2", "t5", "vit", "mixtral", "adapted"])
 def test_what_is_known_holds_of_every_placement(model: str, topology: Topology) -> None:
     """Found at any prices and loads, in Megatron's layouts, and with blocks in two of them: within low and high, and above all
-    lines."""
+    lines; and so of those whose blocks gather few bytes."""
     found = adapted() if model == "adapted" else case(model)
     calls = op_calls(found.graph)
     tensor = TensorAxis(found.graph, found.captured.loss, topology, calls, keeping(calls))
@@ -99,9 +99,16 @@ def test_what_is_known_holds_of_every_placement(model: str, topology: Topology) 
     some = itertools.cycle([blocks[::2], blocks[:1], blocks[1:]])
     for one, other, own in zip(layouts[2:], [*layouts[3:], layouts[2]], some, strict=False):
         costs.append(tensor.cost(2, replace(one, mixed=Mixed(tuple(own), other)), load))
-    known_ = tensor.explored(2, load).known
-    assert len(known_.lines) > 5
-    for totals in map(totals_of, costs):
+    steps = tensor.gather_thresholds(2)
+    for option, below in itertools.product(layouts[3:], steps[:: max(1, len(steps) // 4)]):
+        tensor.learn_fewer(2, option, load, below)
+    assert len(tensor.explored(2, load).known.lines) > 5
+    assert topology is not NEAR or model == "t5" or any(cost.gathered > 0 for cost in costs)
+    for cost, below in itertools.product(costs, (None, *steps)):
+        if below is not None and cost.gathered >= below:
+            continue
+        totals, known_ = totals_of(cost), tensor.explored(2, load).within(below)
+        assert cost.gathered >= max(cost.heaviest, cost.second)
         assert (totals >= known_.low * (1 - 1e-9)).all()
         assert (totals <= known_.high * (1 + 1e-9)).all()
         for line in known_.lines:
