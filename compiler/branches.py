@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from .capture_error import CaptureError
@@ -33,14 +33,15 @@ class Scope:
     name       of the control flow, for errors
     taken      bool, 0-dim: whether it is the one; None: whatever is traced counts
     made       what its own ops gave
-    entered    by its id, what it reads from outside, what its ops read instead, and how often each had been written to then
+    entered    by its id, and whether its gradient counts, what it reads from outside, what its ops read instead, and how often each
+               had been written to then
     """
 
     name: str
     taken: Tensor | None
     source: str | None
     made: dict[int, Any] = field(default_factory=dict)
-    entered: dict[int, tuple[Tensor, Tensor, tuple[int, int]]] = field(default_factory=dict)
+    entered: dict[tuple[int, bool], tuple[Tensor, Tensor, tuple[int, int]]] = field(default_factory=dict)
 
     def enter(self, args: Any) -> Any:
         """These arguments of an op in it, with a gradient that is zero where the branch is not taken."""
@@ -49,13 +50,13 @@ class Scope:
     def _enter(self, x: Tensor) -> Tensor:
         if id(x) in self.made:
             return x
-        if id(x) not in self.entered:
-            inside = x
-            if self.taken is not None and x.requires_grad and torch.is_grad_enabled():
-                inside = torch.where(self.taken, x, x.detach())
-            self.entered[id(x)] = (x, inside, (write_count(x), write_count(inside)))
-            self.note(inside)
-        return self.entered[id(x)][1]
+        gated = self.taken is not None and x.requires_grad and torch.is_grad_enabled()
+        if (id(x), gated) not in self.entered:
+            inside = torch.where(self.taken, x, x.detach()) if self.taken is not None and gated else x
+            self.entered[id(x), gated] = (x, inside, (write_count(x), write_count(inside)))
+            if gated:
+                self.note(inside)
+        return self.entered[id(x), gated][1]
 
     def note(self, results: Any) -> None:
         """That ops of it gave these."""
@@ -64,7 +65,7 @@ class Scope:
     def check_call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], writes: bool) -> None:
         """Refuse an op that writes to what is outside, whether or not the branch is taken."""
         written = args[0] if writes and args else _statistics(function, args, kwargs)
-        if isinstance(written, Tensor) and id(written) not in self.made:
+        if any(isinstance(x, Tensor) and id(x) not in self.made for x in pytree.tree_leaves(written)):
             raise self._writes()
 
     def check_written(self) -> None:
@@ -117,8 +118,8 @@ def _statistics(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         named = inspect.signature(function).bind(*args, **kwargs)
         named.apply_defaults()
         mean, _, _, _, own = list(named.arguments.values())[1:6]
-    elif getattr(function, "__name__", "") in {norm.__name__ for norm in NORMS} and len(args) > 5:
-        mean, _, own = args[3:6]  # of torch.batch_norm and torch.instance_norm
+    elif any(norm.__name__ in getattr(function, "__name__", "") for norm in NORMS) and len(args) > 5:
+        mean, _, own = args[3:6]  # of torch.batch_norm, torch.native_batch_norm and others
     else:
         return None
     return mean if own else None
@@ -128,9 +129,22 @@ def _statistics(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def entered(inside: list[Scope], branch: Scope) -> Iterator[None]:
     """While active, what is traced is of this branch, the innermost."""
     inside.append(branch)
+    original = nn.Module.__setattr__
+
+    def set_attribute(module: nn.Module, name: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            raise CaptureError(
+                f"a body of {branch.name} sets the attribute {name!r} of a module to a tensor",
+                branch.source,
+                "return the new value, and set it where the control flow has ended",
+            )
+        original(module, name, value)
+
+    nn.Module.__setattr__ = set_attribute  # type: ignore[method-assign]
     try:
         yield
     finally:
+        nn.Module.__setattr__ = original  # type: ignore[method-assign]
         inside.pop()
     branch.check_written()
 

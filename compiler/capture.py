@@ -101,6 +101,7 @@ def capture(
     requires_grad = {key for key, t in tensors.items() if t.requires_grad}
     trainable = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
     mark_gradients(captured_graph.graph, {f"param.{n}" for n in trainable} | requires_grad)
+    fold_loops(captured_graph)
     structure = CallStructure(tree, tuple(tensors), signature(args, kwargs), traced.output.tree)
     loss = traced.output.loss or _first_scalar(captured_graph, outputs)
     aliases = {n: tuple(others) for n, others in _aliases(names).items()}
@@ -327,7 +328,6 @@ def _readable(
     result = LazyGraphModule(nn.Module(), graph)
     if graph.find_nodes(op="call_function", target=aten.copy.default):
         result = rewrite(result, {aten.copy.default: views.copy})  # torch has no derivative of it
-    fold_loops(result)
     return result, _output_keys(program.graph_signature, names, result), constants
 
 

@@ -206,9 +206,12 @@ def _loop(steps: Steps, source: str | None, condition: Body, body: Body, carried
         more = condition(*given, *additional)
         if not isinstance(more, Tensor) or more.numel() != 1:
             raise CaptureError("the condition of torch.while_loop gives no tensor of one element", source, "give one, a bool")
+        for outer in steps.inside:
+            if outer.taken is not None:  # else a loop that is not to be taken might have no end
+                more = more.reshape(()).bool() & outer.taken
         leaves, structure = pytree.tree_flatten(body(*given, *additional))
         _check_carry("torch.while_loop", before, leaves, source)
-        after = ops.loop_end(more, given, leaves)
+        after = ops.loop_end(more, leaves)
     return pytree.tree_unflatten(after, structure)
 
 

@@ -348,7 +348,7 @@ class Seconds:
                     return math.inf
                 return self.conversion_timing(src, dst, meta, axis).of_step(1, size)
 
-            self._known.found[key] = ways_by_price(axis.size, price)
+            self._known.found[key] = ways_by_price(axis, price)
         return self._known.found[key]
 
     @cached_property

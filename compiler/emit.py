@@ -148,15 +148,18 @@ def lower(
     for step in _axis_steps(problem, plan, coordinates, microbatch, seconds):
         axis, policy, calls, like = step.axis, step.policy, op_calls(gm), decided.get(step.axis.name)
         find = partial(_placed, gm, step, calls, like, (barred or {}).get(axis.name))
-        placement = find() if known is None else known.of(gm, axis, policy, calls, like is not None, find)
+        if like is not None and not placements:  # of the same graph
+            placement = like
+        else:
+            placement = find() if known is None else known.of(gm, axis, policy, calls, like is not None, find)
         ways = seconds.ways(axis) if seconds is not None and axis.name != TIME else None
         twins = regrouped(gm, step.groups, policy.pinned)
         gm = shard(gm, axis, step.index, placement.choice, placement.placeholders, placement.outputs, values, calls, ways, twins)
         check(gm, axis, step.index, placement.placeholders)
         placements[axis.name] = placement
         axes.append(axis)
-    alike = len(set(problem.local_batches)) == 1 or len(plan.data_axes) == 1  # else ranks cut the batch otherwise than each other
-    priced = seconds.of_conversion if seconds is not None and alike and not problem.ragged else None
+    alike = len(set(problem.local_batches)) == 1 and not problem.ragged  # all ranks have the same shapes before the last axis
+    priced = seconds.of_conversion if seconds is not None and alike else None
     if priced is not None and len(axes) > 1 and reroute(gm, axes, values, priced, frozenset({TIME})):
         check(gm, axes[-1], {**coordinates, TIME: microbatch}[axes[-1].name])
     return Lowered(gm, placements)
@@ -209,12 +212,16 @@ def _axis_steps(
 
 
 def _axis(problem: Problem, plan: Plan, name: str) -> Axis:
-    """Joined are axes in the order of the mesh, in which ranks are numbered. None, where ranks of other lengths place each by
-    itself, and might not agree; nor data axes over which samples lie in unequal shares, which no one cuts anew."""
+    """Data axes cut dims evenly where others come after: what ranks have there differs by their samples alone.
+
+    Joined are axes in the order of the mesh, in which ranks are numbered. None, where ranks of other lengths place each by itself,
+    and might not agree; nor data axes over which samples lie in unequal shares, which no one cuts anew.
+    """
     before = plan.mesh.axes[: plan.mesh.axes.index(name)]
     unequal = len(set(problem.local_batches)) > 1 and name in DATA_AXES
     joins = () if problem.ragged or unequal else tuple(a for a in before if a in DATA_AXES)
-    return Axis(name, plan.mesh.size(name), joins)
+    more = name in DATA_AXES and (name != plan.data_axes[-1] or plan.microbatches > 1 or plan.mesh.size("tp") > 1)
+    return Axis(name, plan.mesh.size(name), joins, even=more)
 
 
 def _leader(problem: Problem, plan: Plan, coordinates: Mapping[str, int]) -> dict[str, int]:

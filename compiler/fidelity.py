@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import linecache
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -466,7 +467,8 @@ def _relative(a: Tensor, b: Tensor, floor: float) -> float:
     a, b = a.detach().cpu().double(), b.detach().cpu().double()
     if torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) and torch.equal(a.isnan(), b.isnan()):
         return 0.0
-    return float((a - b).abs().max()) / max(float(a.abs().max()), floor, 1e-300)
+    found = float((a - b).abs().max()) / max(float(a.abs().max()), floor, 1e-300)
+    return math.inf if math.isnan(found) else found
 
 
 def _gradients(loss: Tensor | None, names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -147,11 +147,15 @@ def _more_devices(search: Search, least: Candidate) -> Change | None:
 
 
 def _grown(topology: Topology, devices: int) -> Topology:
-    """More units of the innermost level, which stays as large: of one unit it is not known how large it could be."""
-    if len(topology.levels) > 1:
-        return topology.resized(devices=devices)
-    inner = min(topology.levels, key=lambda level: level.size)
-    return replace(topology, levels=(inner, replace(inner, size=devices)))
+    """Where there are fewer: more units of the innermost level, which stays as large, for how large it could be is not known."""
+    *inner, last = topology.levels
+    if devices <= last.size:
+        return topology
+    unit = inner[-1].size if inner else last.size
+    whole = -(-devices // unit) * unit
+    if inner:
+        return topology.resized(devices=whole)
+    return replace(topology, levels=(last, replace(last, size=whole)))
 
 
 def _more_memory(least: Candidate) -> Change:

@@ -1,74 +1,87 @@
 """Loops whose number of steps depends on data: while a model is traced one step is, between two marks, and becomes one op.
 
-The ops of the step are written down as text, and so is the gradient of a step, which is traced like that of any op
+The ops of the step are written down as text, in normal form, and so is the gradient of a step, which is traced like that of any op
 (passes/ops/loops.py). What a step computes of nothing that is carried is the same in all, and stays outside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.node import map_arg
 
-from ..passes.graph_tools import is_getitem
+from ..passes.graph_tools import extract, is_getitem
+from ..passes.normalize import normalize
+from ..passes.normalize.gradients import CUTS
 from ..passes.ops.collectives import ops
 from ..passes.ops.loops import floating, written
 from .capture_error import CaptureError
 from .torch_compat import OpOverload, lazy_graph_modules
 
 aten = torch.ops.aten
+SAME = frozenset({aten.detach.default, aten.alias.default})
+VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
 
 
-def fold_loops(graph: fx.GraphModule) -> None:
-    """Put one op in place of every marked step, in place.
+def fold_loops(gm: fx.GraphModule) -> None:
+    """Put one op in place of every marked step of a captured graph, in place. Requires meta["val"] and meta["grad"].
 
     Raises CaptureError where a step draws random numbers, and where a value of it is read outside.
     """
-    for end in graph.graph.find_nodes(op="call_function", target=ops.loop_end.default):  # those inside of others come first
-        _fold(graph.graph, end)
+    begun: list[fx.Node] = []
+    graded = _graded(gm)
+    for node in list(gm.graph.nodes):
+        if node.target is ops.loop_begin.default:
+            begun.append(node)
+        elif node.target is ops.loop_end.default:  # of the innermost loop that is open
+            _fold(gm, begun.pop(), node, graded)
 
 
-def _fold(graph: fx.Graph, end: fx.Node) -> None:
-    condition, begun, results = end.args
-    (begin,) = {item.args[0] for item in begun}  # type: ignore[union-attr]
-    step = _between(begin, end)
-    for node in step:
-        if isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
-            raise CaptureError(
-                "a step of torch.while_loop draws random numbers, whose steps cannot be told apart",
-                node.meta.get("source"),
-                "draw them before the loop, a row for each step that it may take",
-            )
-    inside = {begin}
+def _graded(gm: fx.GraphModule) -> set[fx.Node]:
+    """The values that may carry a gradient in some step: what is carried need not in the first."""
+    found = set[fx.Node]()
+    for node in gm.graph.nodes:
+        passes = node.target is ops.loop_begin.default or (node.target not in CUTS and not found.isdisjoint(node.all_input_nodes))
+        if passes or node.meta.get("grad"):
+            found.add(node)
+    return found
+
+
+def _fold(gm: fx.GraphModule, begin: fx.Node, end: fx.Node, graded: set[fx.Node]) -> None:
+    condition, results = end.args
+    step, inside = _between(begin, end), {begin}
     for node in step:
         if not inside.isdisjoint(node.all_input_nodes):
             inside.add(node)
-    for node in inside:
-        if outside := next((user for user in node.users if user not in inside and user is not end), None):
-            raise CaptureError(
-                "a value of a step of torch.while_loop is read outside of it",
-                outside.meta.get("source"),
-                "carry it",
-            )
-    given: list[fx.Node] = [*begun]  # type: ignore[misc]
-    others = list(dict.fromkeys(n for node in (*step, end) if node in inside or node is end for n in node.all_input_nodes))
-    others = [n for n in others if n not in inside and n is not begin]
-    steps = _text("while", [*given, *others], [condition]) + _text("carry", [*given, *others], results)
-    steps += _gradient(given, others, results)
-    with graph.inserting_before(end):
-        made = graph.call_function(ops.loop.default, ("\n".join(steps), list(begin.args[0]), others))  # type: ignore[arg-type]
+    _check(step, inside, end)
+    carried: Any = begin.args[0]
+    keys = {node: f"v{node.args[1]}" for node in begin.users if is_getitem(node)}
+    read = dict.fromkeys(n for node in (*step, end) if node in inside or node is end for n in node.all_input_nodes)
+    others = [n for n in read if n not in inside]
+    keys |= {node: f"v{k}" for k, node in enumerate(others, len(carried))}
+    until, body = (
+        normalize(extract(gm, [(f"r{k}", n) for k, n in enumerate(made)], keys))  # type: ignore[arg-type]
+        for made in ([condition], results)
+    )
+    count = len(carried) + len(others)
+    text = _text("while", until, count) + _text("carry", body, count)
+    values = [*begin.meta["val"], *(n.meta["val"] for n in others)]
+    if floats := floating(begin.meta["val"]):
+        wanted = [True] * len(carried) + [n in graded for n in others]
+        text += _text("give", _gradient(body, values, wanted, floats), count + len(floats))
+    with gm.graph.inserting_before(end):
+        made = gm.graph.call_function(ops.loop.default, ("\n".join(text), list(carried), others))
     made.meta.update(end.meta)
+    if end in graded:
+        graded.add(made)
     end.replace_all_uses_with(made)
-    graph.erase_node(end)
-    for node in reversed(step):
-        if node in inside:
-            graph.erase_node(node)
-    graph.erase_node(begin)
+    gm.graph.erase_node(end)
+    for node in reversed([begin, *(n for n in step if n in inside)]):
+        gm.graph.erase_node(node)
 
 
 def _between(begin: fx.Node, end: fx.Node) -> list[fx.Node]:
@@ -80,79 +93,81 @@ def _between(begin: fx.Node, end: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _text(word: str, inputs: Sequence[fx.Node], results: Any) -> list[str]:
-    """The lines of a part that computes `results` from `inputs`."""
-    names = {node: f"v{k}" for k, node in enumerate(inputs)}
+def _check(step: Sequence[fx.Node], inside: set[fx.Node], end: fx.Node) -> None:
+    for node in step:
+        if _draws(node):
+            raise CaptureError(
+                "a step of torch.while_loop draws random numbers, whose steps cannot be told apart",
+                node.meta.get("source"),
+                "draw them before the loop, a row for each step that it may take",
+            )
+    for node in inside:
+        if outside := next((user for user in node.users if user not in inside and user is not end), None):
+            raise CaptureError(
+                "a value of a step of torch.while_loop is read outside of it", outside.meta.get("source"), "carry it"
+            )
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether an op draws random numbers: not where it drops out nothing."""
+    if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    given: Mapping[str, Any] = {a.name: a.default_value for a in node.target._schema.arguments if a.has_default_value()}
+    given = {**given, **dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)), **node.kwargs}
+    trains = [given[name] for name in ("train", "training") if name in given]
+    shares = [given[name] for name in ("p", "dropout_p", "dropout") if name in given]
+    return False not in trains and 0.0 not in shares
+
+
+def _text(word: str, gm: fx.GraphModule, first: int) -> list[str]:
+    """The lines of a part: what the graph computes, whose placeholders have the keys v0, v1, and so on, `first` at most."""
+    names: dict[fx.Node, str] = {}
     lines: list[str] = []
-
-    def name(node: Any) -> str:
-        if node not in names:
-            if is_getitem(node):
-                names[node] = f"{name(node.args[0])}[{node.args[1]}]"
-            else:
-                names[node] = _line(node, name, lines, len(inputs))
-        return names[node]
-
-    for node in _needed(results, names):
-        name(node)
-    return [*lines, f"{word} {', '.join(map(name, results))}"]
-
-
-def _needed(results: Iterable[fx.Node], given: Iterable[fx.Node]) -> list[fx.Node]:
-    """The nodes that make `results`, in the order of the graph."""
-    found, stack = set(given), [*results]
-    known = set(found)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return sorted(found - known)
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            names[node] = node.meta["key"]
+        elif node.op == "output":
+            lines.append(f"{word} {', '.join(names[n] for n in node.args[0])}")
+        elif is_getitem(node):
+            names[node] = f"{names[node.args[0]]}[{node.args[1]}]"
+        else:
+            names[node] = f"v{first + len(lines)}"
+            lines.append(f"{names[node]} = {_call(node, names)}")
+    return lines
 
 
-def _line(node: fx.Node, name: Callable[[Any], str], lines: list[str], first: int) -> str:
-    """Write a call down; gives the name of its result."""
-    if node.op != "call_function" or not isinstance(node.target, OpOverload):
+def _call(node: fx.Node, names: Mapping[fx.Node, str]) -> str:
+    if not isinstance(node.target, OpOverload):
         raise CaptureError(
             f"a step of torch.while_loop calls {node.target}, which is no op of torch",
             node.meta.get("source"),
             "write it out in ordinary operations",
         )
-    args = [written(a, name) for a in node.args]
-    kwargs = [f"{k}={written(v, name)}" for k, v in node.kwargs.items() if k not in ("device", "pin_memory")]
     # The strides that fakes have need not be those of what will run.
-    target = aten.reshape.default if node.target in (aten.view.default, aten._unsafe_view.default) else node.target
+    target = aten.reshape.default if node.target in VIEWS else node.target
+    args = [written(a, names.__getitem__) for a in node.args]
+    kwargs = [f"{k}={written(v, names.__getitem__)}" for k, v in node.kwargs.items() if k != "pin_memory"]
     namespace, _, rest = target.name().partition("::")
-    path = rest if "." in rest else f"{rest}.default"
-    lines.append(f"v{first + len(lines)} = {namespace}.{path}({', '.join([*args, *kwargs])})")
-    return f"v{first + len(lines) - 1}"
+    return f"{namespace}.{rest if '.' in rest else f'{rest}.default'}({', '.join([*args, *kwargs])})"
 
 
-def _gradient(carried: Sequence[fx.Node], others: Sequence[fx.Node], results: Any) -> list[str]:
-    """The lines of the gradient of a step."""
-    inputs = [*carried, *others]
-    values = [n.meta["val"] for n in inputs]
-    floats = floating([n.meta["val"] for n in results])
-    if not floats:
-        return []
+def _gradient(body: fx.GraphModule, values: Sequence[Tensor], wanted: Sequence[bool], floats: Sequence[Tensor]) -> fx.GraphModule:
+    """The gradients of a step's floating inputs from those of its floating results; zeros where none is wanted."""
+    keys = [int(n.meta["key"].removeprefix("v")) for n in body.graph.find_nodes(op="placeholder")]
 
     def run(values: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
         with torch.enable_grad():
-            leaves = [x.detach().requires_grad_(bool(floating([x]))) for x in values]
-            known: dict[fx.Node, Any] = dict(zip(inputs, leaves, strict=True))
-            for node in _needed(results, inputs):
-                args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
-                known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-            outs = floating([known[n] for n in results])
+            needs = [w and bool(floating([x])) for x, w in zip(values, wanted, strict=True)]
+            leaves = [x.detach().requires_grad_(True) if need else x for x, need in zip(values, needs, strict=True)]
+            outs = floating(fx.Interpreter(body).run(*(leaves[k] for k in keys)))
             pairs = [(o, g) for o, g in zip(outs, gradients, strict=True) if o.requires_grad]
-            wanted = floating(leaves)
-            found: Sequence[Tensor | None] = [None] * len(wanted)
-            if pairs:
-                roots, seeds = zip(*pairs, strict=True)
-                found = torch.autograd.grad(roots, wanted, seeds, allow_unused=True)
-        return [torch.zeros_like(x) if g is None else g.contiguous() for x, g in zip(wanted, found, strict=True)]
+            roots, seeds = zip(*pairs, strict=True) if pairs else ((), ())
+            asked = [x for x, need in zip(leaves, needs, strict=True) if need]
+            found = iter(torch.autograd.grad(roots, asked, seeds, allow_unused=True) if pairs else [None] * len(asked))
+        given = [next(found) if need else None for need in needs]
+        return [torch.zeros_like(x) if g is None else g.contiguous() for x, g in zip(values, given, strict=True) if floating([x])]
 
-    mode = values[0].fake_mode
+    mode: Any = values[0].fake_mode  # type: ignore[attr-defined]
     with mode, torch.no_grad(), lazy_graph_modules():
         fresh = [torch.empty(x.shape, dtype=x.dtype) for x in values]
         seeds = [torch.empty(x.shape, dtype=x.dtype) for x in floats]
@@ -160,8 +175,10 @@ def _gradient(carried: Sequence[fx.Node], others: Sequence[fx.Node], results: An
         if any(isinstance(n.target, OpOverload) and n.target._schema.is_mutable for n in traced.graph.nodes):
             traced = make_fx(functionalize(traced, remove="mutations"))(fresh, seeds)
     for node in list(traced.graph.nodes):
-        if node.target in (aten.detach.default, aten.alias.default):
+        if node.target in SAME:
             node.replace_all_uses_with(node.args[0])
             traced.graph.erase_node(node)
-    placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
-    return _text("give", placeholders, traced.graph.output_node().args[0])
+    traced.graph.eliminate_dead_code()
+    for k, node in enumerate(traced.graph.find_nodes(op="placeholder")):
+        node.meta["key"] = f"v{k}"
+    return traced

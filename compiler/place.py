@@ -185,6 +185,11 @@ def _kinds(types: Sequence[Type]) -> tuple[object, ...]:
     return tuple(t.dim if isinstance(t, Varying) else t for t in types)
 
 
+def _sectioned(strategy: Strategy) -> tuple[int, ...]:
+    """Of each type, in how many sections its dim is cut."""
+    return tuple(len(t.sections) if isinstance(t, Varying) else 0 for t in (*strategy.ins, *strategy.outs))
+
+
 def _makes_whole(types: Sequence[Type]) -> np.ndarray:
     """Which conversions from each of these to each do."""
     return np.array([[makes_whole(a, b) for b in types] for a in types])
@@ -239,6 +244,8 @@ class _Builder:
             else:
                 chosen = like.choice.get(d.name)
                 same = [s for s in options if _alike(s, chosen)]
+                if chosen is not None and (closer := [s for s in same if _sectioned(s) == _sectioned(chosen)]):
+                    same = closer
                 if not same and chosen is not None:  # by another factor, where a dim of one sample was none
                     same = [s for s in options if (_kinds(s.ins), _kinds(s.outs)) == (_kinds(chosen.ins), _kinds(chosen.outs))]
             # What is exchanged may differ where there is none, and is found out (passes/check_schedules.py).

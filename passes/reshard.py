@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
 from .convert import exists, is_free, traffic
-from .rules.base import TensorMeta
-from .types import I, P, R, Type, Varying, even_sections
+from .rules.base import Axis, TensorMeta, own_cuts
+from .types import I, P, R, Type, Varying
 
 Price = Callable[[Type, Type], float]
 """Of one conversion, forward and backward; infinite where there is none."""
@@ -53,9 +53,9 @@ def cheapest(src: Type, dst: Type, stops: Sequence[Type], price: Price) -> tuple
     raise ValueError(f"no conversions lead from {src} to {dst}")
 
 
-def stops_of(shape: Sequence[int], n: int) -> tuple[Type, ...]:
-    """What a value of this shape, before it is sharded over n ranks, may be in between."""
-    return (I, R, P, *(Varying(dim, even_sections(size, n)) for dim, size in enumerate(shape) if size >= n))
+def stops_of(shape: Sequence[int], axis: Axis) -> tuple[Type, ...]:
+    """What a value of this shape, before it is sharded over the axis, may be in between."""
+    return (I, R, P, *(Varying(dim, cut) for dim, size in enumerate(shape) for cut in own_cuts(size, axis)))
 
 
 WIRE = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}
@@ -73,24 +73,24 @@ def received(src: Type, dst: Type, n: int, grad: bool) -> float:
 
 
 @cache
-def way(src: Type, dst: Type, shape: tuple[int, ...], n: int, grad: bool) -> tuple[Type, ...]:
+def way(src: Type, dst: Type, shape: tuple[int, ...], axis: Axis, grad: bool) -> tuple[Type, ...]:
     """The cheapest way by bytes received. Dims of `shape` are those before the value is sharded.
 
     A dim cut in another way goes by two all-to-alls over another dim where that moves less than gathering it.
     """
-    return cheapest(src, dst, stops_of(shape, n), lambda a, b: received(a, b, n, grad))
+    return cheapest(src, dst, stops_of(shape, axis), lambda a, b: received(a, b, axis.size, grad))
 
 
-def ways_by_bytes(n: int) -> Ways:
-    return lambda src, dst, meta: way(src, dst, meta.shape, n, meta.grad)
+def ways_by_bytes(axis: Axis) -> Ways:
+    return lambda src, dst, meta: way(src, dst, meta.shape, axis, meta.grad)
 
 
-def ways_by_price(n: int, price: Callable[[Type, Type, TensorMeta], float]) -> Ways:
+def ways_by_price(axis: Axis, price: Callable[[Type, Type, TensorMeta], float]) -> Ways:
     """Each found once. `price`: of one conversion of a value, forward and backward; infinite where there is none."""
 
     @cache
     def find(src: Type, dst: Type, meta: TensorMeta) -> tuple[Type, ...]:
-        return cheapest(src, dst, stops_of(meta.shape, n), lambda a, b: price(a, b, meta))
+        return cheapest(src, dst, stops_of(meta.shape, axis), lambda a, b: price(a, b, meta))
 
     return find
 

@@ -77,7 +77,7 @@ def steps_from(
     """
     for k, (axis, src) in enumerate(zip(axes, here, strict=True)):
         if axis.name not in fixed:
-            for dst in dict.fromkeys((*(types[k] for types in stops), *stops_of(value.shape, axis.size))):
+            for dst in dict.fromkeys((*(types[k] for types in stops), *stops_of(value.shape, axis))):
                 fits = not isinstance(dst, Varying) or dst.global_size == value.shape[dst.dim]
                 if fits and not is_free(src, dst, value.grad) and exists(src, dst, value.grad):
                     call = _call((Operand(0), axis.name, src, dst), largest_shard(value, src), largest_shard(value, dst))

@@ -58,7 +58,7 @@ def shard(
     ways            how a value changes its type; by the fewest bytes where None
     twins           nodes that are placed alike, where these are fewer than gm.meta["twins"]
     """
-    lowering = _Lowering(axis, index, values, op_calls(gm) if calls is None else calls, ways or ways_by_bytes(axis.size))
+    lowering = _Lowering(axis, index, values, op_calls(gm) if calls is None else calls, ways or ways_by_bytes(axis))
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             lowering.placeholder(node, placeholders.get(node.meta["key"], I))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .rules.base import Axis, Factor, OpCall, Rule, Splits
+from .rules.base import Axis, Factor, OpCall, Rule, Splits, own_cuts
 from .types import Sections, Varying, even_sections
 
 LIMIT = 6
@@ -70,7 +70,7 @@ def spread(sites: Sequence[Site], axis: Axis, cuts: Cuts) -> Cuts:
 def _visit(site: Site, rule: Rule, axis: Axis, cuts: Cuts) -> bool:
     changed = False
     for factor in rule.factors:
-        wishes = [even_sections(factor.size, axis.size)] if factor.size >= axis.size else []
+        wishes = own_cuts(factor.size, axis)
         wishes += _wishes(site, factor, cuts)
         for side, slots in (("in", factor.operands), ("out", factor.results)):
             values = site.operands if side == "in" else site.results
@@ -87,7 +87,7 @@ def _visit(site: Site, rule: Rule, axis: Axis, cuts: Cuts) -> bool:
             (site.results, site.call.results, strategy.outs),
         ):
             for value, meta, type_ in zip(values, metas, types, strict=True):
-                if isinstance(type_, Varying):
+                if isinstance(type_, Varying) and (type_.is_even or not axis.even):
                     changed |= cuts.add(value, type_.dim, meta.shape[type_.dim], type_.sections, axis.size)
     return changed
 

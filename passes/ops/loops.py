@@ -12,9 +12,9 @@
     ...
     give v5, v7
 
-In each of the three parts v0, v1, ... are what is carried and then the others; in the last, the results' gradients follow. It is
-left out where nothing floating is carried. Only ops are called, by names that torch knows: text that was loaded computes, and does
-nothing else.
+In each of the three parts v0, v1, ... are what is carried and then the others, and `device` is theirs; in the last the gradients of
+results follow. It is left out where nothing floating is carried. Only ops are called, by names that torch knows: text that was
+loaded computes, and does nothing else.
 
 `loop_begin` and `loop_end` mark the ops of a step while a model is traced (compiler/loops.py).
 """
@@ -38,14 +38,19 @@ from .define import define
 
 @dataclass(frozen=True)
 class Name:
-    """A value, or one of an op's several results."""
+    """A value, or one of an op's several results; below 0: the device that the loop runs on."""
 
     number: int
     item: int | None = None
 
     def of(self, values: Sequence[Any]) -> Any:
+        if self.number < 0:
+            return values[0].device
         found = values[self.number]
         return found if self.item is None else found[self.item]
+
+
+DEVICE = Name(-1)
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,6 @@ class Call:
     op: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    makes_tensor: bool  # from none: it is to be told the device
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,8 @@ class Part:
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         values: list[Any] = [*inputs, *[None] * (self.first - len(inputs))]
-        device = inputs[0].device
         for call in self.calls:
-            more = {"device": device} if call.makes_tensor else {}
-            values.append(call.op(*_filled(call.args, values), **{k: _filled(v, values) for k, v in call.kwargs.items()}, **more))
+            values.append(call.op(*_filled(call.args, values), **{k: _filled(v, values) for k, v in call.kwargs.items()}))
         return [name.of(values) for name in self.results]
 
 
@@ -107,10 +109,12 @@ def _call(node: ast.expr) -> Call:
     match node:
         case ast.Call(ast.Attribute(ast.Attribute(ast.Name(namespace), name), overload), args, keywords):
             op = _op(NAMESPACE if namespace == "shardwright" else namespace, name, overload)
-            values = tuple(map(_value, args))
-            takes = any("Tensor" in str(a.type) for a in op._schema.arguments)
-            named = any(a.name == "device" for a in op._schema.arguments)
-            return Call(op, values, {str(k.arg): _value(k.value) for k in keywords}, named and not takes)
+            named = {str(k.arg): _value(k.value) for k in keywords}
+            if any(a.name == "device" for a in op._schema.arguments) and not any(
+                "Tensor" in str(a.type) for a in op._schema.arguments
+            ):
+                named.setdefault("device", DEVICE)  # of a tensor that is made from none
+            return Call(op, tuple(map(_value, args)), named)
     raise ValueError(f"{ast.unparse(node)} is no call of an op")
 
 
@@ -127,6 +131,8 @@ def _value(node: ast.expr) -> Any:
     match node:
         case ast.Constant(value):
             return value
+        case ast.Name("device"):
+            return DEVICE
         case ast.Name("inf" | "nan" as name):
             return float(name)
         case ast.Name(name) if name[0] == "v" and name[1:].isdigit():
@@ -153,6 +159,8 @@ def written(value: Any, names: Callable[[Any], str]) -> str:
             return f"[{', '.join(written(v, names) for v in value)}]"
         case float() if math.isinf(value) or math.isnan(value):
             return str(value)
+        case torch.device():
+            return "device"
         case None | bool() | int() | float() | complex() | str() | torch.dtype() | torch.memory_format() | torch.layout():
             return repr(value)
     return names(value)
@@ -177,13 +185,15 @@ def _kernel(steps: str, carried: Sequence[Tensor], others: Sequence[Tensor]) -> 
 def _grad_kernel(steps: str, carried: Sequence[Tensor], others: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
     """The steps are taken again, and what they carry is kept until they are gone through backwards."""
     parts, found = read(steps), [*gradients]
-    sums = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in floating(others)]
+    dtypes = [torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype for x in floating(others)]
+    sums = [x.new_zeros(x.shape, dtype=dtype) for x, dtype in zip(floating(others), dtypes, strict=True)]
     *before, _ = states(parts, carried, others)
     for state in reversed(before):
         given = parts["give"].run([*state, *others, *found])
         found = given[: len(found)]
         for total, more in zip(sums, given[len(found) :], strict=True):
             total += more
+    sums = [total.to(x.dtype) for total, x in zip(sums, floating(others), strict=True)]
     return [x.clone(memory_format=torch.contiguous_format) for x in (*found, *sums)]
 
 
@@ -231,8 +241,8 @@ def _copies(values: Sequence[Tensor]) -> list[Tensor]:
 
 define("loop_begin(Tensor[] carried) -> Tensor[]", _copies, _copies, lambda ctx, gradients: (gradients,))
 define(
-    "loop_end(Tensor condition, Tensor[] begun, Tensor[] carried) -> Tensor[]",
-    lambda condition, begun, carried: _copies(carried),
-    lambda condition, begun, carried: _copies(carried),
-    lambda ctx, gradients: (None, [None] * len(gradients), gradients),
+    "loop_end(Tensor condition, Tensor[] carried) -> Tensor[]",
+    lambda condition, carried: _copies(carried),
+    lambda condition, carried: _copies(carried),
+    lambda ctx, gradients: (None, gradients),
 )

@@ -40,11 +40,17 @@ from ..types import (
 
 @dataclass(frozen=True)
 class Axis:
-    """Of a mesh. joins: the axes before it with whose conversions one over this axis may be a single collective."""
+    """Of a mesh.
+
+    joins    the axes before it with whose conversions one over this axis may be a single collective
+    even     whether it cuts dims evenly alone, but for those that inputs have otherwise: then all ranks see the same shapes along
+             the axes after it
+    """
 
     name: str
     size: int
     joins: tuple[str, ...] = ()
+    even: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,9 +203,14 @@ Splits = Mapping[tuple[str, int, int], Iterable[Sections]]
 """Cuts of dims worth trying beyond the even one: ("in" | "out", operand or result, dim) -> sections."""
 
 
+def own_cuts(size: int, axis: Axis) -> list[Sections]:
+    """The cut of a factor that an axis makes by itself, if there is one: of which every rank gets some."""
+    return [even_sections(size, axis.size)] if size >= axis.size and not (axis.even and size % axis.size) else []
+
+
 def factor_cuts(factor: Factor, axis: Axis, splits: Splits) -> list[Sections]:
     """The even cut of a factor where every rank gets some of it, then those that its neighbours suggest."""
-    cuts: list[Sections] = [even_sections(factor.size, axis.size)] if factor.size >= axis.size else []
+    cuts = own_cuts(factor.size, axis)
     for side, slots in (("in", factor.operands), ("out", factor.results)):
         for i, slot in enumerate(slots):
             if slot is None:

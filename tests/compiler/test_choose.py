@@ -394,3 +394,19 @@ def test_each_change_that_is_proposed_fits(rows: int, limit: int, strategy: Stra
         seen |= changed.keys()
         assert change.text in str(refused.value)
     assert seen >= {"memory_limit", *kinds}
+
+
+def test_more_devices_of_a_machine_that_has_them() -> None:
+    """Of eight, of which the mesh takes four, or three."""
+    model, example = zoo.MODELS["mlp"](batch=24)
+    for devices in (4, 3):
+        with pytest.raises(DoesNotFit) as refused:
+            plan(
+                model,
+                Topology.preset("h100", devices=8),
+                example_inputs=example,
+                mesh=(devices,),
+                memory_limit=2000,
+                batch="global",
+            )
+        assert "memory_limit=" in str(refused.value)

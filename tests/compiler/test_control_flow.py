@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import Case, compare, emit_all, mesh, prepare, run
-from torch import Tensor, fx, nn
+from torch import Tensor, _foreach_add_, fx, nn  # type: ignore[attr-defined]
 from torch._higher_order_ops.associative_scan import associative_scan
 from torch._higher_order_ops.map import map as map_op
 from torch._higher_order_ops.scan import scan
@@ -217,6 +217,54 @@ def _loop_in_a_loop_written_out(self: Cell, x: Tensor) -> Tensor:
     return y.sum()
 
 
+def _read_without_gradient_first(self: Cell, x: Tensor) -> Tensor:
+    """What a branch reads twice, and the gradient counts the second time."""
+    y = self.linear(x) - 1e3
+
+    def overflows(z: Tensor) -> Tensor:
+        with torch.no_grad():
+            most = y.abs().max()
+        return y.sqrt() * most * 0 + z
+
+    return _cond(x.sum() > 1e3, overflows, lambda z: z * 2, self.linear(x)).sum()
+
+
+def _endless_where_not_taken(self: Cell, x: Tensor) -> Tensor:
+    def endless(y: Tensor) -> Tensor:
+        return torch.while_loop(lambda z: z.abs().max() < 1e3, lambda z: (z * 0.5,), (y,))[0]
+
+    return _cond(self.linear(x).abs().max() < 0, endless, lambda y: y * 2, self.linear(x)).sum()
+
+
+def _steps(self: Cell, x: Tensor, step: Callable[[Tensor], Tensor], count: int = 3) -> Tensor:
+    """So many steps, counted by a tensor."""
+    return torch.while_loop(
+        lambda y, k: (k < count) & (y.sum() < 1e9), lambda y, k: (step(y), k + 1), (self.linear(x), torch.tensor(0))
+    )[0].sum()
+
+
+def _steps_written_out(self: Cell, x: Tensor, step: Callable[[Tensor], Tensor], count: int = 3) -> Tensor:
+    y = self.linear(x)
+    for _ in range(count):
+        y = step(y)
+    return y.sum()
+
+
+def _unchanged(self: Cell, y: Tensor) -> Tensor:
+    """Casts that give the same tensor; a device that is named."""
+    y = torch.tanh(self.linear(y.to(y.dtype).to("cpu").type_as(y)))
+    return y.to(self.linear.weight) + torch.ones(4, device=y.device, dtype=y.dtype)
+
+
+def _attends(self: Cell, y: Tensor) -> Tensor:
+    y = F.dropout(F.scaled_dot_product_attention(self.linear(y), y, y), 0.5, training=False)
+    return F.batch_norm(y.flatten(0, 1), y.new_zeros(4), y.new_full((4,), 2.0)).view_as(y)
+
+
+def _written(self: Cell, y: Tensor) -> Tensor:
+    return y.mul_(0.9) + self.linear(y)
+
+
 WRITTEN_OUT: dict[str, tuple[Body, Body]] = {
     "scan in a scan": (_nested, _nested_loops),
     "scan in a checkpoint": (
@@ -251,6 +299,23 @@ WRITTEN_OUT: dict[str, tuple[Body, Body]] = {
             lambda y: y.sum() < 50, lambda y: ((y.float() * 1.1 + torch.ones(4)).to(x.dtype),), (self.linear(x),)
         )[0].sum(),
         lambda self, x: loop(lambda y, _: ((y.float() * 1.1 + torch.ones(4)).to(x.dtype), y), self.linear(x), [0] * 1)[0].sum(),
+    ),
+    "branch that reads without a gradient first": (
+        _read_without_gradient_first,
+        lambda self, x: 2 * self.linear(x).sum(),
+    ),
+    "branch whose loop would not end": (_endless_where_not_taken, lambda self, x: 2 * self.linear(x).sum()),
+    "loop whose casts change nothing": (
+        lambda self, x: _steps(self, x, lambda y: _unchanged(self, y)),
+        lambda self, x: _steps_written_out(self, x, lambda y: _unchanged(self, y)),
+    ),
+    "loop of attention and a norm": (
+        lambda self, x: _steps(self, x, lambda y: _attends(self, y)),
+        lambda self, x: _steps_written_out(self, x, lambda y: _attends(self, y)),
+    ),
+    "loop that writes to what it carries": (
+        lambda self, x: _steps(self, x, lambda y: _written(self, y)),
+        lambda self, x: _steps_written_out(self, x, lambda y: _written(self, y * 1)),
     ),
     "loop on data of no steps": (
         lambda self, x: torch.while_loop(lambda y: y.sum() > 1e3, lambda y: (self.linear(y),), (self.linear(x),))[0].sum(),
@@ -449,6 +514,11 @@ def _looked_into(self: Cell, x: Tensor) -> Tensor:
     return last * seen[0]
 
 
+def _sets_a_buffer(self: Cell, y: Tensor) -> Tensor:
+    self.seen = y.detach() + 1
+    return y * 2
+
+
 def _normalized(x: Tensor, norm: Callable[..., Tensor], training: bool = True) -> Tensor:
     mean, scale = x.new_zeros(3), x.new_ones(3)
     return _cond(x.sum() < 1e3, lambda y: norm(y, mean, scale, training=training), torch.sin, x)
@@ -524,6 +594,26 @@ REFUSED: dict[str, tuple[Body, str, str, str]] = {
     "branch that writes to an argument by name": (
         lambda self, x: _cond(x.sum() > 0, lambda y: torch.sin(x, out=y), torch.sin, x * 1),
         "a body of torch.cond writes to a tensor from outside",
+        "torch.cond(",
+        "return the new value",
+    ),
+    "branch that writes to a list": (
+        lambda self, x: _cond(x.sum() > 1e3, lambda y: _foreach_add_([y], 1) or y * 2, torch.sin, self.linear(x) * 1),
+        "a body of torch.cond writes to a tensor from outside",
+        "torch.cond(",
+        "return the new value",
+    ),
+    "branch with torch's own batch norm": (
+        lambda self, x: _normalized(
+            x, lambda y, mean, scale, training: torch.native_batch_norm(y, None, None, mean, scale, training, 0.1, 1e-5)[0]
+        ),
+        "a body of torch.cond writes to a tensor from outside",
+        "torch.cond(",
+        "return the new value",
+    ),
+    "branch that sets a buffer": (
+        lambda self, x: _cond(x.sum() < 1e3, lambda y: _sets_a_buffer(self, y), torch.sin, self.linear(x)),
+        "a body of torch.cond sets the attribute 'seen' of a module to a tensor",
         "torch.cond(",
         "return the new value",
     ),

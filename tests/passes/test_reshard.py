@@ -29,7 +29,7 @@ from shardwright.runtime.program import Mesh
 
 def types(shape: tuple[int, ...], n: int) -> list[Type]:
     """Every kind of type of a value, cuts that are no stops among them."""
-    found = [*stops_of(shape, n)]
+    found = [*stops_of(shape, Axis("x", n))]
     for dim, size in enumerate(shape):
         found.append(Varying(dim, ((size - n + 1, *[1] * (n - 1)),)))
         if size >= 2 * n:
@@ -58,7 +58,7 @@ def prices(grad: bool, n: int, shape: tuple[int, ...]) -> dict[str, Price]:
 @pytest.mark.parametrize("what", ["bytes", "cpu", "h100"])
 def test_no_sequence_of_three_is_cheaper(what: str, n: int, grad: bool) -> None:
     shape = (16, 1024, 2048)
-    price, stops = prices(grad, n, shape)[what], stops_of(shape, n)
+    price, stops = prices(grad, n, shape)[what], stops_of(shape, Axis("x", n))
     for src, dst in itertools.product(types(shape, n), repeat=2):
         between = [src, dst, *stops]
         best = min(price(src, a) + price(a, b) + price(b, dst) for a, b in itertools.product(between, repeat=2))
@@ -77,7 +77,7 @@ def test_no_sequence_of_three_is_cheaper(what: str, n: int, grad: bool) -> None:
 def test_what_goes_the_way_stays_the_same(shape: list[int], n: int, data: st.DataObject) -> None:
     kinds = types(tuple(shape), n)
     src, dst = data.draw(st.sampled_from(kinds)), data.draw(st.sampled_from(kinds))
-    steps = [*itertools.pairwise((src, *way(src, dst, tuple(shape), n, True)))]
+    steps = [*itertools.pairwise((src, *way(src, dst, tuple(shape), Axis("x", n), True)))]
     assert all(exists(a, b, True) for a, b in steps)
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, *shape, dtype=torch.float64, generator=generator)
@@ -93,9 +93,9 @@ def test_what_goes_the_way_stays_the_same(shape: list[int], n: int, data: st.Dat
 def test_a_dim_is_cut_anew_by_way_of_another() -> None:
     """Where two all-to-alls move less than a gather."""
     even, other = shard(1, 8, 4), Varying(1, ((2, 1, 1, 4),))
-    assert way(even, other, (16, 8), 4, True) == (shard(0, 16, 4), other)
-    assert way(even, other, (2, 8), 4, True) == (other,)
-    assert way(shard(1, 8, 2), Varying(1, ((5, 3),)), (16, 8), 2, True) == (Varying(1, ((5, 3),)),)
+    assert way(even, other, (16, 8), Axis("x", 4), True) == (shard(0, 16, 4), other)
+    assert way(even, other, (2, 8), Axis("x", 4), True) == (other,)
+    assert way(shard(1, 8, 2), Varying(1, ((5, 3),)), (16, 8), Axis("x", 2), True) == (Varying(1, ((5, 3),)),)
 
 
 @pytest.mark.parametrize("preset", ["cpu", "h100"])
@@ -110,10 +110,10 @@ def test_the_machine_decides(preset: str) -> None:
 
 
 def test_what_has_no_conversion_of_its_own_has_a_way() -> None:
-    assert way(R, I, (16,), 4, True) == (shard(0, 16, 4), I)
-    assert way(shard(0, 16, 4), P, (16,), 4, True) == (R, P)
-    assert way(I, P, (16,), 4, True) == (R, P)
-    assert way(I, I, (16,), 4, True) == ()
+    assert way(R, I, (16,), Axis("x", 4), True) == (shard(0, 16, 4), I)
+    assert way(shard(0, 16, 4), P, (16,), Axis("x", 4), True) == (R, P)
+    assert way(I, P, (16,), Axis("x", 4), True) == (R, P)
+    assert way(I, I, (16,), Axis("x", 4), True) == ()
 
 
 @pytest.mark.parametrize("ways", [None, lambda src, dst, meta: (dst,)], ids=["by bytes", "given"])

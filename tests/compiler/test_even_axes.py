@@ -1,0 +1,69 @@
+"""Ops that couple samples, on dims that a data axis cannot cut evenly: all ranks make the same collectives along later axes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from harness import Case, compare, emit_all, prepare, run
+from programs import machine, plan
+from torch import Tensor, nn
+
+from shardwright.passes.check_schedules import check_schedules
+from shardwright.passes.rules.base import Axis, own_cuts
+from shardwright.passes.types import even_sections
+
+
+class Coupled(nn.Module):
+    """Samples in another order, head by head, and less their mean. Three tokens each."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.first, self.centre, self.last = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x = self.first(x)
+        z = self.last(x - self.centre(x).mean(0, keepdim=True))
+        rows, length, width = z.shape
+        shape = (rows, self.heads, length, width // self.heads)
+        turned = z.reshape(rows, length, *shape[1::2]).transpose(1, 2).flatten(0, 1).flip(0)
+        return nn.functional.mse_loss(x + turned.reshape(shape).transpose(1, 2).reshape(x.shape), y)
+
+
+@pytest.fixture(scope="module")
+def cases() -> dict[int, Case]:
+    torch.manual_seed(0)
+    found = {}
+    for width, heads in ((8, 4), (9, 3)):
+        inputs = {"x": torch.randn(8, 3, width), "y": torch.randn(8, 3, width)}
+        found[width] = prepare(Coupled(width, heads), inputs)
+    return found
+
+
+MESHES: list[tuple[dict[str, int], list[int]]] = [
+    ({"dp_replicate": 2, "dp_shard": 2}, [2, 2, 2, 2]),
+    ({"dp_replicate": 2, "dp_shard": 2}, [1, 1, 2, 4]),
+    ({"dp_shard": 2, "tp": 2}, [4, 4]),
+    ({"dp_shard": 2, "tp": 2}, [5, 3]),
+    ({"dp_shard": 2, "tp": 2}, [2, 6]),
+]
+
+
+@pytest.mark.parametrize("byte_price", [None, 0.0])
+@pytest.mark.parametrize("width", [8, 9])
+@pytest.mark.parametrize(("mesh", "samples"), MESHES)
+def test_equals_one_device(
+    cases: dict[int, Case], mesh: dict[str, Any], samples: list[int], width: int, byte_price: float | None
+) -> None:
+    case = cases[width]
+    programs = emit_all(case, plan(topology=machine(1e9), byte_price=byte_price, **mesh), samples)
+    check_schedules(programs)
+    compare(case, programs, run(case, programs))
+
+
+def test_an_even_axis_makes_even_cuts() -> None:
+    assert own_cuts(3, Axis("dp_shard", 2, even=True)) == []
+    assert own_cuts(3, Axis("dp_shard", 2)) == [even_sections(3, 2)]
+    assert own_cuts(4, Axis("dp_shard", 2, even=True)) == [even_sections(4, 2)]
