@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..passes.ops import loops as _ops  # noqa: F401  (defines the marks)
 from ..passes.ops.collectives import ops
+from ..passes.ops.loops import floating
 from .branches import Scope, chosen, entered
 from .capture_error import CaptureError
 from .torch_compat import OpOverload, asks_for_values, generic_associative_scan, pytree, unlogged_guards
@@ -202,6 +202,8 @@ def _loop(steps: Steps, source: str | None, condition: Body, body: Body, carried
     before = [x if isinstance(x, Tensor) else torch.tensor(x) for x in carried]
     with entered(steps.inside, Scope("torch.while_loop", None, source)):
         given = ops.loop_begin(before)
+        for x in floating(given) if torch.is_grad_enabled() else ():
+            x.requires_grad_(True)  # as it may in later steps
         steps.inside[-1].note(given)
         more = condition(*given, *additional)
         if not isinstance(more, Tensor) or more.numel() != 1:

@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..passes.graph_tools import extract, is_getitem
 from ..passes.normalize import normalize
-from ..passes.normalize.gradients import CUTS
+from ..passes.normalize.gradients import CUTS, mark_gradients
 from ..passes.ops.collectives import ops
 from ..passes.ops.loops import floating, written
 from .capture_error import CaptureError
@@ -63,10 +63,7 @@ def _fold(gm: fx.GraphModule, begin: fx.Node, end: fx.Node, graded: set[fx.Node]
     read = dict.fromkeys(n for node in (*step, end) if node in inside or node is end for n in node.all_input_nodes)
     others = [n for n in read if n not in inside]
     keys |= {node: f"v{k}" for k, node in enumerate(others, len(carried))}
-    until, body = (
-        normalize(extract(gm, [(f"r{k}", n) for k, n in enumerate(made)], keys))  # type: ignore[arg-type]
-        for made in ([condition], results)
-    )
+    until, body = (_normal(extract(gm, [(f"r{k}", n) for k, n in enumerate(made)], keys)) for made in ([condition], results))  # type: ignore[arg-type]
     count = len(carried) + len(others)
     text = _text("while", until, count) + _text("carry", body, count)
     values = [*begin.meta["val"], *(n.meta["val"] for n in others)]
@@ -82,6 +79,14 @@ def _fold(gm: fx.GraphModule, begin: fx.Node, end: fx.Node, graded: set[fx.Node]
     gm.graph.erase_node(end)
     for node in reversed([begin, *(n for n in step if n in inside)]):
         gm.graph.erase_node(node)
+
+
+def _normal(part: fx.GraphModule) -> fx.GraphModule:
+    """Of all that is floating there may be gradients: what is carried need have none in the first step."""
+    for node in part.graph.find_nodes(op="placeholder"):
+        node.meta["grad"] = bool(floating([node.meta["val"]]))
+    mark_gradients(part.graph)
+    return normalize(part)
 
 
 def _between(begin: fx.Node, end: fx.Node) -> list[fx.Node]:

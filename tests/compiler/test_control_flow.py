@@ -261,6 +261,19 @@ def _attends(self: Cell, y: Tensor) -> Tensor:
     return F.batch_norm(y.flatten(0, 1), y.new_zeros(4), y.new_full((4,), 2.0)).view_as(y)
 
 
+def _from_no_gradient(self: Cell, x: Tensor, loops: bool) -> Tensor:
+    """What is carried has a gradient from the second step on: in a branch, behind a detach, and through a function of its own."""
+
+    def step(y: Tensor) -> Tensor:
+        taken = y.mean() < 1e3
+        z = _cond(taken, lambda t: t * 2, lambda t: (t - 1e3).sqrt(), y) if loops else y * 2
+        return torch.tanh(self.linear(Fifth.apply(z))) + 0.1 * y.detach() * y
+
+    if not loops:
+        return step(step(step(x))).sum()
+    return torch.while_loop(lambda y, k: (k < 3) & (y.sum() < 1e9), lambda y, k: (step(y), k + 1), (x, torch.tensor(0)))[0].sum()
+
+
 def _written(self: Cell, y: Tensor) -> Tensor:
     return y.mul_(0.9) + self.linear(y)
 
@@ -316,6 +329,10 @@ WRITTEN_OUT: dict[str, tuple[Body, Body]] = {
     "loop that writes to what it carries": (
         lambda self, x: _steps(self, x, lambda y: _written(self, y)),
         lambda self, x: _steps_written_out(self, x, lambda y: _written(self, y * 1)),
+    ),
+    "loop on data from what has no gradient": (
+        lambda self, x: _from_no_gradient(self, x, True),
+        lambda self, x: _from_no_gradient(self, x, False),
     ),
     "loop on data of no steps": (
         lambda self, x: torch.while_loop(lambda y: y.sum() > 1e3, lambda y: (self.linear(y),), (self.linear(x),))[0].sum(),
