@@ -1,7 +1,8 @@
 """Which uneven or sectioned cuts of a dim are worth offering: those that some op of the graph needs.
 
-The even cut of a dim is always offered. A head count of 3 over 2 ranks, or a fused projection that is split in three, asks for
-another cut of the dims it touches; this pass carries such wishes from dim to dim through the factors of each op's rule.
+The even cut of a dim is always offered (`rules.base.own_cuts`). A head count of 3 over 2 ranks, or a fused projection that is split
+in three, asks for another cut of the dims it touches; this pass carries such wishes from dim to dim through the factors of each op's
+rule.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .rules.base import Axis, Factor, OpCall, Rule, Splits, own_cuts
-from .types import Sections, Varying, even_sections
+from .types import Sections, Varying
 
 LIMIT = 6
 """Cuts kept for one dim: a graph rarely has more than two that matter."""
@@ -30,15 +31,15 @@ class Site:
 
 
 class Cuts:
-    """Cuts known for each dim of each value, beyond the even one."""
+    """Cuts known for each dim of each value, beyond the axis's own."""
 
     def __init__(self, given: Mapping[Value, Varying] | None = None) -> None:
         self.known: dict[tuple[Value, int], list[Sections]] = {}
         for value, shard in (given or {}).items():
             self.known[value, shard.dim] = [shard.sections]
 
-    def add(self, value: Value, dim: int, size: int, sections: Sections, n: int) -> bool:
-        if sections == even_sections(size, n) and size >= n:
+    def add(self, value: Value, dim: int, size: int, sections: Sections, axis: Axis) -> bool:
+        if sections in own_cuts(size, axis):
             return False
         have = self.known.setdefault((value, dim), [])
         if sections in have or len(have) >= LIMIT:
@@ -80,7 +81,7 @@ def _visit(site: Site, rule: Rule, axis: Axis, cuts: Cuts) -> bool:
                     continue
                 for cut in wishes:
                     held = slot.place(cut)
-                    changed |= cuts.add(values[i], slot.dim, metas[i].shape[slot.dim], held.sections, axis.size)
+                    changed |= cuts.add(values[i], slot.dim, metas[i].shape[slot.dim], held.sections, axis)
     for strategy in rule.extra:
         for values, metas, types in (
             (site.operands, site.call.operands, strategy.ins),
@@ -88,7 +89,7 @@ def _visit(site: Site, rule: Rule, axis: Axis, cuts: Cuts) -> bool:
         ):
             for value, meta, type_ in zip(values, metas, types, strict=True):
                 if isinstance(type_, Varying) and (type_.is_even or not axis.even):
-                    changed |= cuts.add(value, type_.dim, meta.shape[type_.dim], type_.sections, axis.size)
+                    changed |= cuts.add(value, type_.dim, meta.shape[type_.dim], type_.sections, axis)
     return changed
 
 

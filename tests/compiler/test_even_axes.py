@@ -67,3 +67,23 @@ def test_an_even_axis_makes_even_cuts() -> None:
     assert own_cuts(3, Axis("dp_shard", 2, even=True)) == []
     assert own_cuts(3, Axis("dp_shard", 2)) == [even_sections(3, 2)]
     assert own_cuts(4, Axis("dp_shard", 2, even=True)) == [even_sections(4, 2)]
+
+
+def test_the_batch_is_cut_as_it_lies() -> None:
+    """Unevenly, through all of the model: no op takes it whole but those that couple samples."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4))
+    case = prepare(Summed(model), {"x": torch.randn(7, 4)})
+    programs = emit_all(case, plan(dp_shard=2, tp=2, microbatches=2), [4, 3])
+    compare(case, programs, run(case, programs))
+    nodes = [n for p in programs for spec in p.graphs.values() for n in spec.graph.graph.nodes]
+    assert not [n for n in nodes if "gather" in str(n.target) and "dp_shard" in n.args]
+
+
+class Summed(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x).square().mean()
