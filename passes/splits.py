@@ -1,8 +1,7 @@
 """Which uneven or sectioned cuts of a dim are worth offering: those that some op of the graph needs.
 
-The even cut of a dim is always offered (`rules.base.own_cuts`). A head count of 3 over 2 ranks, or a fused projection that is split
-in three, asks for another cut of the dims it touches; this pass carries such wishes from dim to dim through the factors of each op's
-rule.
+The even cut of a dim is always offered (`base.own_cuts`). A head count of 3 over 2 ranks, or a fused projection, which is split,
+asks for another cut of the dims it touches; this pass carries such wishes from dim to dim through the factors of each op's rule.
 """
 
 from __future__ import annotations
