@@ -235,8 +235,8 @@ define(
 )
 
 
-def _copies(values: Sequence[Tensor]) -> list[Tensor]:
-    return [x.clone() for x in values]
+def _copies(carried: Sequence[Tensor]) -> list[Tensor]:
+    return [x.clone() for x in carried]
 
 
 define("loop_begin(Tensor[] carried) -> Tensor[]", _copies, _copies, lambda ctx, gradients: (gradients,))
