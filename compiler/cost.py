@@ -20,8 +20,7 @@ from ..passes.convert import convert, exists, is_free, traffic
 from ..passes.graph_tools import map_operands
 from ..passes.ops.collectives import COMMUNICATION
 from ..passes.reshard import Ways, steps, ways_by_price
-from ..passes.routes import largest_shard, unsharded
-from ..passes.rules.base import Axis, OpCall, Operand, Strategy, TensorMeta, has_derivatives
+from ..passes.rules.base import Axis, OpCall, Operand, Strategy, TensorMeta, has_derivatives, largest_shard, unsharded
 from ..passes.types import R, Type
 from ..runtime.program import Mesh
 from .topology import CollectiveKind, Device, Span, Topology, collective_bytes, collective_seconds

@@ -149,16 +149,10 @@ def options(site: Site, axis: Axis, cuts: Cuts) -> list[Strategy]:
     assert site.call is not None
     seen: dict[Any, Strategy] = {}
     for s in strategies(site.call, axis, cuts.of(site), site.rule):
-        if axis.even and site.rule is not None and s in site.rule.extra and not _cuts_evenly(s):
-            continue
         ins = tuple(canonical(t, m.grad) for t, m in zip(s.ins, site.call.operands, strict=True))
         outs = tuple(canonical(t, m.grad) for t, m in zip(s.outs, site.call.results, strict=True))
         seen.setdefault((ins, outs), s)
     return list(seen.values())
-
-
-def _cuts_evenly(strategy: Strategy) -> bool:
-    return all(t.is_even for t in (*strategy.ins, *strategy.outs) if isinstance(t, Varying))
 
 
 def canonical(type_: Type, grad: bool) -> Type:

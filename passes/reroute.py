@@ -16,8 +16,8 @@ from torch import fx
 
 from .convert import convert
 from .graph_tools import Values, arguments, call, copy_facts, metas
-from .routes import Price, Step, Types, all_see, cheapest_route, largest_shard, unsharded
-from .rules.base import Axis, OpCall, Strategy, TensorMeta
+from .routes import Price, Step, Types, all_see, cheapest_route
+from .rules.base import Axis, OpCall, Strategy, TensorMeta, largest_shard, unsharded
 
 CHEAPER = 1 - 1e-6
 """By less a way is no cheaper than another."""

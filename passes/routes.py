@@ -10,11 +10,11 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .convert import convert, exists, is_free
 from .reshard import stops_of
-from .rules.base import Axis, OpCall, Operand, Strategy, TensorMeta, localize, strategies
+from .rules.base import Axis, OpCall, Operand, Strategy, TensorMeta, largest_shard, localize, strategies, unsharded
 from .types import I, R, Type, Varying
 
 Types = tuple[Type, ...]
@@ -39,20 +39,6 @@ class Step:
     value: TensorMeta
     after: Types
     calls: tuple[tuple[str, OpCall, Strategy], ...] = ()
-
-
-def largest_shard(value: TensorMeta, type_: Type) -> TensorMeta:
-    """The largest part of a value that a rank holds."""
-    return _with_size(value, type_.dim, type_.largest_size) if isinstance(type_, Varying) else value
-
-
-def unsharded(value: TensorMeta, type_: Type) -> TensorMeta:
-    """What is held so, together."""
-    return _with_size(value, type_.dim, type_.global_size) if isinstance(type_, Varying) else value
-
-
-def _with_size(value: TensorMeta, dim: int, size: int) -> TensorMeta:
-    return replace(value, shape=(*value.shape[:dim], size, *value.shape[dim + 1 :]))
 
 
 def all_see(types: Types) -> bool:

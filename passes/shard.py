@@ -29,7 +29,7 @@ from .graph_tools import (
     where,
 )
 from .reshard import Ways, ways_by_bytes
-from .rules.base import Axis, LocalCall, Strategy, TensorMeta, localize
+from .rules.base import Axis, LocalCall, Strategy, TensorMeta, localize, unsharded
 from .types import I, Type, Varying, local_shape
 
 
@@ -144,17 +144,10 @@ class _Lowering:
                 f"there is no conversion {have} -> {needed}"
             )
         source = node
-        meta = TensorMeta(self.whole_shape(node), node.meta["val"].dtype, grad)
+        meta = unsharded(TensorMeta(tuple(node.meta["val"].shape), node.meta["val"].dtype, grad), have)
         for type_ in self.ways(have, needed, meta):
             source = self.converted_from(source, node, type_, user)
         return source
-
-    def whole_shape(self, node: fx.Node) -> tuple[int, ...]:
-        """Of a value before it was sharded over the axis."""
-        shape, type_ = tuple(node.meta["val"].shape), self.type_of(node)
-        if not isinstance(type_, Varying):
-            return shape
-        return (*shape[: type_.dim], type_.global_size, *shape[type_.dim + 1 :])
 
     def converted_from(self, source: fx.Node, node: fx.Node, needed: Type, user: fx.Node) -> fx.Node:
         """`node` as `needed`, by one conversion of `source`, which is itself on the way there."""

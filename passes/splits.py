@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .rules.base import Axis, Factor, OpCall, Rule, Splits, own_cuts
+from .rules.base import Axis, Factor, OpCall, Rule, Splits, own_cuts, own_extra
 from .types import Sections, Varying
 
 LIMIT = 6
@@ -81,13 +81,13 @@ def _visit(site: Site, rule: Rule, axis: Axis, cuts: Cuts) -> bool:
                 for cut in wishes:
                     held = slot.place(cut)
                     changed |= cuts.add(values[i], slot.dim, metas[i].shape[slot.dim], held.sections, axis)
-    for strategy in rule.extra:
+    for strategy in own_extra(rule, axis):
         for values, metas, types in (
             (site.operands, site.call.operands, strategy.ins),
             (site.results, site.call.results, strategy.outs),
         ):
             for value, meta, type_ in zip(values, metas, types, strict=True):
-                if isinstance(type_, Varying) and (type_.is_even or not axis.even):
+                if isinstance(type_, Varying):
                     changed |= cuts.add(value, type_.dim, meta.shape[type_.dim], type_.sections, axis)
     return changed
 

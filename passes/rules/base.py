@@ -18,7 +18,7 @@ has factor heads at Slot(2, inner=64) of the operand and Slot(2) of the result.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,20 @@ class TensorMeta:
     shape: tuple[int, ...]
     dtype: torch.dtype
     grad: bool = False
+
+
+def largest_shard(value: TensorMeta, type_: Type) -> TensorMeta:
+    """The largest part of a value that a rank holds."""
+    return _with_size(value, type_.dim, type_.largest_size) if isinstance(type_, Varying) else value
+
+
+def unsharded(value: TensorMeta, type_: Type) -> TensorMeta:
+    """What is held so, together."""
+    return _with_size(value, type_.dim, type_.global_size) if isinstance(type_, Varying) else value
+
+
+def _with_size(value: TensorMeta, dim: int, size: int) -> TensorMeta:
+    return replace(value, shape=(*value.shape[:dim], size, *value.shape[dim + 1 :]))
 
 
 @dataclass(frozen=True)
@@ -208,6 +222,11 @@ def own_cuts(size: int, axis: Axis) -> list[Sections]:
     return [even_sections(size, axis.size)] if size >= axis.size and not (axis.even and size % axis.size) else []
 
 
+def own_extra(rule: Rule, axis: Axis) -> list[Strategy]:
+    """Of the strategies that no factor gives, those that an axis makes by itself."""
+    return [s for s in rule.extra if not axis.even or all(t.is_even for t in (*s.ins, *s.outs) if isinstance(t, Varying))]
+
+
 def factor_cuts(factor: Factor, axis: Axis, splits: Splits) -> list[Sections]:
     """The even cut of a factor where every rank gets some of it, then those that its neighbours suggest."""
     cuts = own_cuts(factor.size, axis)
@@ -244,7 +263,7 @@ def strategies(call: OpCall, axis: Axis, splits: Splits | None = None, rule: Rul
             continue  # a bool is no sum
         ins = tuple(P if i in operands else R for i in range(len(call.operands)))
         found.append(Strategy("P", ins, (P,) * len(call.results)))
-    found.extend(rule.extra)
+    found.extend(own_extra(rule, axis))
     return found
 
 

@@ -20,8 +20,8 @@ from shardwright.passes.graph_tools import LazyGraphModule, Values, op_calls
 from shardwright.passes.ops import StaticCommunicator
 from shardwright.passes.ops.collectives import use_communicator
 from shardwright.passes.reroute import reroute
-from shardwright.passes.routes import Types, all_see, cheapest_route, largest_shard, unsharded
-from shardwright.passes.rules.base import Axis, TensorMeta, strategies
+from shardwright.passes.routes import Types, all_see, cheapest_route
+from shardwright.passes.rules.base import Axis, TensorMeta, largest_shard, strategies, unsharded
 from shardwright.passes.shard import shard as shard_graph
 from shardwright.passes.types import I, P, R, Type, Varying, gradient_type, shard
 from shardwright.runtime.lockstep import run_ranks

@@ -24,8 +24,8 @@ from shardwright.compiler.topology import Topology
 from shardwright.passes.check_schedules import check_schedules
 from shardwright.passes.convert import convert, exists, is_free
 from shardwright.passes.ops.collectives import COMMUNICATION
-from shardwright.passes.routes import cheapest_route, largest_shard
-from shardwright.passes.rules.base import Axis, OpCall, Operand, TensorMeta, strategies
+from shardwright.passes.routes import cheapest_route
+from shardwright.passes.rules.base import Axis, OpCall, Operand, TensorMeta, largest_shard, strategies
 from shardwright.passes.types import I, P, Partial, R, Type, Varying, shard
 from shardwright.runtime.program import Mesh
 
