@@ -11,19 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.func import functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
 
+from ..passes.differentiate import NOTHING, trace
 from ..passes.graph_tools import extract, is_getitem
 from ..passes.normalize import normalize
 from ..passes.normalize.gradients import CUTS, mark_gradients
 from ..passes.ops.collectives import ops
 from ..passes.ops.loops import floating, written
 from .capture_error import CaptureError
-from .torch_compat import OpOverload, lazy_graph_modules
+from .torch_compat import OpOverload
 
 aten = torch.ops.aten
-SAME = frozenset({aten.detach.default, aten.alias.default})
 VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
 
 
@@ -173,14 +171,12 @@ def _gradient(body: fx.GraphModule, values: Sequence[Tensor], wanted: Sequence[b
         return [torch.zeros_like(x) if g is None else g.contiguous() for x, g in zip(values, given, strict=True) if floating([x])]
 
     mode: Any = values[0].fake_mode  # type: ignore[attr-defined]
-    with mode, torch.no_grad(), lazy_graph_modules():
+    with mode:
         fresh = [torch.empty(x.shape, dtype=x.dtype) for x in values]
         seeds = [torch.empty(x.shape, dtype=x.dtype) for x in floats]
-        traced = make_fx(run)(fresh, seeds)
-        if any(isinstance(n.target, OpOverload) and n.target._schema.is_mutable for n in traced.graph.nodes):
-            traced = make_fx(functionalize(traced, remove="mutations"))(fresh, seeds)
+        traced = trace(run, fresh, seeds)
     for node in list(traced.graph.nodes):
-        if node.target in SAME:
+        if node.target in NOTHING:
             node.replace_all_uses_with(node.args[0])
             traced.graph.erase_node(node)
     traced.graph.eliminate_dead_code()

@@ -11,7 +11,7 @@ need gradients), by make_fx over autograd.grad of the op alone; every other inst
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -113,13 +113,20 @@ class Templates:
                 return outs, [next(found, None) if w and any(tangents) else None for w in wants]
 
         try:
-            with self.values.mode, torch.no_grad(), lazy_graph_modules():
-                traced = make_fx(run)(inputs, seeds)
-                if any(_writes(n) for n in traced.graph.nodes):
-                    traced = make_fx(functionalize(traced, remove="mutations"))(inputs, seeds)
+            with self.values.mode:
+                traced = trace(run, inputs, seeds)
         except Exception as error:
             raise RuntimeError(f"the backward of {where(node)} could not be traced: {error}") from error
         return _read_template(traced.graph, len(inputs), len(seeds), len(cotangents))
+
+
+def trace(run: Callable[..., Any], inputs: list[Any], seeds: list[Any]) -> fx.GraphModule:
+    """What `run(inputs, seeds)` calls, its gradients included, with no writes."""
+    with torch.no_grad(), lazy_graph_modules():
+        traced = make_fx(run)(inputs, seeds)
+        if any(_writes(n) for n in traced.graph.nodes):
+            traced = make_fx(functionalize(traced, remove="mutations"))(inputs, seeds)
+    return traced
 
 
 def _without_nodes(node: fx.Node) -> Any:
@@ -128,7 +135,7 @@ def _without_nodes(node: fx.Node) -> Any:
     return map_operands((op.args, dict(op.kwargs)), lambda o: f"operand {o.index}")
 
 
-_NOTHING = frozenset({aten.detach.default, aten.alias.default})
+NOTHING = frozenset({aten.detach.default, aten.alias.default})
 _LAZY = {aten._conj.default: aten._conj_physical.default, aten._neg_view.default: aten.neg.default}
 """Views that are computed when they are read, which not every op does."""
 
@@ -153,7 +160,7 @@ def _contiguous(node: Any) -> bool:
 def _read_template(graph: fx.Graph, inputs: int, seeds: int, results: int) -> Template:
     """Drop detach nodes, find the outputs, and split nodes by what the results need."""
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in _NOTHING:
+        if node.op == "call_function" and node.target in NOTHING:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif _writes(node):
