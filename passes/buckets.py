@@ -56,6 +56,7 @@ def _merge(graph: fx.Graph, nodes: list[fx.Node], merged: object, values: Values
         made = call(graph, values, merged, (sources, axis, dims, counts, sizes))
     made.meta.update({k: v for k, v in nodes[0].meta.items() if k != "val"})
     made.meta["types"] = {axis: tuple(n.meta["types"][axis] for n in nodes) for axis in nodes[0].meta["types"]}
+    made.meta["of"] = tuple(n.meta.get("of") for n in nodes)
     after = made
     for k, node in enumerate(nodes):
         with graph.inserting_after(after):

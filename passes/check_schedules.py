@@ -39,7 +39,7 @@ def check_schedules(programs: Sequence[RankProgram]) -> None:
         )
     collectives: dict[int, tuple[_Collective, ...]] = {}
     ranks = [_Rank(by_rank[r], collectives) for r in range(mesh.world_size)]
-    channels: dict[tuple[int, int], deque[tuple[Instruction, Hashable]]] = {}
+    channels: dict[tuple[int, int], deque[tuple[Instruction, tuple[tuple[Any, ...], ...]]]] = {}
     active = deque(ranks)
     while active:
         rank = active.popleft()
@@ -164,11 +164,12 @@ class _Rank:
         woken.pop(self.rank, None)
         return list(woken.values())
 
-    def _take(self, receive: Instruction, send: Instruction, payload: Hashable) -> None:
+    def _take(self, receive: Instruction, send: Instruction, payload: tuple[tuple[Any, ...], ...]) -> None:
         mine = self._keys.transfer(receive)
         if (send.keys, send.microbatch) != (receive.keys, receive.microbatch):
             raise MismatchError(f"rank {self.rank}: '{receive}' meets '{send}' of rank {receive.peer}")
-        if mine != payload:
+        # A graph that hands on what it was given says of no cut; the two ends are compared where both do.
+        if any(a != b and (a[:-1] != b[:-1] or (a[-1] and b[-1])) for a, b in zip(mine, payload, strict=True)):
             raise MismatchError(f"rank {self.rank}: '{receive}' expects {mine}, but rank {receive.peer} sends {payload}")
 
 
@@ -239,6 +240,8 @@ class _Keys:
     held: set[tuple[Key, int]] = field(default_factory=set)
     made: dict[str, tuple[Key, ...]] = field(default_factory=dict)
     """Per graph the inputs that some instruction has to give."""
+    lies: dict[tuple[Key, str], Hashable] = field(default_factory=dict)
+    """Of what is sent or received the types, by axis."""
 
     def __post_init__(self) -> None:
         self.inputs = {spec.key for spec in self.program.inputs}
@@ -297,13 +300,13 @@ class _Keys:
                 raise MismatchError(f"rank {self.program.rank}: '{instruction}': {key!r} is no parameter or buffer of the program")
 
     def signature(self, instruction: Instruction) -> Hashable:
-        """What must agree over the group: op, and of every tensor its whole shape, dtype and how it is cut."""
+        """What must agree over the group: op, and of every tensor its name, whole shape, dtype and how it is cut."""
         parts = []
         for key in instruction.keys:
             spec = self.specs.get(key.removeprefix("grad.").removeprefix("param.").removeprefix("buffer."))
             if spec is not None and not key.startswith("out."):
                 own = _cuts_met(spec.cuts, instruction.axis)
-                parts.append((spec.shape, str(spec.dtype), tuple((c.axis, c.dim, c.sections) for c in own)))
+                parts.append((spec.name, spec.shape, str(spec.dtype), tuple((c.axis, c.dim, c.sections) for c in own)))
             else:
                 parts.append((key, *self._size(key, instruction.microbatch)))
         return (instruction.kind, instruction.axis, instruction.peer, tuple(parts))
@@ -312,26 +315,43 @@ class _Keys:
         found = self.program.transfers.get(f"{key}[{microbatch}]") or self.program.transfers.get(key)
         return () if found is None else (tuple(found[0]), str(found[1]))
 
-    def transfer(self, instruction: Instruction) -> Hashable:
-        """Shapes and dtypes of what a send or receive moves; a receive must say them, a send's are also those of its graph."""
+    def transfer(self, instruction: Instruction) -> tuple[tuple[Any, ...], ...]:
+        """Of what a send or receive moves the keys, shapes, dtypes and types, the last as far as a graph says them.
+
+        A receive must say shapes and dtypes, a send's are also those of its graph."""
         sizes = []
         for key in instruction.keys:
             size = self._size(key, instruction.microbatch) or self._made(key)
             if not size:
                 raise MismatchError(f"rank {self.program.rank}: '{instruction}': the program does not say the shape of {key!r}")
-            sizes.append((key, *size))
+            sizes.append((key, *size, self._types(key, instruction.kind)))
         return tuple(sizes)
 
     def _made(self, key: Key) -> tuple[Any, ...]:
         """The shape and dtype of a key as the graph that makes it says."""
+        for node in self._nodes(key, "send"):
+            value = node.meta.get("val")
+            if isinstance(value, torch.Tensor):
+                return tuple(value.shape), str(value.dtype)
+        return ()
+
+    def _types(self, key: Key, kind: str) -> Hashable:
+        """How a key lies on the ranks of each axis, as the graph says that makes it, or that it is received for."""
+        if (key, kind) not in self.lies:
+            found = (_types(node, "") for node in self._nodes(key, kind))
+            self.lies[key, kind] = next(filter(None, found), ())
+        return self.lies[key, kind]
+
+    def _nodes(self, key: Key, kind: str) -> Iterator[fx.Node]:
+        """What stands for a key in the graphs that make it, or, of a receive, that take it."""
         for spec in self.program.graphs.values():
-            if key in spec.outputs:
+            if kind == "send" and key in spec.outputs:
                 output = next(n for n in spec.graph.graph.nodes if n.op == "output")
                 node = output.args[0][spec.outputs.index(key)]
-                value = node.meta.get("val") if isinstance(node, fx.Node) else None
-                if isinstance(value, torch.Tensor):
-                    return tuple(value.shape), str(value.dtype)
-        return ()
+                if isinstance(node, fx.Node):
+                    yield node
+            elif kind != "send" and key in spec.inputs:
+                yield spec.graph.graph.find_nodes(op="placeholder")[spec.inputs.index(key)]
 
 
 def _graph_collectives(gm: fx.GraphModule) -> Iterator[_Collective]:
@@ -341,15 +361,20 @@ def _graph_collectives(gm: fx.GraphModule) -> Iterator[_Collective]:
             continue
         axis, *static = (_frozen(argument) for argument in node.args[1:])
         named = tuple((k, _frozen(v)) for k, v in node.kwargs.items())
-        what = (node.target.name(), axis, tuple(static), named, _payload(node), _standing_elsewhere(node, str(axis)))
+        value = node.meta.get("of"), node.meta.get("phase")
+        what = (node.target.name(), axis, tuple(static), named, value, _payload(node), _types(node, str(axis)))
         yield _Collective(str(axis), what, f"{node.target.name()} at {node.name}")
 
 
-def _standing_elsewhere(node: fx.Node, axis: str) -> Hashable:
-    """Over which other axes the value is to be summed yet, or is cut, in which dim: what one rank has reduced over another axis and
-    its peer has not cannot be summed."""
-    types = {a: t for a, t in node.meta.get("types", {}).items() if isinstance(t, Type) and a not in axis.split("+")}
-    return tuple(sorted((a, f"dim {t.dim}" if isinstance(t, Varying) else str(t)) for a, t in types.items()))
+def _types(node: fx.Node, axis: str) -> Hashable:
+    """The types over other axes than this: what one rank has reduced and its peer has not cannot be summed, nor can parts of other
+    cuts be joined."""
+    types = {a: t for a, t in node.meta.get("types", {}).items() if a not in axis.split("+")}
+    return tuple(sorted((a, tuple(map(_cut, t)) if isinstance(t, tuple) else _cut(t)) for a, t in types.items()))
+
+
+def _cut(t: Type) -> Hashable:
+    return (str(t.dim), t.sections) if isinstance(t, Varying) else (str(t),)
 
 
 def _payload(node: fx.Node) -> Hashable:

@@ -18,7 +18,7 @@ from .rules.base import OpCall, Operand, TensorMeta, has_derivatives
 
 aten = torch.ops.aten
 
-COPIED_FACTS = ("source", "module", "block", "stage", "key", "grad", "parameter")
+COPIED_FACTS = ("source", "module", "block", "stage", "key", "grad", "parameter", "of")
 
 
 class LazyGraphModule(fx.GraphModule):

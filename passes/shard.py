@@ -3,7 +3,8 @@
 Requires  every node's value in meta["val"]; a strategy for every call of an op; types for the placeholders.
 Ensures   the new graph runs on local tensors; where the type a value has is not the one a use needs there is a
           `convert` node, one for each (value, type); meta["types"][axis] and meta["calls"][axis] say what was done,
-          for the checker; local shapes agree with the types.
+          for the checker; local shapes agree with the types; meta["of"] names the value of the whole model that a node is a
+          part of, on whichever rank.
 """
 
 from __future__ import annotations
@@ -89,8 +90,13 @@ class _Lowering:
     def type_of(self, node: fx.Node) -> Any:
         return node.meta["types"][self.axis.name]
 
+    def part_of(self, node: fx.Node, made: fx.Node) -> fx.Node:
+        """A new node with the facts of the one it is of: meta["of"] stays the name of what was there before any axis."""
+        copy_facts(node, made).meta.setdefault("of", node.name)
+        return made
+
     def placeholder(self, node: fx.Node, type_: Type) -> None:
-        made = copy_facts(node, self.graph.placeholder(node.name))
+        made = self.part_of(node, self.graph.placeholder(node.name))
         (meta,) = metas(node)
         shape = local_shape(meta.shape, type_, self.index)
         made.meta["val"] = self.values.like(node.meta["val"]) if shape == meta.shape else self.values.tensor(shape, meta.dtype)
@@ -99,7 +105,7 @@ class _Lowering:
 
     def getitem(self, node: fx.Node) -> None:
         source, k = node.args
-        made = copy_facts(node, call(self.graph, self.values, node.target, (self.new[source], k), name=node.name))  # type: ignore[index]
+        made = self.part_of(node, call(self.graph, self.values, node.target, (self.new[source], k), name=node.name))  # type: ignore[index]
         made.meta["types"][self.axis.name] = self.type_of(self.new[source])[k]  # type: ignore[index]
         self.new[node] = made
 
@@ -118,7 +124,7 @@ class _Lowering:
             self.check_shapes(node, made, strategy)
             self.local_values[full_key] = made.meta["val"]
         made.meta["val"] = self.local_values[full_key]
-        copy_facts(node, made)
+        self.part_of(node, made)
         made.meta["types"][self.axis.name] = strategy.outs if isinstance(node.meta["val"], tuple | list) else strategy.outs[0]
         made.meta["calls"][self.axis.name] = (op, strategy)
         self.new[node] = made

@@ -10,6 +10,7 @@ from torch import fx
 from shardwright.passes.check_schedules import check_schedules
 from shardwright.passes.ops.collectives import ops
 from shardwright.passes.schedule import ORDERS, Part, Transfer, build_schedule, forward_only, gpipe, in_flight, one_f_one_b
+from shardwright.passes.types import I, Varying
 from shardwright.runtime.errors import DeadlockError, MismatchError
 from shardwright.runtime.program import GraphSpec, InputSpec, Instruction, Mesh, RankProgram, TensorSpec
 
@@ -190,6 +191,48 @@ def test_refuses_collectives_in_different_orders():
         check_schedules(changed(programs, 1, graphs={**programs[1].graphs, "forward": fewer}))
     with pytest.raises(DeadlockError, match=r"rank 0 waits in 'all_reduce over tp: 1 tensors' for rank 1; rank 1 has nothing left"):
         check_schedules(edit(programs, 1, lambda s: s.pop()))
+
+
+def told(collective=0, placeholder=None, **facts):
+    """Two ranks' programs alike, but for what the second's graph says of one collective, or of a placeholder."""
+
+    def spec(**more):
+        made = graph(["param.w", "input.x"], ["out.0", "saved.0"], [REDUCE] * 2)
+        reductions = made.graph.graph.find_nodes(op="call_function", target=ops.all_reduce.default)
+        for node in reductions:
+            node.meta.update(of="x", phase="forward", types={"tp": I, "dp": Varying(1, ((2, 2),))})
+        reductions[collective].meta.update(more)
+        return made
+
+    programs = pipeline(gpipe, 1, 1, tp=2)
+    return [dataclasses.replace(p, graphs={**p.graphs, "forward": spec(**(facts if p.rank else {}))}) for p in programs]
+
+
+def test_what_ranks_join_is_the_same_part_of_the_same_value():
+    check_schedules(told())
+    for facts in (
+        {"of": "y"},
+        {"phase": "backward"},
+        {"types": {"tp": I, "dp": Varying(1, ((1, 1), (1, 1)))}},  # every other column, where the peer has the first two
+        {"types": {"tp": I, "dp": I}},
+    ):
+        with pytest.raises(MismatchError, match="ranks 0 and 1 meet in different collectives over 'tp'"):
+            check_schedules(told(collective=1, **facts))
+
+
+def test_what_is_sent_lies_as_it_is_received():
+    def program(sent, received):
+        programs = pipeline(gpipe, 2, 2)
+        output = programs[0].graphs["forward"].graph.graph.output_node().args[0][0]
+        placeholder = programs[1].graphs["forward"].graph.graph.find_nodes(op="placeholder")[1]
+        output.meta["types"], placeholder.meta["types"] = sent, received
+        return programs
+
+    pairs, columns = {"tp": Varying(1, ((2, 1),))}, {"tp": Varying(1, ((1, 1), (1, 0)))}
+    check_schedules(program(pairs, pairs))
+    check_schedules(program({}, pairs))
+    with pytest.raises(MismatchError, match=r"rank 1: 'receive act.0 \[0\] from rank 0' expects"):
+        check_schedules(program(columns, pairs))
 
 
 def test_refuses_a_circle_of_waits():
