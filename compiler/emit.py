@@ -158,11 +158,19 @@ def lower(
         check(gm, axis, step.index, placement.placeholders)
         placements[axis.name] = placement
         axes.append(axis)
-    alike = len(set(problem.local_batches)) == 1 and not problem.ragged  # all ranks have the same shapes before the last axis
-    priced = seconds.of_conversion if seconds is not None and alike else None
-    if priced is not None and len(axes) > 1 and reroute(gm, axes, values, priced, frozenset({TIME})):
+    may = seconds is not None and len(axes) > 1 and _alike(problem, plan)
+    if may and reroute(gm, axes, values, seconds.of_conversion, frozenset({TIME})):
         check(gm, axes[-1], {**coordinates, TIME: microbatch}[axes[-1].name])
     return Lowered(gm, placements)
+
+
+def _alike(problem: Problem, plan: Plan) -> bool:
+    """Whether all ranks see alike what types a value takes on its way, and so find the same cheapest: not where sequences have other lengths, nor where micro-batches cut unequal shares."""
+    return not problem.ragged and (plan.microbatches == 1 or not _unequal(problem))
+
+
+def _unequal(problem: Problem) -> bool:
+    return len(set(problem.local_batches)) > 1
 
 
 def lower_for(problem: Problem, plan: Plan, rank: int = 0, barred: Mapping[str, Barred] | None = None) -> Lowered:
@@ -218,10 +226,10 @@ def _axis(problem: Problem, plan: Plan, name: str) -> Axis:
     and might not agree; nor data axes over which samples lie in unequal shares, which no one cuts anew.
     """
     before = plan.mesh.axes[: plan.mesh.axes.index(name)]
-    unequal = len(set(problem.local_batches)) > 1 and name in DATA_AXES
+    unequal = _unequal(problem) and name in DATA_AXES
     joins = () if problem.ragged or unequal else tuple(a for a in before if a in DATA_AXES)
     more = name in DATA_AXES and (name != plan.data_axes[-1] or plan.microbatches > 1 or plan.mesh.size("tp") > 1)
-    return Axis(name, plan.mesh.size(name), joins, even=more)
+    return Axis(name, plan.mesh.size(name), joins, even=more, unequal=unequal)
 
 
 def _leader(problem: Problem, plan: Plan, coordinates: Mapping[str, int]) -> dict[str, int]:
@@ -352,7 +360,7 @@ class _Emission:
     def segments(self, backward: fx.GraphModule) -> list[fx.GraphModule]:
         """The backward in parts, after each of which gradients are summed over the data ranks; whole where these run graphs of
         other shapes, which might be cut elsewhere."""
-        if self.plan.data_size == 1 or self.problem.ragged or len(set(self.problem.local_batches)) > 1:
+        if self.plan.data_size == 1 or self.problem.ragged or _unequal(self.problem):
             return [backward]
         sizes = {n.meta["key"]: node_bytes(n) for n in self.problem.graph.graph.find_nodes(op="placeholder")}
         if (tensor := self.lowered.placements.get("tp")) is not None:

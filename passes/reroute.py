@@ -37,7 +37,7 @@ def reroute(gm: fx.GraphModule, axes: Sequence[Axis], values: Values, price: Pri
             continue
         start = arguments(chain[0])[0]
         value, taken = _whole(start, axes), tuple(_types(n, axes) for n in (start, *chain))
-        if not all(map(all_see, taken)):
+        if not all(all_see(types, axes) for types in taken):
             continue
         spent = sum(_price(link, value, types, price) for link, types in zip(chain, taken[:-1], strict=True))
         least, way = find(value, taken)

@@ -41,10 +41,11 @@ class Step:
     calls: tuple[tuple[str, OpCall, Strategy], ...] = ()
 
 
-def all_see(types: Types) -> bool:
-    """Whether every rank has the same types. What is left of a dim that was cut unevenly is cut otherwise on each."""
-    cuts = [t for t in types if isinstance(t, Varying)]
-    return all(one.is_even or one.dim != other.dim for one, other in itertools.combinations(cuts, 2))
+def all_see(types: Types, axes: Sequence[Axis]) -> bool:
+    """Whether every rank has the same types. What is left of a dim that was cut unevenly is cut otherwise on each, and so may what
+    is left of the samples be where these lie in unequal shares."""
+    cuts = [(t, t.is_even and not axis.unequal) for t, axis in zip(types, axes, strict=True) if isinstance(t, Varying)]
+    return all(alike or one.dim != other.dim for (one, alike), (other, _) in itertools.combinations(cuts, 2))
 
 
 def plain(types: Types, grad: bool) -> Types:
@@ -67,7 +68,8 @@ def steps_from(
                 fits = not isinstance(dst, Varying) or dst.global_size == value.shape[dst.dim]
                 if fits and not is_free(src, dst, value.grad) and exists(src, dst, value.grad):
                     call = _call((Operand(0), axis.name, src, dst), largest_shard(value, src), largest_shard(value, dst))
-                    yield from _lowered(call, (*here[:k], dst), here[k + 1 :], axes[k + 1 :], ())
+                    found = _lowered(call, (*here[:k], dst), here[k + 1 :], axes[k + 1 :], ())
+                    yield from (step for step in found if all_see(step.after, axes))
         value = largest_shard(value, src)
 
 
@@ -81,8 +83,7 @@ def _lowered(
     """A conversion lowered along the axes after its own: by each strategy that takes the value as it lies."""
     if not axes:
         _, name, src, dst = call.args
-        if all_see(after):
-            yield Step(name, src, dst, unsharded(call.operands[0], src), after, calls)
+        yield Step(name, src, dst, unsharded(call.operands[0], src), after, calls)
         return
     (axis, *later), (type_, *others) = axes, here
     hints = {("in", 0, type_.dim): [type_.sections]} if isinstance(type_, Varying) else {}

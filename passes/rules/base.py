@@ -45,12 +45,14 @@ class Axis:
     joins    the axes before it with whose conversions one over this axis may be a single collective
     even     whether it cuts dims evenly alone, but for those that inputs have otherwise: then all ranks see the same shapes along
              the axes after it
+    unequal  whether samples lie over it in unequal shares: what each of its ranks has of them, later axes may cut otherwise
     """
 
     name: str
     size: int
     joins: tuple[str, ...] = ()
     even: bool = False
+    unequal: bool = False
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ def test_types_over_all_axes(sizes: dict[str, int], shape: tuple[int, ...], coun
 def some_pairs(machine: Machine, meta: TensorMeta, count: int) -> list[tuple[Types, Types]]:
     """As many pairs of types, the same on all ranks."""
     found = [(a, b) for a, b in itertools.product(machine.types(meta), repeat=2) if leads(a, b, meta.grad)]
-    found = [p for p in found if all(map(all_see, p))]
+    found = [p for p in found if all(all_see(types, machine.axes) for types in p)]
     assert len(found) > count
     return random.Random(0).sample(found, count)
 
@@ -183,7 +183,7 @@ def test_a_dim_that_ranks_cut_otherwise_than_each_other_stays() -> None:
     rows = Varying(0, ((3, 2),))
     for place, sections in zip(machine.places, [(2, 1), (2, 1), (1, 1), (1, 1)], strict=True):
         src: Types = (rows, Varying(0, (sections,)))
-        assert not all_see(src)
+        assert not all_see(src, machine.axes)
         nodes = [n for n in machine.lower(value, src, (I, I), place, True).graph.nodes if n.op == "call_function"]
         assert [n.args[1] for n in nodes] == ["tp", "dp_shard"]
 
