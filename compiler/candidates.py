@@ -146,8 +146,8 @@ class Search:
         if not self.fits(candidate):
             return
         whole, cost = self.steps.whole(plan.stages), self.cost(plan)
-        fast, small = (replace(plan, small_copies=copies) for copies in (False, True))
-        ways = (fast, small) if plan.zero and cost.sums else (fast,)  # as `predict` tries them
+        fast = self.fast(plan, cost)
+        ways = [*fast, replace(fast[-1], small_copies=True)] if plan.zero and cost.sums else fast  # as `predict` tries them
 
         def fits(k: int) -> bool:
             return any(self.steps.peak(way, cost, whole[k]) <= self.limit for way in ways)
@@ -252,14 +252,26 @@ class Search:
 
     def predict(self, plan: Plan, cost: PlacedCost, whole: Whole | None = None) -> tuple[Plan, Prediction]:
         """The plan, at this cost, in the least time; where that does not fit, with small copies, if these take fewer bytes."""
-        fast = replace(plan, small_copies=False) if plan.small_copies else plan
-        found = self.steps.predict(fast, cost, whole)
-        if found.peak_bytes > self.limit and plan.zero and cost.sums:
-            small = replace(plan, small_copies=True)
+        tried = [(way, self.steps.predict(way, cost, whole)) for way in self.fast(plan, cost)]
+        fits = [found for found in tried if found[1].peak_bytes <= self.limit]
+        fast, found = min(fits or tried, key=lambda found: found[1].step_seconds)
+        if not fits and plan.zero and cost.sums:
+            small = replace(tried[-1][0], small_copies=True)
             smaller = self.steps.predict(small, cost, whole)
             if smaller.peak_bytes < found.peak_bytes:
                 return small, smaller
         return fast, found
+
+    def fast(self, plan: Plan, cost: PlacedCost) -> list[Plan]:
+        """The plan with its copies summed in the least time; and, if they are summed in another way then, with the least that is
+        waited for, where the first sums run beside the backward as far as its parts let them."""
+        fast = replace(plan, small_copies=False, beside=0.0) if plan.small_copies or plan.beside else plan
+        if not cost.sums or not (share := self.steps.beside(fast, cost)):
+            return [fast]
+        beside, size = replace(fast, beside=share), cost.sums / self.steps.terms(fast).copies_rate
+        levels = {level_of(plan.zero), 2} if plan.zero else {0}  # of ZeRO-3, what is kept whole
+        one, other = ([self.steps.sums_of(way, level).copies(size) for level in levels] for way in (fast, beside))
+        return [fast] if one == other else [fast, beside]
 
     def load(self, plan: Plan) -> Load:
         ways = self.steps.sums_of(plan, level_of(plan.zero))

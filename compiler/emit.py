@@ -165,7 +165,8 @@ def lower(
 
 
 def _alike(problem: Problem, plan: Plan) -> bool:
-    """Whether all ranks see alike what types a value takes on its way, and so find the same cheapest: not where sequences have other lengths, nor where micro-batches cut unequal shares."""
+    """Whether all ranks see alike which types a value may take on its way, and so find the same: not where sequences have other
+    lengths, nor where micro-batches cut unequal shares."""
     return not problem.ragged and (plan.microbatches == 1 or not _unequal(problem))
 
 
@@ -281,7 +282,7 @@ class _Emission:
         self.parts: dict[str, tuple[frozenset[str], ...]] = {}
         self.specs: dict[str, TensorSpec] = {}
         self.sums: dict[str, Sums] = {}
-        self.sharding = Sharding(plan.mesh, self.coordinates, plan.topology, plan.small_copies)
+        self.sharding = Sharding(plan.mesh, self.coordinates, plan.topology, plan.small_copies, plan.beside)
         self.transfers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
 
     def program(self) -> RankProgram:

@@ -107,7 +107,9 @@ class Family:
     def gathering(self, gathered: int, below: int | None) -> Family:
         """The plans whose block that gathers the most gathers so many bytes."""
         found = replace(self, gathered=gathered, below=below, known=0, asked=Asked())
-        found.envelope = replace(found.envelope, time=[*self.envelope.time], room=[*self.envelope.room])  # no less than these
+        found.envelopes = [
+            replace(own, time=[*e.time], room=[*e.room]) for own, e in zip(found.envelopes, self.envelopes, strict=True)
+        ]  # no less than these
         return found
 
     def estimate(self) -> None:
@@ -119,7 +121,8 @@ class Family:
     def least_within(self, limit: float) -> Least:
         """Of its plans that take no more bytes."""
         explored = self.explored
-        return explored.within(self.below).least(self.envelope, limit, totals_of(explored.costs[-1]))
+        known, start = explored.within(self.below), totals_of(explored.costs[-1])
+        return min((known.least(envelope, limit, start) for envelope in self.envelopes), key=lambda least: least.seconds)
 
     def look(self) -> list[Point]:
         """Its `points`, those included that were found since."""
@@ -139,18 +142,22 @@ class Family:
         """Of seconds, and of bytes at their price, by totals: about the placement that costs the least of those known."""
         explored = self.explored
         _, best = min(zip(self.look(), explored.costs, strict=True), key=lambda found: found[0].at(price))
-        functions = self.envelope.seconds, self.envelope.size
+        functions = next((e.seconds, e.size) for e in reversed(self.envelopes) if e.trainable[0] <= best.trainable)
         seconds, size = (tangent(of, totals_of(best), explored.known.scale).slopes for of in functions)
         slopes = seconds + (price * size if price else 0.0)
         slopes[[HEAVIEST, SECOND]] = max(slopes[HEAVIEST], slopes[SECOND])  # else the other one would gather what this does not
         return slopes
 
     @cached_property
-    def envelope(self) -> Envelope:
-        """Of what its plans take at least."""
-        least = replace(self.search.tensor.least(self.plan.mesh.size("tp")), gathered=float(self.gathered))
-        functions = self.search.steps.at_least(self.plan, self.whole, least)
-        return Envelope(*functions, (OF_SECONDS, OF_BYTES))
+    def envelopes(self) -> list[Envelope]:
+        """Of what its plans take at least: of those whose backwards have as many parts, each."""
+        search = self.search
+        least = replace(search.tensor.least(self.plan.mesh.size("tp")), gathered=float(self.gathered))
+        found = []
+        for trained in search.steps.alike_parts(self.plan, least.trainable):
+            functions = search.steps.at_least(self.plan, self.whole, least, trained)
+            found.append(Envelope(*functions, (OF_SECONDS, OF_BYTES), trained))
+        return found
 
 
 def smallest(families: Sequence[Family], count: int) -> list[Family]:

@@ -91,9 +91,12 @@ def ways(mesh: Mesh, pending: Sequence[str], may: Collection[str], must: Collect
     return found
 
 
-def cheapest(found: Sequence[Way], size: float) -> Sums:
-    """For so many bytes; of equally cheap ones the fewest sums, and of these those that leave the smallest shard."""
-    return min(found, key=lambda way: (way.time.of(size), len(way.sums), -way.left)).sums
+def cheapest(found: Sequence[Way], size: float, hidden: Callable[[Sums], float] = lambda sums: 0.0) -> Sums:
+    """For so many bytes; of equally cheap ones the fewest sums, and of these those that leave the smallest shard.
+
+    hidden: seconds a byte that need not be waited for
+    """
+    return min(found, key=lambda way: (way.time.of(size) - hidden(way.sums) * size, len(way.sums), -way.left)).sums
 
 
 def _sequences(left: tuple[str, ...], may: Collection[str], must: Collection[str], scattering: bool = True) -> Iterator[Sums]:
@@ -114,12 +117,14 @@ class GradientSums:
 
     topology    None: sums are chosen by the bytes that a rank receives
     small       of copies a rank is left the smallest shard that may be, however long their sums take
+    beside      of the first sum of copies, the share that runs beside the backward, if it may: what is left is to take the least
     """
 
     mesh: Mesh
     level: int
     topology: Topology | None
     small: bool = False
+    beside: float = 0.0
 
     @property
     def held(self) -> float:
@@ -134,7 +139,9 @@ class GradientSums:
     def copies(self, size: float) -> Sums:
         """Of parameters that tp holds copies of; in all they have so many bytes, whole over the data axes. Few bytes go the way of
         the fewest latencies, many that of the most bandwidth."""
-        return cheapest(self._ways_to_take, size * self.held)
+        if not self.beside:
+            return cheapest(self._ways_to_take, size * self.held)
+        return cheapest(self._ways_to_take, size * self.held, lambda sums: self.beside * self._firsts[sums])
 
     def if_short(self, copied: bool) -> Iterator[Sums]:
         """What is left to do, one after the other, where the dims of a parameter are too short to be cut in so many shards."""
@@ -155,7 +162,7 @@ class GradientSums:
     def exposed_rate(self, hidden: float) -> float:
         """As `copies_rate`, where so large a share of the first sum runs beside the backward, if one does."""
         if hidden not in self._exposed:
-            self._exposed[hidden] = self.held * min(way.time.rate - hidden * first for way, first in self._firsts)
+            self._exposed[hidden] = self.held * min(w.time.rate - hidden * self._firsts[w.sums] for w in self._copies_ways)
         return self._exposed[hidden]
 
     @cached_property
@@ -191,15 +198,15 @@ class GradientSums:
         return self.level < 3 and any(axis in DATA_AXES for step in sums for axis in step.axes)
 
     @cached_property
-    def _firsts(self) -> list[tuple[Way, float]]:
-        """Of copies, each with the seconds a byte of what may run beside the backward: the gathers that follow do not."""
+    def _firsts(self) -> dict[Sums, float]:
+        """Of each way of copies, the seconds a byte of what may run beside the backward: the gathers that follow do not."""
         topology = self.topology
         assert topology is not None
 
         def first(sums: Sums) -> float:
             return topology.collective(sums[0].kind, self.mesh, sums[0].axis).rate if self.runs_beside(sums) else 0.0
 
-        return [(way, first(way.sums)) for way in self._copies_ways]
+        return {way.sums: first(way.sums) for way in self._copies_ways}
 
     @cached_property
     def _own_ways(self) -> list[Way]:

@@ -55,7 +55,7 @@ def _sharded(mesh: Mesh) -> Mesh:
 
 
 def _level(plan: Plan, mesh: Mesh, topology: Topology, zero: int, parameter: Parameter) -> Level:
-    sums, size = GradientSums(mesh, zero, topology, plan.small_copies), parameter.size
+    sums, size = GradientSums(mesh, zero, topology, plan.small_copies, plan.beside), parameter.size
     seconds, held = 0.0, frozen_bytes(zero, mesh.size("dp_shard"), size)
     if parameter.trained:
         part = Part(sums, 0.0 if parameter.copied else size, size if parameter.copied else 0.0)

@@ -65,6 +65,8 @@ class Plan:
     zero             0 to 3
     whole            under ZeRO-3: parameters that are gathered once a step and stay whole, as under ZeRO-2
     small_copies     ZeRO leaves a rank the smallest shards of what tp holds copies of, even where their sums take longer for it
+    beside           of the first sum of what tp holds copies of, the share that is to run beside the backward: chosen are the
+                     sums of which that leaves the least
     layout           parameter -> its type over "tp" before ZeRO; "I" where absent
     stage_of         parameter -> its first pipeline stage
     microbatches     micro-batches of one data rank's batch
@@ -76,6 +78,7 @@ class Plan:
     zero: int = 0
     whole: tuple[str, ...] = ()
     small_copies: bool = False
+    beside: float = 0.0
     layouts: Layouts = Layouts()
     schedule: str = "1f1b"
     microbatches: int = 1
@@ -154,6 +157,7 @@ class Plan:
             zero=data["zero"],
             whole=tuple(data.get("whole", ())),
             small_copies=data.get("small_copies", False),
+            beside=data.get("beside", 0.0),
             layouts=Layouts.from_data(data["layouts"]),
             schedule=data["schedule"],
             microbatches=data["microbatches"],

@@ -27,17 +27,19 @@ class Shards:
 
 @dataclass(frozen=True)
 class Sharding:
-    """Of a plan's parameters at the coordinates of a rank. topology, small: of the plan, for which the sums are chosen."""
+    """Of a plan's parameters at the coordinates of a rank. topology, small, beside: of the plan, for which the sums are
+    chosen."""
 
     mesh: Mesh
     coordinates: Mapping[str, int]
     topology: Topology | None
     small: bool = False
+    beside: float = 0.0
 
     @cached_property
     def _ways(self) -> Mapping[int, GradientSums]:
         """By level: found once for all parameters."""
-        return {level: GradientSums(self.mesh, level, self.topology, self.small) for level in (0, 2, 3)}
+        return {level: GradientSums(self.mesh, level, self.topology, self.small, self.beside) for level in (0, 2, 3)}
 
     def shards(self, level: int, tensor_cuts: Sequence[Cut], shape: tuple[int, ...], copied: float | None) -> Shards:
         """Of a parameter of this whole shape.

@@ -86,6 +86,9 @@ def rounded_down(x: float, base: float) -> float:
     return base ** math.floor(math.log(x, base) + 1e-9) if x > 0 else 0.0
 
 
+ROUNDING = 1e-9
+"""The share by which a total may be below a border that it is to be above."""
+
 SECONDS_OF = "launches", "latencies", "gathers", "compute", "traffic", "sums", "trainable"
 """Of a placement's cost, what the seconds of any step depend on; under ZeRO-3, and in a pipeline, on more."""
 
@@ -147,7 +150,21 @@ class StepCost:
         """Bytes of the peak alone, of a plan with these parameters kept whole."""
         return sum(self._bytes(self.terms(plan, whole=whole.count > 0), cost, whole).values())
 
-    def at_least(self, plan: Plan, whole: Sequence[Whole], least: PlacedCost) -> tuple[Function, Function]:
+    def alike_parts(self, plan: Plan, least: float) -> list[tuple[float, float]]:
+        """Ranges of the bytes of parameters with gradients that placements may have, from the least to all: where the backward has
+        as many parts, and as much runs beside it."""
+        terms, most = self.terms(plan), self.trained
+        share = terms.stages.heaviest.trained
+        ends = least, most
+        if self._hidden_share(terms, least * share) == self._hidden_share(terms, most * share):
+            return [ends]
+        borders = (count * SEGMENT_BYTES / share for count in range(2, PARTS + 1))
+        ends = least, *(border for border in borders if least < border < most), most
+        return [(low * (1 - ROUNDING), high) for low, high in itertools.pairwise(ends)]
+
+    def at_least(
+        self, plan: Plan, whole: Sequence[Whole], least: PlacedCost, trained: tuple[float, float] | None = None
+    ) -> tuple[Function, Function]:
         """Seconds, and bytes of the peak, that no step is below, for the totals of its placement (compiler/totals.py): of the plan
         with any of these parameters kept whole, each of which are more than those before.
 
@@ -157,17 +174,20 @@ class StepCost:
         convex, and counts as of `least`, which no placement is below; nor is the largest part of a backward, which has at least
         an equal share and at least what it has of `least`; nor is the choice of how copies are summed, which count as what their
         bytes take at least.
+
+        trained: one of the ranges of `alike_parts`, of whose placements this holds; None: of all
         """
         few, many = whole[0], whole[-1]
         fewer, more = (self.terms(plan, whole=each.count > 0) for each in (few, many))
         uneven = max(many.trained - w.trained - (many.held - w.held) for w in whole)
         gather = more.times.collective("all_gather", "dp_shard").rate
         gathered = uneven * more.stages.heaviest.trained * gather
+        most = self.trained if trained is None or trained[1] == self.trained else sum(trained) / 2  # at its end there is one more
         held = replace(few, left=many.left, largest=many.largest, alone=many.alone)
         parts = [self._parts_least(fewer, least, held, stage) for stage, _ in fewer.fullest]
 
         def seconds(cost: PlacedCost) -> float:
-            found = sum(self._seconds(more, cost, many, at_least=True)[0].values())
+            found = sum(self._seconds(more, cost, many, most)[0].values())
             return found - cost.trainable * gathered
 
         def size(cost: PlacedCost) -> float:
@@ -177,10 +197,15 @@ class StepCost:
         depends = attrgetter(*of_seconds), attrgetter(*BYTES_OF)
         return by_totals(seconds, depends[0], least), by_totals(size, depends[1], least)
 
+    def beside(self, plan: Plan, cost: PlacedCost) -> float:
+        """Of a plan's first sums of gradients, the share that may run beside the backward."""
+        terms = self.terms(plan)
+        return self._hidden_share(terms, cost.trainable * terms.stages.heaviest.trained)
+
     def terms(self, plan: Plan, *, whole: bool | None = None) -> Terms:
         """Of a plan. whole: whether ZeRO-3 keeps parameters whole; None: as the plan says."""
         kept = bool(plan.whole) if whole is None else whole
-        key = plan.mesh, plan.zero, plan.microbatches, plan.schedule, plan.small_copies, kept
+        key = plan.mesh, plan.zero, plan.microbatches, plan.schedule, plan.small_copies, plan.beside, kept
         if key not in self._terms:
             stages = self.stages(plan.stages)
             self._terms[key] = Terms(
@@ -197,16 +222,17 @@ class StepCost:
             )
         return self._terms[key]
 
-    def _seconds(self, terms: Terms, cost: PlacedCost, whole: Whole, *, at_least: bool = False) -> tuple[dict[str, float], Moved]:
-        """And what the data axes move. at_least: with copies at the least that they take."""
+    def _seconds(self, terms: Terms, cost: PlacedCost, whole: Whole, most: float | None = None) -> tuple[dict[str, float], Moved]:
+        """And what the data axes move. most: with copies at the least that they take, where so many bytes of parameters with
+        gradients decide into how many parts the backward is cut."""
         m, share = terms.microbatches, terms.share
         heaviest, work = terms.stages.heaviest, terms.stages.slowest.work
         runs = terms.bubble * work
         backward = cost.compute * share * work / m * BACKWARD_SHARE
-        parts = self._parts(terms, cost, whole)
+        parts, at_least = self._parts(terms, cost, whole), most is not None
         moved = Moved([*self._inside(terms, cost, whole)])
         moved.add(parts, heaviest.trained, at_least)
-        trained = (self.trained if at_least else cost.trainable) * heaviest.trained  # the more, the more parts
+        trained = (cost.trainable if most is None else most) * heaviest.trained
         seconds = {
             "compute": (cost.compute * share + cost.launches * m) * runs,
             "tensor": (cost.traffic * share + (cost.latencies + cost.gathers) * m) * runs,
@@ -222,9 +248,9 @@ class StepCost:
 
     def sums_of(self, plan: Plan, level: int) -> GradientSums:
         """level: as `level_of` has it."""
-        key = plan.mesh, level, plan.small_copies
+        key = plan.mesh, level, plan.small_copies, plan.beside
         if key not in self._sums:
-            self._sums[key] = GradientSums(plan.mesh, level, self.topology, plan.small_copies)
+            self._sums[key] = GradientSums(plan.mesh, level, self.topology, plan.small_copies, plan.beside)
         return self._sums[key]
 
     def stages(self, count: int) -> Stages:

@@ -128,12 +128,14 @@ class Envelope:
 
     seconds, size    of a step, and bytes of its peak
     depends          the totals that each of the two depends on
+    trainable        of which placements this holds: of those whose total "trainable" is between these
     time, room       lines of these
     """
 
     seconds: Function
     size: Function
     depends: tuple[Sequence[int], Sequence[int]] = ALL, ALL
+    trainable: tuple[float, float] = 0.0, math.inf
     time: list[Line] = field(default_factory=list)
     room: list[Line] = field(default_factory=list)
 
@@ -176,13 +178,16 @@ class Known:
     def least(self, envelope: Envelope, limit: float, start: np.ndarray) -> Least:
         """Of placements whose bytes are within the limit. start: where the envelope is looked at first."""
         limited = math.isfinite(limit)
-        if limited and envelope.size(self.low) > limit * (1 + SLACK):
+        low, high = self.low.copy(), self.high.copy()
+        least, most = envelope.trainable
+        low[TRAINABLE], high[TRAINABLE] = max(least, low[TRAINABLE]), min(most, high[TRAINABLE])
+        if low[TRAINABLE] > high[TRAINABLE] or (limited and envelope.size(low) > limit * (1 + SLACK)):
             return Least(math.inf)  # where copies are more, so are the parameters that ranks hold: that takes no fewer bytes
         if not (envelope.room if limited else envelope.time):
             envelope.touch(start, self.scale, limited)
         found = Least(0.0)
         for _ in range(_TANGENTS):
-            solved = _solve(self, envelope.time, envelope.room if limited else [], limit)
+            solved = _solve(self, (low, high), envelope.time, envelope.room if limited else [], limit)
             if solved is None:
                 return Least(math.inf)
             found, point = solved
@@ -201,10 +206,12 @@ class Known:
         return solver
 
 
-def _solve(known: Known, seconds: Sequence[Line], size: Sequence[Line], limit: float) -> tuple[Least, np.ndarray] | None:
+def _solve(
+    known: Known, between: tuple[np.ndarray, np.ndarray], seconds: Sequence[Line], size: Sequence[Line], limit: float
+) -> tuple[Least, np.ndarray] | None:
     """The least that the highest of the lines of seconds can be, and where. None: nowhere are all lines of bytes within the limit.
 
-    Columns are the totals, each over its scale, and the seconds.
+    between: totals that none is below, and above. Columns are the totals, each over its scale, and the seconds.
     """
     scale = known.scale
     lines = [*known.lines, *seconds, *size]
@@ -220,7 +227,8 @@ def _solve(known: Known, seconds: Sequence[Line], size: Sequence[Line], limit: f
     model = highspy.HighsLp()
     model.num_col_, model.num_row_ = len(scale) + 1, len(lines)
     model.col_cost_ = np.append(np.zeros(len(scale)), 1.0)
-    model.col_lower_, model.col_upper_ = np.append(known.low / scale, -np.inf), np.append(known.high / scale, np.inf)
+    low, high = between
+    model.col_lower_, model.col_upper_ = np.append(low / scale, -np.inf), np.append(high / scale, np.inf)
     model.row_lower_, model.row_upper_ = (least - constants) / by, (most - constants) / by
     model.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
     model.a_matrix_.start_ = np.arange(0, matrix.size + 1, matrix.shape[1], dtype=np.int32)
@@ -232,7 +240,7 @@ def _solve(known: Known, seconds: Sequence[Line], size: Sequence[Line], limit: f
     if solver.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
         return None
     if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
-        return Least(0.0), known.low
+        return Least(0.0), low
     solution = solver.getSolution()
     point, duals = np.asarray(solution.col_value), np.asarray(solution.row_dual)
     of_seconds, of_bytes = (np.abs(d) for d in np.split(duals[len(known.lines) :], [len(seconds)]))

@@ -112,6 +112,48 @@ def test_few_bytes_go_with_the_others_and_many_over_all_links() -> None:
     assert replicated.copies(MANY) == (Sum("all_reduce", "dp_replicate+tp"),)
 
 
+@pytest.mark.parametrize("axes", [(2, 2, 2), (1, 2, 4), (1, 4, 2), (4, 1, 2)])
+@pytest.mark.parametrize("topology", [network(1e10, 1e8), network(1e9, 1e9, latency=1e-4)])
+@pytest.mark.parametrize("beside", [0.4, 0.875])
+def test_of_what_runs_beside_the_backward_nobody_waits(axes: tuple[int, ...], topology: Topology, beside: float) -> None:
+    """No other sequence leaves less, where such a share of the first sum of copies does."""
+    over = mesh(**dict(zip(("dp_replicate", "dp_shard", "tp"), axes, strict=True)))
+    level = 2 if "dp_shard" in over.axes else 0
+    sums = GradientSums(over, level, topology, beside=beside)
+
+    def waited(found: Sums, size: float) -> float:
+        first = collective_seconds(found[0].kind, size, topology.span(over, found[0].axis))
+        first -= collective_seconds(found[0].kind, 0.0, topology.span(over, found[0].axis))  # latencies count
+        hidden = beside * first if any(axis.startswith("dp") for step in found for axis in step.axes) else 0.0
+        taken = sum(
+            collective_seconds(kind, size * share, topology.span(over, step.axis))
+            - (sums.own[k : k + 1] == (step,)) * collective_seconds(kind, 0.0, topology.span(over, step.axis))
+            for k, (step, share) in enumerate(shares(over, found))
+            for kind in step.kinds
+        )
+        return taken - hidden
+
+    found = every_sequence(over.axes, *((("dp_shard", "tp"), ("dp_shard",)) if level else ((), ())))
+    possible = [s for s in found if all(k.kind == "all_reduce" or j == 0 or s[j - 1].kind != "all_reduce" for j, k in enumerate(s))]
+    for size in (1e6, 1e9):
+        assert waited(sums.copies(size), size) == pytest.approx(min(waited(s, size) for s in possible), rel=1e-9)
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_other_sums_where_the_backward_hides_them(zero: int) -> None:
+    """To the same gradients. Under ZeRO-3, which waits for what the graphs scatter, they are the same sums."""
+    found = case("gpt", batch=12)
+    plain = plan_of(zero, sequence_parallel=True, topology=network(1e8, 1e8), dp_shard=2, tp=4)
+    made = []
+    for wanted in (plain, replace(plain, beside=0.7)):
+        programs = emit_all(found, wanted, balanced_sizes(found.batch, 2))
+        check_schedules(programs)
+        compare(found, programs, run(found, programs))
+        made.append([(i.kind, i.axis) for i in programs[0].schedule if i.keys and i.keys[0].startswith("grad.")])
+    assert (made[0] == made[1]) == (zero == 3)
+    assert Plan.from_json(wanted.to_json()) == wanted and wanted.hash != plain.hash
+
+
 def test_without_a_machine_bytes_count() -> None:
     over = mesh(dp_replicate=2, dp_shard=2, tp=2)
     found = GradientSums(over, 2, None).copies(MANY)

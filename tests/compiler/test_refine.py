@@ -19,7 +19,7 @@ from torch import nn
 import shardwright
 from benchmarks.plan_limits import vit_large
 from shardwright import Strategy
-from shardwright.compiler import refine
+from shardwright.compiler import refine, step_cost
 from shardwright.compiler.candidates import Candidate, Search
 from shardwright.compiler.dual import between
 from shardwright.compiler.families import Family
@@ -124,6 +124,43 @@ def test_a_step_takes_no_less_than_its_totals_say(model: str, topology: Topology
             _, gathering = search.steps.at_least(plan, whole[k : k + 1], replace(least, gathered=more.gathered))
             grown = search.steps.predict(replace(plan, whole=whole[k].names), more, whole[k])
             assert size < gathering(totals_of(more)) <= grown.peak_bytes * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("model", ["gpt", "vit", "adapted"])
+def test_as_much_runs_beside_a_backward_as_its_parts_let(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of placements whose backward has as many parts a step takes as much as their totals say; each is of some range."""
+    search, ranges = search_of(model, HIDES, Strategy(zero=2), math.inf), 0
+    monkeypatch.setattr(step_cost, "SEGMENT_BYTES", int(search.steps.trained / 5.5))
+    plans = {c.plan.mesh: c.plan for c in search.candidates() if c.plan.layouts.any and c.plan.mesh.size("tp") > 1}
+    for plan, (held, kept) in itertools.product(plans.values(), PRICES):
+        size, layouts = plan.mesh.size("tp"), Layouts(byte_price=held, kept_price=kept)
+        cost, least = search.tensor.cost(size, layouts, search.load(plan)), search.tensor.least(size)
+        found = search.steps.alike_parts(plan, least.trainable)
+        assert found[0][0] <= least.trainable and found[-1][1] == search.steps.trained
+        assert all(one[1] >= other[0] for one, other in itertools.pairwise(found))
+        ranges = max(ranges, len(found))
+        trained = next(between for between in reversed(found) if between[0] <= cost.trainable <= between[1])
+        seconds, _ = search.steps.at_least(plan, search.steps.whole(plan.stages)[:1], least, trained)
+        _, predicted = search.predict(plan, cost)
+        assert seconds(totals_of(cost)) <= predicted.step_seconds * (1 + 1e-9)
+        assert seconds(totals_of(cost)) == pytest.approx(predicted.step_seconds, rel=1e-4)  # latencies over tp
+    assert ranges > 2
+
+
+def test_sums_that_the_backward_hides_are_chosen_where_that_is_faster() -> None:
+    """And not where they are no others, or take longer than the backward does."""
+    plan = Plan(mesh(dp_shard=2, tp=4), zero=2, layouts=Layouts(byte_price=0.0))
+    chosen = []
+    wide = replace(HIDES, levels=(Level("network", 8, 1e8, 1e-3),))
+    for topology in (wide, replace(wide, overlap={})):
+        search = search_of("gpt", topology, Strategy(dp_shard=2, tp=4, zero=2, layouts="any"), math.inf, ranks=8)
+        cost = replace(search.cost(plan), trainable=2.0**27)
+        cost = replace(cost, sums=search.steps.terms(plan).copies_rate * cost.trainable)
+        for compute in (1e-6, 1e3):
+            (taken, found), fast = search.predict(plan, replace(cost, compute=compute)), replace(cost, compute=compute)
+            assert found.step_seconds <= search.steps.predict(plan, fast).step_seconds
+            chosen.append(taken.beside > 0)
+    assert chosen == [False, True, False, False]
 
 
 @pytest.mark.parametrize("name", ["gpt, slow", "vit, ZeRO over 2", "gpt2, ZeRO-3", "adapters"])

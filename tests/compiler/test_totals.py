@@ -18,7 +18,7 @@ from shardwright.compiler.keeping import keeping
 from shardwright.compiler.layouts import Layouts, Mixed
 from shardwright.compiler.tensor_axis import Load, TensorAxis
 from shardwright.compiler.topology import Topology
-from shardwright.compiler.totals import PARAMETERS, SLACK, TOTALS, Envelope, Known, tangent, totals_of
+from shardwright.compiler.totals import PARAMETERS, SLACK, TOTALS, TRAINABLE, Envelope, Known, tangent, totals_of
 from shardwright.passes.graph_tools import op_calls
 
 SIZE = len(TOTALS)
@@ -64,6 +64,20 @@ def test_as_much_is_known_as_prices_tell() -> None:
     assert least(20.0) == pytest.approx(2.0, rel=2 * SLACK)
     assert least(math.inf) == pytest.approx(1.0, rel=2 * SLACK)
     assert least(9.0) == math.inf
+
+
+def test_what_holds_of_some_placements_alone_is_sought_among_these() -> None:
+    """By their bytes of parameters with gradients."""
+    found = known(np.zeros((1, SIZE)), np.zeros((1, SIZE)))
+    found.low[TRAINABLE], found.high[TRAINABLE] = 2.0, 9.0
+
+    def least(low: float, high: float) -> float:
+        envelope = Envelope(lambda z: float(z[TRAINABLE]), lambda z: 0.0, trainable=(low, high))
+        return found.least(envelope, math.inf, found.low).seconds
+
+    assert least(0.0, math.inf) == pytest.approx(2.0, rel=2 * SLACK)
+    assert least(4.0, 5.0) == pytest.approx(4.0, rel=2 * SLACK)
+    assert least(0.0, 1.0) == math.inf
 
 
 def test_the_price_that_tells_the_most_is_told() -> None:
