@@ -158,8 +158,8 @@ def lower(
         check(gm, axis, step.index, placement.placeholders)
         placements[axis.name] = placement
         axes.append(axis)
-    may = seconds is not None and len(axes) > 1 and _alike(problem, plan)
-    if may and reroute(gm, axes, values, seconds.of_conversion, frozenset({TIME})):
+    priced = seconds.of_conversion if seconds is not None and _alike(problem, plan) else None
+    if priced is not None and len(axes) > 1 and reroute(gm, axes, values, priced, frozenset({TIME})):
         check(gm, axes[-1], {**coordinates, TIME: microbatch}[axes[-1].name])
     return Lowered(gm, placements)
 

@@ -126,7 +126,7 @@ class StepCost:
             for n, meta, size in zip(nodes, parameters, sizes, strict=True)
         }
         self._stages: dict[int, Stages] = {}
-        self._sums: dict[tuple[Mesh, int, bool], GradientSums] = {}
+        self._sums: dict[tuple[Mesh, int, bool, float], GradientSums] = {}
         self._terms: dict[tuple[object, ...], Terms] = {}
 
     def whole(self, stages: int) -> list[Whole]:
