@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from .candidates import Candidate
 
 
-DEARER = 1.2
+DEARER = (1.05, 1.2)
 """At prices at which two layouts cost about the same, no block may take the other's, for values change their types at its borders.
-Blocks do where bytes cost so many times as much."""
+Blocks do where bytes cost so many times as much; where more than they have to, the plan takes longer."""
 
 
 def mixtures(family: Family, least: float, thoroughly: bool) -> Iterator[Candidate]:
@@ -42,14 +42,15 @@ def mixtures(family: Family, least: float, thoroughly: bool) -> Iterator[Candida
         _divided(family, over, within, steps, found.share, smaller=True),
         _divided(family, within, over, steps, 1 - found.share, smaller=False),
     )
-    faster = False
-    for c in made:
-        if not family.search.fits(c) or c.predicted.step_seconds < least:
-            faster = faster or family.search.fits(c)
-            yield c
-    if thoroughly and not faster:
-        made = _divided(family, over, within.dearer(DEARER), steps, found.share, smaller=True)
-        yield from (c for c in made if not family.search.fits(c) or c.predicted.step_seconds < least)
+    dearer = (_divided(family, over, within.dearer(times), steps, found.share, smaller=True) for times in DEARER)
+    for tried in (made, *(dearer if thoroughly else ())):
+        faster = False
+        for c in tried:
+            if not family.search.fits(c) or c.predicted.step_seconds < least:
+                faster = faster or family.search.fits(c)
+                yield c
+        if faster:
+            return
 
 
 def _divided(

@@ -237,9 +237,10 @@ def test_bytes_are_dearer_where_no_mixture_is_faster(monkeypatch: pytest.MonkeyP
     list(tight.candidates())
     family, ends = next((f, ends) for f in families if (ends := between(f.look())) is not None)
     over, within = (family.explored.layouts[k] for k in (ends.over, ends.within))
-    dearer = within.dearer(DEARER)
-    assert dearer.byte_price == DEARER * within.byte_price and dearer.kept_price == DEARER * within.kept_price
-    assert (dearer.compute_price, dearer.sums_price) == (within.compute_price, within.sums_price)
+    dearer = [within.dearer(times) for times in DEARER]
+    for times, paid in zip(DEARER, dearer, strict=True):
+        assert paid.byte_price == times * within.byte_price and paid.kept_price == times * within.kept_price
+        assert (paid.compute_price, paid.sums_price) == (within.compute_price, within.sums_price)
     priced: list[Layouts] = []
     price = Search.price
 
@@ -254,7 +255,7 @@ def test_bytes_are_dearer_where_no_mixture_is_faster(monkeypatch: pytest.MonkeyP
         made = list(mixtures(family, least, thoroughly))
         assert all(not tight.fits(c) or c.predicted.step_seconds < least for c in made)
         others = {(layouts.mixed.layouts if layouts.mixed else None, replace(layouts, mixed=None)) for layouts in priced}
-        assert ((dearer, over) in others) == thoroughly
+        assert all(((paid, over) in others) == thoroughly for paid in dearer)
         assert (within, over) in others
 
 
