@@ -224,7 +224,7 @@ def _axis(problem: Problem, plan: Plan, name: str) -> Axis:
     """Data axes cut dims evenly where others come after: what ranks have there differs by their samples alone.
 
     Joined are axes in the order of the mesh, in which ranks are numbered. None, where ranks of other lengths place each by itself,
-    and might not agree; nor data axes over which samples lie in unequal shares, which no one cuts anew.
+    and might not agree; nor data axes over which samples lie in unequal shares (`Axis.unequal`), which no one cuts anew.
     """
     before = plan.mesh.axes[: plan.mesh.axes.index(name)]
     unequal = _unequal(problem) and name in DATA_AXES

@@ -139,7 +139,7 @@ class GradientSums:
     def copies(self, size: float) -> Sums:
         """Of parameters that tp holds copies of; in all they have so many bytes, whole over the data axes. Few bytes go the way of
         the fewest latencies, many that of the most bandwidth."""
-        if not self.beside:
+        if not self.beside or self.topology is None:
             return cheapest(self._ways_to_take, size * self.held)
         return cheapest(self._ways_to_take, size * self.held, lambda sums: self.beside * self._firsts[sums])
 

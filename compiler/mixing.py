@@ -25,13 +25,16 @@ DEARER = (1.05, 1.2)
 """At prices at which two layouts cost about the same, no block may take the other's, for values change their types at its borders.
 Blocks do where bytes cost so many times as much; where more than they have to, the plan takes longer."""
 
+NEAR = 0.005
+"""Plans that take no more than such a share longer than what would lie between two layouts are near."""
+
 
 def mixtures(family: Family, least: float, thoroughly: bool) -> Iterator[Candidate]:
     """Of the two of the family's layouts between which the fastest plan should lie that fits, by what is known of them. What is
     outside of blocks lies in one or the other.
 
     least         seconds: plans that fit and take as many are left out, for they pay for two layouts with nothing
-    thoroughly    where there is none, bytes are dearer in the blocks of the layouts that fit
+    thoroughly    where none is near, bytes are dearer in the blocks of the layouts that fit
     """
     found = between(family.look())
     steps = evenly(family.search.runs, family.plan.stages)
@@ -43,13 +46,14 @@ def mixtures(family: Family, least: float, thoroughly: bool) -> Iterator[Candida
         _divided(family, within, over, steps, 1 - found.share, smaller=False),
     )
     dearer = (_divided(family, over, within.dearer(times), steps, found.share, smaller=True) for times in DEARER)
+    fastest, near = least, min(least, found.seconds * (1 + NEAR))
     for tried in (made, *(dearer if thoroughly else ())):
-        faster = False
         for c in tried:
-            if not family.search.fits(c) or c.predicted.step_seconds < least:
-                faster = faster or family.search.fits(c)
+            fits = family.search.fits(c)
+            if not fits or c.predicted.step_seconds < least:
+                fastest = min(fastest, c.predicted.step_seconds) if fits else fastest
                 yield c
-        if faster:
+        if fastest < near:
             return
 
 

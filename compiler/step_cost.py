@@ -182,12 +182,12 @@ class StepCost:
         uneven = max(many.trained - w.trained - (many.held - w.held) for w in whole)
         gather = more.times.collective("all_gather", "dp_shard").rate
         gathered = uneven * more.stages.heaviest.trained * gather
-        most = self.trained if trained is None or trained[1] == self.trained else sum(trained) / 2  # at its end there is one more
+        cut_for = self.trained if trained is None or trained[1] == self.trained else sum(trained) / 2  # at its end it has one more
         held = replace(few, left=many.left, largest=many.largest, alone=many.alone)
         parts = [self._parts_least(fewer, least, held, stage) for stage, _ in fewer.fullest]
 
         def seconds(cost: PlacedCost) -> float:
-            found = sum(self._seconds(more, cost, many, most)[0].values())
+            found = sum(self._seconds(more, cost, many, cut_for)[0].values())
             return found - cost.trainable * gathered
 
         def size(cost: PlacedCost) -> float:
@@ -222,17 +222,19 @@ class StepCost:
             )
         return self._terms[key]
 
-    def _seconds(self, terms: Terms, cost: PlacedCost, whole: Whole, most: float | None = None) -> tuple[dict[str, float], Moved]:
-        """And what the data axes move. most: with copies at the least that they take, where so many bytes of parameters with
-        gradients decide into how many parts the backward is cut."""
+    def _seconds(
+        self, terms: Terms, cost: PlacedCost, whole: Whole, cut_for: float | None = None
+    ) -> tuple[dict[str, float], Moved]:
+        """And what the data axes move. cut_for: what it takes at least, with copies at the least that they take, and a backward in
+        as many parts as so many bytes of parameters with gradients make; None: just what it takes."""
         m, share = terms.microbatches, terms.share
         heaviest, work = terms.stages.heaviest, terms.stages.slowest.work
         runs = terms.bubble * work
         backward = cost.compute * share * work / m * BACKWARD_SHARE
-        parts, at_least = self._parts(terms, cost, whole), most is not None
+        parts, at_least = self._parts(terms, cost, whole), cut_for is not None
         moved = Moved([*self._inside(terms, cost, whole)])
         moved.add(parts, heaviest.trained, at_least)
-        trained = (cost.trainable if most is None else most) * heaviest.trained
+        trained = (cost.trainable if cut_for is None else cut_for) * heaviest.trained
         seconds = {
             "compute": (cost.compute * share + cost.launches * m) * runs,
             "tensor": (cost.traffic * share + (cost.latencies + cost.gathers) * m) * runs,

@@ -181,8 +181,11 @@ class Known:
         low, high = self.low.copy(), self.high.copy()
         least, most = envelope.trainable
         low[TRAINABLE], high[TRAINABLE] = max(least, low[TRAINABLE]), min(most, high[TRAINABLE])
-        if low[TRAINABLE] > high[TRAINABLE] or (limited and envelope.size(low) > limit * (1 + SLACK)):
-            return Least(math.inf)  # where copies are more, so are the parameters that ranks hold: that takes no fewer bytes
+        if low[TRAINABLE] > high[TRAINABLE]:
+            return Least(math.inf)
+        # Where copies are more than in the least, so are parameters, and bytes no fewer; but not fewer than of as many others.
+        if limited and envelope.size(self.low) > limit * (1 + SLACK):
+            return Least(math.inf)
         if not (envelope.room if limited else envelope.time):
             envelope.touch(start, self.scale, limited)
         found = Least(0.0)

@@ -156,7 +156,7 @@ def test_other_sums_where_the_backward_hides_them(zero: int) -> None:
 
 def test_without_a_machine_bytes_count() -> None:
     over = mesh(dp_replicate=2, dp_shard=2, tp=2)
-    found = GradientSums(over, 2, None).copies(MANY)
+    found = GradientSums(over, 2, None, beside=0.5).copies(MANY)
 
     def received(sums: Sums) -> float:
         return sum(

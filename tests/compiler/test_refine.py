@@ -147,6 +147,29 @@ def test_as_much_runs_beside_a_backward_as_its_parts_let(model: str, monkeypatch
     assert ranges > 2
 
 
+@pytest.mark.parametrize("model", ["gpt", "vit"])
+@pytest.mark.parametrize("sizes", [{"dp_shard": 2, "tp": 4}, {"dp_replicate": 2, "dp_shard": 2, "tp": 2}], ids=str)
+def test_what_just_fits_takes_no_less_than_is_proven_of_its_parts(
+    model: str, sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which copies are many, too: a rank holds less of these than of as many other parameters."""
+    wide = replace(HIDES, levels=(Level("network", 8, 1e8, 1e-9),))
+    strategy = Strategy(**sizes, zero=2, layouts="any")
+    plan, found = Plan(mesh(**sizes), zero=2, layouts=Layouts(byte_price=0.0)), []
+    free = search_of(model, wide, strategy, math.inf, ranks=8)
+    monkeypatch.setattr(step_cost, "SEGMENT_BYTES", int(free.steps.trained / 5.5))
+    for held, kept in PRICES:
+        tried = replace(plan, layouts=Layouts(byte_price=held, kept_price=kept))
+        for limit in (math.inf, 0.0):  # fast, and with small copies
+            _, taken = free.of(limit=limit).predict(tried, free.cost(tried))
+            search = free.of(limit=taken.peak_bytes * (1 + 1e-9))
+            family = Family(search, plan, search.batch.samples(plan.mesh), 0, 0, 0.0)
+            family.estimate()
+            assert family.least <= taken.step_seconds * (1 + 1e-9)
+            found.append(len(family.envelopes))
+    assert max(found) > 2
+
+
 def test_sums_that_the_backward_hides_are_chosen_where_that_is_faster() -> None:
     """And not where they are no others, or take longer than the backward does."""
     plan = Plan(mesh(dp_shard=2, tp=4), zero=2, layouts=Layouts(byte_price=0.0))
