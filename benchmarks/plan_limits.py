@@ -48,11 +48,19 @@ def llama_1b() -> tuple[nn.Module, Batch]:
 
 def t5_large() -> tuple[nn.Module, Batch]:
     """Raffel et al. 2020, section 3.7."""
+    return t5(4, d_model=1024, d_ff=4096, num_heads=16, num_layers=24)
+
+
+def t5_small() -> tuple[nn.Module, Batch]:
+    """The same: few blocks, of which each counts."""
+    return t5(8, d_model=512, d_ff=2048, num_heads=8, num_layers=6)
+
+
+def t5(rows: int, **sizes: Any) -> tuple[nn.Module, Batch]:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    sizes: Sizes = {"d_model": 1024, "d_ff": 4096, "d_kv": 64, "num_heads": 16, "num_layers": 24}
-    sizes |= {"decoder_start_token_id": 0, "use_cache": False}
-    return T5ForConditionalGeneration(T5Config(**sizes)), tokens(4, 512)
+    fixed: Sizes = {"d_kv": 64, "decoder_start_token_id": 0, "use_cache": False}
+    return T5ForConditionalGeneration(T5Config(**fixed, **sizes)), tokens(rows, 512)
 
 
 def vit_large() -> tuple[nn.Module, Batch]:
@@ -71,6 +79,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Batch]]] = {
     "gpt2-xl": gpt2_xl,
     "vit-large": vit_large,
     "t5-large": t5_large,
+    "t5-small": t5_small,
 }
 
 
