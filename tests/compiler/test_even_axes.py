@@ -10,6 +10,7 @@ from harness import Case, compare, emit_all, prepare, run
 from programs import machine, plan
 from torch import Tensor, nn
 
+from shardwright.compiler import emit
 from shardwright.passes.check_schedules import check_schedules
 from shardwright.passes.rules.base import Axis, own_cuts
 from shardwright.passes.types import even_sections
@@ -87,3 +88,31 @@ class Summed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x).square().mean()
+
+
+class Gated(nn.Module):
+    """By the sum of all samples, a number for each channel."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        for layer in (self.first, self.last):
+            x = layer(x.cumsum(1))
+            x = x * x.sum(0).mean(0)
+        return nn.functional.mse_loss(x, y)
+
+
+@pytest.mark.parametrize("network", [1e7, 1e9])
+@pytest.mark.parametrize("samples", [[3, 1, 1, 2], [1, 1, 1, 4], [2, 1, 3, 1]], ids=str)
+def test_ways_over_all_axes_with_unequal_samples(samples: list[int], network: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks take the same, though each sees shapes of its own."""
+    torch.manual_seed(0)
+    case = prepare(Gated(6), {"x": torch.randn(7, 5, 6), "y": torch.randn(7, 5, 6)})
+    rerouted, reroute = [], emit.reroute
+    monkeypatch.setattr(emit, "reroute", lambda *args: rerouted.append(reroute(*args)) or rerouted[-1])
+    programs = emit_all(case, plan(topology=machine(network), dp_replicate=2, dp_shard=2), samples)
+    check_schedules(programs)
+    compare(case, programs, run(case, programs))
+    assert any(rerouted)
