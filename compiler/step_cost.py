@@ -154,11 +154,9 @@ class StepCost:
         """Ranges of the bytes of parameters with gradients that placements may have, from the least to all: where the backward has
         as many parts, and as much runs beside it."""
         terms, most = self.terms(plan), self.trained
-        share = terms.stages.heaviest.trained
-        ends = least, most
-        if self._hidden_share(terms, least * share) == self._hidden_share(terms, most * share):
-            return [ends]
-        borders = (count * SEGMENT_BYTES / share for count in range(2, PARTS + 1))
+        share, borders = terms.stages.heaviest.trained, []
+        if self._hidden_share(terms, least * share) != self._hidden_share(terms, most * share):
+            borders = [count * SEGMENT_BYTES / share for count in range(2, PARTS + 1)]
         ends = least, *(border for border in borders if least < border < most), most
         return [(low * (1 - ROUNDING), high) for low, high in itertools.pairwise(ends)]
 
