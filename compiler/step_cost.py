@@ -169,9 +169,9 @@ class StepCost:
         Both are convex in the totals, and grow with each but, it may be, with `sums`. The more are whole, the less is gathered
         and the more is held; but the largest block that is still gathered may be smaller, and where parameters have other shares
         of the gradients than of the bytes, the gather once a step may cost more than the others save. What buckets pack is not
-        convex, and counts as of `least`, which no placement is below, but for the largest parameter; nor is the largest part of a
-        backward, which has at least an equal share and at least what it has of `least`; nor is the choice of how copies are summed,
-        which count as what their bytes take at least.
+        convex, and counts as of `least`, which no placement is below; nor is the largest part of a backward, which has at least
+        an equal share and at least what it has of `least`; nor is the choice of how copies are summed, which count as what their
+        bytes take at least.
 
         trained: one of the ranges of `alike_parts`, of whose placements this holds; None: of all
         """
@@ -282,7 +282,8 @@ class StepCost:
                 waiting = max(2 * whole.largest * cost.parameters, waiting + 2 * whole.alone * cost.parameters, 2 * waiting)
             gathered = 2 * cost.gathered + waiting
             if terms.scatters_once:
-                gathered += self._part(terms, cost, whole, stage, bound) + self._packed(terms, cost, whole, stage, bound)
+                packed = bound.packed if bound else self._packed(terms, cost, whole, stage)
+                gathered += self._part(terms, cost, whole, stage, bound) + packed
             yield {"state": state, "activation": activations, "gathered": gathered}
 
     def _received(self, terms: Terms, cost: PlacedCost, moved: Moved) -> dict[str, float]:
@@ -334,14 +335,10 @@ class StepCost:
         several = segments_of(least.trainable * stage.trained, SEGMENT_BYTES) > 1
         return PartsLeast(several, self._part(terms, least, whole, stage), self._packed(terms, least, whole, stage))
 
-    def _packed(self, terms: Terms, cost: PlacedCost, whole: Whole, stage: StageShare, least: PartsLeast | None = None) -> float:
-        """To be scattered they are packed, a bucket at a time; a parameter larger than a bucket is one by itself. least: as in
-        `_part`."""
-        packed = self._largest(terms, cost, whole, stage)
-        if least is None:
-            packed = max(packed, min(self._part(terms, cost, whole, stage), BUCKET_BYTES))
-        packed -= packed / terms.dp_shard  # its shards come after it
-        return packed if least is None else max(packed, least.packed)
+    def _packed(self, terms: Terms, cost: PlacedCost, whole: Whole, stage: StageShare) -> float:
+        """To be scattered they are packed, a bucket at a time; a parameter larger than a bucket is one by itself."""
+        packed = max(min(self._part(terms, cost, whole, stage), BUCKET_BYTES), self._largest(terms, cost, whole, stage))
+        return packed - packed / terms.dp_shard  # its shards come after it
 
     def _hidden_share(self, terms: Terms, trained: float) -> float:
         """Of the first sums of gradients, what runs beside the last micro-batch's backward while that lasts: all but those of its
