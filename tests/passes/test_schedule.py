@@ -193,15 +193,15 @@ def test_refuses_collectives_in_different_orders():
         check_schedules(edit(programs, 1, lambda s: s.pop()))
 
 
-def told(collective=0, placeholder=None, **facts):
-    """Two ranks' programs alike, but for what the second's graph says of one collective, or of a placeholder."""
+def told(**facts):
+    """Two ranks' programs alike, but for what the second's graph says of its last collective."""
 
     def spec(**more):
         made = graph(["param.w", "input.x"], ["out.0", "saved.0"], [REDUCE] * 2)
         reductions = made.graph.graph.find_nodes(op="call_function", target=ops.all_reduce.default)
         for node in reductions:
             node.meta.update(of="x", phase="forward", types={"tp": I, "dp": Varying(1, ((2, 2),))})
-        reductions[collective].meta.update(more)
+        reductions[-1].meta.update(more)
         return made
 
     programs = pipeline(gpipe, 1, 1, tp=2)
@@ -217,7 +217,7 @@ def test_what_ranks_join_is_the_same_part_of_the_same_value():
         {"types": {"tp": I, "dp": I}},
     ):
         with pytest.raises(MismatchError, match="ranks 0 and 1 meet in different collectives over 'tp'"):
-            check_schedules(told(collective=1, **facts))
+            check_schedules(told(**facts))
 
 
 def test_what_is_sent_lies_as_it_is_received():
